@@ -1,0 +1,407 @@
+"""Typed, strict configuration: one YAML file plus `--set a.b=c`.
+
+This module imports neither JAX nor Flax, so that a configuration can be checked anywhere. Field names follow PEFT (LoRA) and TRL
+(PPO). `python -m pe_rlhf_jax.config` prints the reference page `configs/REFERENCE.md`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+StageName = Literal["sft", "reward", "rl", "evaluate", "export"]
+STAGES: tuple[StageName, ...] = typing.get_args(StageName)
+
+PRESETS = ("attention", "all-linear")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says where, what was found and what was expected."""
+
+
+class Section(pydantic.BaseModel):
+    """Base of every section: no unknown keys, no silent conversions, immutable."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunConfig(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder.")
+    folder: str = Field("runs", description="Where run folders are made.")
+    seed: int = Field(0, ge=0, description="The only source of randomness: every key is folded from it, the stage and the step.")
+    stages: list[StageName] = Field(list(STAGES), description="Stages to run, in this order; each continues from the run folder.")
+    checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of a training stage.")
+    max_nonfinite: int = Field(
+        5, ge=1, description="Stop after this many non-finite updates in a row; each one is skipped and counted."
+    )
+    tensorboard: bool = Field(True, description="Write TensorBoard event files beside metrics.jsonl.")
+    wandb_project: str | None = Field(None, description="Also log to this Weights & Biases project (extra `wandb`).")
+    compilation_cache: bool = Field(True, description="Keep compiled programs on disk between runs (JAX's persistent cache).")
+
+
+class ModelConfig(Section):
+    source: str = Field(
+        description="The backbone: `package:NAME==VERSION` (a GGUF file inside a Python package), `hf:OWNER/NAME`, a local folder "
+        "in Hugging Face layout, or a local `.gguf` file."
+    )
+    revision: str | None = Field(None, description="Revision of an `hf:` source (branch, tag or commit).")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Expected SHA-256 of the weight file of a `package:` source.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Computation and backbone storage; `auto` is bfloat16 on accelerators and float32 on CPU."
+    )
+    remat: Literal["none", "full", "dots"] = Field(
+        "full",
+        description="What the backward pass recomputes in each layer: nothing, everything, or all but the outputs of matrix products.",
+    )
+    logprob_chunk: int = Field(
+        1024, ge=1, description="Tokens whose logits exist at once when log-probabilities are computed; bounds memory."
+    )
+
+
+class LoRAConfig(Section):
+    r: int = Field(16, ge=1, description="Rank.")
+    lora_alpha: float = Field(32.0, gt=0, description="Scale: the update is (lora_alpha / r) B A, or (lora_alpha / sqrt(r)) with rsLoRA.")
+    use_rslora: bool = Field(False, description="Rank-stabilised scale, lora_alpha / sqrt(r).")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in SFT and reward training only.")
+    target_modules: str = Field(
+        "all-linear",
+        description="`attention` (q, k, v, o: the paper), `all-linear` (also gate, up, down), or a regular expression that must match a "
+        "whole module name such as `attention.q_proj` or `mlp.up_proj`.",
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _is_preset_or_regex(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"is neither one of {PRESETS} nor a regular expression ({error})") from error
+        return value
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+class MeshConfig(Section):
+    data: int = Field(-1, description="Copies of the model; -1 takes the devices that the other axes leave.")
+    fsdp: int = Field(1, description="Devices over which parameters, optimizer state and batch are sharded.")
+    tensor: int = Field(1, description="Devices over which heads, hidden units and vocabulary are sharded.")
+
+    @model_validator(mode="after")
+    def _one_free_axis(self) -> MeshConfig:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size == 0 or size < -1 for size in sizes):
+            raise ValueError(f"axis sizes must be positive, or -1 for one of them; found {sizes}")
+        if sizes.count(-1) > 1:
+            raise ValueError(f"only one of data, fsdp, tensor may be -1; found {sizes}")
+        return self
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "adafactor"] = Field("adamw", description="Update rule.")
+    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay to 0 over the stage's updates, or none.")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of the updates over which the rate rises linearly from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
+    b1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
+    b2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay.")
+    eps: float = Field(1e-5, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the global gradient norm to this; null for no clipping.")
+
+
+class FilesConfig(Section):
+    train: list[str] = Field(description="Files with the training rows: `.jsonl` (UTF-8) or `.parquet`.")
+    validation: list[str] = Field([], description="Files with held-out rows; empty takes `validation_share` of the training rows.")
+
+
+class DataConfig(Section):
+    source: str | None = Field(
+        None, description="A named data set that serves all stages: `movie-reviews` (embedded: people's ratings of film reviews)."
+    )
+    sft: FilesConfig | None = Field(None, description="Rows with `prompt` and `completion`, or `messages`.")
+    preference: FilesConfig | None = Field(
+        None, description="Rows with `prompt`, `chosen`, `rejected` and optionally `margin`; without `prompt`, each side is a whole text."
+    )
+    prompts: FilesConfig | None = Field(None, description="Rows with `prompt` (text or chat turns) for RL and evaluation.")
+    max_prompt_length: int = Field(512, ge=1, description="Longest prompt, in tokens.")
+    max_response_length: int = Field(512, ge=1, description="Longest response in SFT and preference data, in tokens, end included.")
+    too_long: Literal["error", "skip"] = Field("skip", description="What to do with a row over the length limits; skipped rows are counted.")
+    on_error: Literal["error", "skip"] = Field("error", description="What to do with a bad row; skipped rows are counted and reported.")
+    validation_share: float = Field(0.1, gt=0, lt=1, description="Held-out share, by a hash of the text, where no file is given.")
+    length_multiple: int = Field(16, ge=1, description="Batches are padded to a multiple of this, so that few programs are compiled.")
+    train_pairs: int = Field(2048, ge=1, description="movie-reviews: number of training pairs.")
+    validation_pairs: int = Field(512, ge=1, description="movie-reviews: number of held-out pairs.")
+    min_margin: float = Field(0.5, ge=0, description="movie-reviews: least difference between the mean ratings of a pair's two sides.")
+    prompt_words: int = Field(4, ge=1, description="movie-reviews: words of the review that the prompt shows.")
+
+
+class SFTConfig(Section):
+    tuning: Literal["lora", "full"] = Field("lora", description="Train an adapter, or the backbone itself.")
+    steps: int = Field(100, ge=1, description="Updates.")
+    batch_size: int = Field(16, ge=1, description="Rows in an update.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Rows computed at once (gradient accumulation); null for all.")
+    evaluate_every: int = Field(50, ge=1, description="Updates between evaluations on held-out rows.")
+    evaluation_rows: int = Field(128, ge=1, description="Held-out rows used at an evaluation.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="Optimizer.")
+
+
+class RewardConfig(Section):
+    tuning: Literal["lora", "full"] = Field("lora", description="Train an adapter and the score head, or backbone and head.")
+    start_from: Literal["base", "sft"] = Field("base", description="Start the adapter fresh on the backbone, or from the SFT adapter.")
+    steps: int = Field(100, ge=1, description="Updates.")
+    batch_size: int = Field(16, ge=1, description="Pairs in an update.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Pairs computed at once (gradient accumulation); null for all.")
+    use_margin: bool = Field(False, description="Subtract the row's margin inside the Bradley-Terry loss (Llama 2).")
+    center_rewards_coefficient: float = Field(0.0, ge=0, description="Weight of the squared sum of a pair's scores.")
+    evaluate_every: int = Field(50, ge=1, description="Updates between evaluations; the best one's checkpoint is kept and used.")
+    evaluation_pairs: int = Field(256, ge=1, description="Held-out pairs used at an evaluation during training.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="Optimizer.")
+
+
+class SamplingConfig(Section):
+    max_new_tokens: int = Field(64, ge=1, description="Longest response that is generated, in tokens, end included.")
+    temperature: float = Field(1.0, ge=0, description="0 is greedy. Divides the logits in every log-probability of RL as well.")
+    top_k: int = Field(0, ge=0, description="Sample among the k most likely tokens; 0 for all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the fewest tokens that hold this probability; 1 for all.")
+
+
+class RLConfig(Section):
+    algorithm: Literal["ppo", "reinforce"] = Field(
+        "ppo", description="PPO with GAE and clipping, or the paper's REINFORCE with a learned value baseline, one update a batch."
+    )
+    tuning: Literal["lora", "full"] = Field("lora", description="Train adapters on the shared backbone, or a copy of the backbone.")
+    steps: int = Field(100, ge=1, description="Rollout batches.")
+    batch_size: int = Field(32, ge=1, description="Episodes in a rollout batch.")
+    num_ppo_epochs: int = Field(4, ge=1, description="PPO: passes over a rollout batch.")
+    num_mini_batches: int = Field(1, ge=1, description="PPO: updates per pass; must divide the batch.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Episodes computed at once (gradient accumulation); null for all.")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="How responses are sampled.")
+    kl_coef: float = Field(0.05, ge=0, description="Weight of the KL penalty; the paper's beta, whose objective is (1 - beta) r - beta KL.")
+    kl_target: float | None = Field(None, gt=0, description="Adapt kl_coef to this mean KL per response (nats); null keeps it fixed.")
+    kl_horizon: float = Field(10_000, gt=0, description="Episodes over which an adaptive coefficient moves.")
+    kl_estimator: Literal["k1", "k3"] = Field("k1", description="Per-token KL estimator of the penalty.")
+    gamma: float = Field(1.0, ge=0, le=1, description="Discount.")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda.")
+    cliprange: float = Field(0.2, gt=0, description="PPO: clip of the probability ratio.")
+    cliprange_value: float = Field(0.2, gt=0, description="PPO: clip of the value change.")
+    vf_coef: float = Field(0.1, ge=0, description="PPO: weight of the value loss.")
+    whiten_rewards: bool = Field(False, description="Scale rewards to unit variance, keeping their mean.")
+    whiten_advantages: bool = Field(True, description="PPO: whiten advantages under the mask.")
+    missing_eos_penalty: float | None = Field(
+        None, description="Score of a response without an end token, in place of the reward model's; null keeps the model's."
+    )
+    value_init: Literal["reward", "zero"] = Field(
+        "reward", description="Value adapter and head start from the reward model, or from the backbone with a zero head."
+    )
+    value_learning_rate: float | None = Field(None, gt=0, description="Learning rate of the value model; null for the optimizer's own.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(learning_rate=1e-4), description="Optimizer of policy and value.")
+
+    @model_validator(mode="after")
+    def _batches_nest(self) -> RLConfig:
+        if self.batch_size % self.num_mini_batches:
+            raise ValueError(f"num_mini_batches {self.num_mini_batches} does not divide batch_size {self.batch_size}")
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature must be above 0 in RL: a greedy policy has no log-probability to learn from")
+        return self
+
+
+class EvaluateConfig(Section):
+    prompts: int = Field(128, ge=1, description="Held-out prompts answered by reference and policy.")
+    batch_size: int = Field(32, ge=1, description="Prompts answered at once.")
+    pairs: int = Field(1024, ge=1, description="Held-out pairs on which the reward model is measured, at most.")
+    judge: str | None = Field(
+        None,
+        description="Independent judge `module:function`, called as f(prompts, completions, **columns) -> list of float; training never "
+        "sees it.",
+    )
+    samples: int = Field(8, ge=0, description="Before/after samples shown and kept.")
+    bootstrap: int = Field(2000, ge=100, description="Resamples behind each 95% confidence interval.")
+
+
+class ExportConfig(Section):
+    roles: list[Literal["policy", "reward"]] = Field(["policy", "reward"], description="What is written in PEFT format.")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = Field(RunConfig(), description="The run itself.")
+    model: ModelConfig = Field(description="The frozen backbone.")
+    lora: LoRAConfig = Field(LoRAConfig(), description="Adapters, the same for every role.")
+    mesh: MeshConfig = Field(MeshConfig(), description="Devices.")
+    data: DataConfig = Field(DataConfig(), description="Data.")
+    sft: SFTConfig = Field(SFTConfig(), description="Supervised fine-tuning: the reference policy.")
+    reward: RewardConfig = Field(RewardConfig(), description="Reward model.")
+    rl: RLConfig = Field(RLConfig(), description="Reinforcement learning.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Evaluation on held-out data.")
+    export: ExportConfig = Field(ExportConfig(), description="Export.")
+
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> Config:
+        for name, section, size in (
+            ("sft", self.sft, self.sft.batch_size),
+            ("reward", self.reward, self.reward.batch_size),
+            ("rl", self.rl, self.rl.batch_size // (self.rl.num_mini_batches if self.rl.algorithm == "ppo" else 1)),
+        ):
+            if section.micro_batch_size and size % section.micro_batch_size:
+                raise ValueError(f"{name}.micro_batch_size {section.micro_batch_size} does not divide the update's {size} rows")
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.folder).expanduser() / self.run.name
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML configuration and applies `a.b=c` overrides. Raises ConfigError with every problem found."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+    return parse(text, overrides, origin=str(path))
+
+
+def parse(text: str, overrides: Sequence[str] = (), origin: str = "configuration") -> Config:
+    """Like `load`, from YAML text."""
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {error}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"{origin}: expected sections such as `model:`, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{origin} cannot be used:\n" + "\n".join(f"  {_explain(e)}" for e in error.errors())) from error
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `parse` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """One line for each field that differs, as `section.field: old -> new`."""
+    a, b = (dict(_flatten(c.model_dump(mode="json"))) for c in (old, new))
+    return [f"{key}: {a.get(key, '(none)')} -> {b.get(key, '(none)')}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: PyYAML reads `1e-4` as a string. Keys given twice are an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set expects a.b=value, found {override!r}")
+    *parents, leaf = path.strip().split(".")
+    for name in parents:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {name} is a value, not a section")
+    try:
+        values[leaf] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "configuration"
+    if error["type"] == "extra_forbidden":
+        section = _section_at(error["loc"][:-1])
+        names = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
+        return f"{where}: no such key; " + (f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}")
+    if error["type"] == "missing":
+        return f"{where}: required, but missing"
+    return f"{where}: {error['msg']}; found {error['input']!r}"
+
+
+def _section_at(path: Sequence[Any]) -> type[Section] | None:
+    section: type[Section] | None = Config
+    for name in path:
+        field = section.model_fields.get(str(name)) if section else None
+        section = _section_type(field.annotation) if field else None
+    return section
+
+
+def _section_type(annotation: Any) -> type[Section] | None:
+    candidates = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def reference() -> str:
+    """Markdown page with every field, its type, default and meaning."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Generated by `python -m pe_rlhf_jax.config > configs/REFERENCE.md`; a test keeps it current.",
+        "A configuration is a YAML file with these sections; `--set section.field=value` overrides a field.",
+    ]
+    lines += _reference_of(Config, "")
+    return "\n".join(lines) + "\n"
+
+
+def _reference_of(section: type[Section], prefix: str) -> list[str]:
+    rows: list[str] = []
+    nested: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = _section_type(field.annotation)
+        if inner and (not prefix or prefix.count(".") or inner in (OptimizerConfig, SamplingConfig, FilesConfig)) and not prefix:
+            nested += ["", f"## {name}", "", field.description or "", *_reference_of(inner, f"{name}.")]
+            continue
+        annotation = re.sub(r"(typing|pe_rlhf_jax\.config|__main__)\.", "", str(field.annotation))
+        annotation = re.sub(r"<class '(.*?)'>", r"\1", annotation).replace("|", "\\|")
+        if field.is_required():
+            default = "required"
+        elif isinstance(field.default, Section):
+            changed = {k: v for k, v in field.default.model_dump().items() if v != type(field.default).model_fields[k].default}
+            default = ", ".join(f"{k}: {v}" for k, v in changed.items()) or "its defaults"
+        else:
+            default = f"`{yaml.safe_dump(field.default, default_flow_style=True).split(chr(10))[0]}`"
+        rows.append(f"| `{prefix}{name}` | {annotation} | {default} | {field.description} |")
+    table = ["", "| field | type | default | meaning |", "|---|---|---|---|", *rows] if rows else []
+    if not prefix:
+        for inner in (OptimizerConfig, SamplingConfig, FilesConfig):
+            nested += ["", f"## {inner.__name__}", *_reference_of(inner, " ")]
+    return table + nested
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

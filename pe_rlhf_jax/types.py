@@ -1,0 +1,79 @@
+"""The arrays that travel between the parts. Letters: B batch, T tokens, P prompt tokens (left-padded), R response tokens.
+
+A mask is True where a position holds a real token. Token ids at masked positions are the pad id and never matter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+from jaxtyping import Bool, Float, Int
+
+PyTree = Any
+
+
+class Batch(flax.struct.PyTreeNode):
+    """Rows for supervised fine-tuning, right-padded."""
+
+    tokens: Int[jax.Array, "B T"]
+    mask: Bool[jax.Array, "B T"]
+    target_mask: Bool[jax.Array, "B T"]
+    """True at tokens that are learned (the response and its end token)."""
+
+
+class PreferenceBatch(flax.struct.PyTreeNode):
+    """Preference pairs, right-padded; both sides end with the end token."""
+
+    chosen: Int[jax.Array, "B T"]
+    chosen_mask: Bool[jax.Array, "B T"]
+    rejected: Int[jax.Array, "B T"]
+    rejected_mask: Bool[jax.Array, "B T"]
+    margin: Float[jax.Array, " B"]
+    """How much better the chosen side was rated; 0 where unknown."""
+    weight: Float[jax.Array, " B"]
+    """1 for a real row, 0 for one that only fills the last batch of an evaluation."""
+
+
+class PromptBatch(flax.struct.PyTreeNode):
+    """Prompts, left-padded."""
+
+    tokens: Int[jax.Array, "B P"]
+    mask: Bool[jax.Array, "B P"]
+
+
+class Rollout(flax.struct.PyTreeNode):
+    """Prompts and the responses sampled for them."""
+
+    prompt: Int[jax.Array, "B P"]
+    prompt_mask: Bool[jax.Array, "B P"]
+    response: Int[jax.Array, "B R"]
+    response_mask: Bool[jax.Array, "B R"]
+    """True up to and including the first end token."""
+    logprobs: Float[jax.Array, "B R"]
+    """Log-probability of each response token under the sampler, at the sampling temperature; 0 where masked."""
+    ended: Bool[jax.Array, " B"]
+    """Whether the response holds an end token."""
+
+
+class Experience(flax.struct.PyTreeNode):
+    """A rollout with everything that learning needs; fixed while a batch is learned."""
+
+    rollout: Rollout
+    old_logprobs: Float[jax.Array, "B R"]
+    values: Float[jax.Array, "B R"]
+    advantages: Float[jax.Array, "B R"]
+    returns: Float[jax.Array, "B R"]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What training changes, and nothing else."""
+
+    step: Int[jax.Array, ""]
+    trainable: PyTree
+    """Adapters and heads, or with full tuning the parameters themselves."""
+    opt_state: PyTree
+    skipped: Int[jax.Array, ""]
+    """Updates skipped because the loss or a gradient was not finite."""
+    skipped_in_a_row: Int[jax.Array, ""]
