@@ -29,9 +29,9 @@ class ConfigError(ValueError):
 
 
 class Section(pydantic.BaseModel):
-    """Base of every section: no unknown keys, no silent conversions, immutable."""
+    """Base of every section: no unknown keys, no silent conversions except from int to float, no NaN, immutable."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -40,9 +40,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="The only source of randomness: every key is folded from it, the stage and the step.")
     stages: list[StageName] = Field(list(STAGES), description="Stages to run, in this order; each continues from the run folder.")
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of a training stage.")
-    max_nonfinite: int = Field(
-        5, ge=1, description="Stop after this many non-finite updates in a row; each one is skipped and counted."
-    )
+    max_nonfinite: int = Field(5, ge=1, description="Stop after this many non-finite updates in a row; each one is skipped and counted.")
     tensorboard: bool = Field(True, description="Write TensorBoard event files beside metrics.jsonl.")
     wandb_project: str | None = Field(None, description="Also log to this Weights & Biases project (extra `wandb`).")
     compilation_cache: bool = Field(True, description="Keep compiled programs on disk between runs (JAX's persistent cache).")
@@ -108,6 +106,8 @@ class MeshConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """Optimizer and learning-rate schedule."""
+
     name: Literal["adamw", "adafactor"] = Field("adamw", description="Update rule.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay to 0 over the stage's updates, or none.")
@@ -120,6 +120,8 @@ class OptimizerConfig(Section):
 
 
 class FilesConfig(Section):
+    """Data files."""
+
     train: list[str] = Field(description="Files with the training rows: `.jsonl` (UTF-8) or `.parquet`.")
     validation: list[str] = Field([], description="Files with held-out rows; empty takes `validation_share` of the training rows.")
 
@@ -135,7 +137,9 @@ class DataConfig(Section):
     prompts: FilesConfig | None = Field(None, description="Rows with `prompt` (text or chat turns) for RL and evaluation.")
     max_prompt_length: int = Field(512, ge=1, description="Longest prompt, in tokens.")
     max_response_length: int = Field(512, ge=1, description="Longest response in SFT and preference data, in tokens, end included.")
-    too_long: Literal["error", "skip"] = Field("skip", description="What to do with a row over the length limits; skipped rows are counted.")
+    too_long: Literal["error", "skip"] = Field(
+        "skip", description="What to do with a row over the length limits; skipped rows are counted."
+    )
     on_error: Literal["error", "skip"] = Field("error", description="What to do with a bad row; skipped rows are counted and reported.")
     validation_share: float = Field(0.1, gt=0, lt=1, description="Held-out share, by a hash of the text, where no file is given.")
     length_multiple: int = Field(16, ge=1, description="Batches are padded to a multiple of this, so that few programs are compiled.")
@@ -169,6 +173,8 @@ class RewardConfig(Section):
 
 
 class SamplingConfig(Section):
+    """Sampling of responses."""
+
     max_new_tokens: int = Field(64, ge=1, description="Longest response that is generated, in tokens, end included.")
     temperature: float = Field(1.0, ge=0, description="0 is greedy. Divides the logits in every log-probability of RL as well.")
     top_k: int = Field(0, ge=0, description="Sample among the k most likely tokens; 0 for all.")
@@ -306,6 +312,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # a key that cannot be hashed, which PyYAML reports; `<<` may come more than once
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
@@ -313,9 +321,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -367,40 +373,58 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def reference() -> str:
-    """Markdown page with every field, its type, default and meaning."""
+    """Markdown page with every field, its type, default and meaning. A section that several places use is documented once."""
     lines = [
         "# Configuration reference",
         "",
         "Generated by `python -m pe_rlhf_jax.config > configs/REFERENCE.md`; a test keeps it current.",
         "A configuration is a YAML file with these sections; `--set section.field=value` overrides a field.",
     ]
-    lines += _reference_of(Config, "")
+    users: dict[type[Section], list[str]] = {}
+    for name, field in Config.model_fields.items():
+        section = _section_type(field.annotation)
+        assert section is not None, f"Config.{name} must be a section"
+        lines += ["", f"## {name}", "", field.description or "", *_table(section, f"{name}.")]
+        for inner_name, inner_field in section.model_fields.items():
+            if inner := _section_type(inner_field.annotation):
+                users.setdefault(inner, []).append(f"`{name}.{inner_name}`")
+    for section, places in users.items():
+        lines += ["", f"## {section.__name__}", "", f"{section.__doc__} Used as {', '.join(places)}.", *_table(section)]
     return "\n".join(lines) + "\n"
 
 
-def _reference_of(section: type[Section], prefix: str) -> list[str]:
-    rows: list[str] = []
-    nested: list[str] = []
+def _table(section: type[Section], prefix: str = "") -> list[str]:
+    rows = ["", "| field | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        inner = _section_type(field.annotation)
-        if inner and (not prefix or prefix.count(".") or inner in (OptimizerConfig, SamplingConfig, FilesConfig)) and not prefix:
-            nested += ["", f"## {name}", "", field.description or "", *_reference_of(inner, f"{name}.")]
-            continue
-        annotation = re.sub(r"(typing|pe_rlhf_jax\.config|__main__)\.", "", str(field.annotation))
-        annotation = re.sub(r"<class '(.*?)'>", r"\1", annotation).replace("|", "\\|")
-        if field.is_required():
-            default = "required"
-        elif isinstance(field.default, Section):
-            changed = {k: v for k, v in field.default.model_dump().items() if v != type(field.default).model_fields[k].default}
-            default = ", ".join(f"{k}: {v}" for k, v in changed.items()) or "its defaults"
-        else:
-            default = f"`{yaml.safe_dump(field.default, default_flow_style=True).split(chr(10))[0]}`"
-        rows.append(f"| `{prefix}{name}` | {annotation} | {default} | {field.description} |")
-    table = ["", "| field | type | default | meaning |", "|---|---|---|---|", *rows] if rows else []
-    if not prefix:
-        for inner in (OptimizerConfig, SamplingConfig, FilesConfig):
-            nested += ["", f"## {inner.__name__}", *_reference_of(inner, " ")]
-    return table + nested
+        cells = f"`{prefix}{name}`", _type_name(field.annotation), _default_of(field), field.description or ""
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return rows
+
+
+def _type_name(annotation: Any) -> str:
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if typing.get_origin(annotation) is list:
+        item = _type_name(arguments[0])
+        return f"list of ({item})" if " or " in item else f"list of {item}"
+    if arguments:
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if annotation is types.NoneType:
+        return "null"
+    if section := _section_type(annotation):
+        return f"[{section.__name__}](#{section.__name__.lower()})"
+    return annotation.__name__
+
+
+def _default_of(field: pydantic.fields.FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if isinstance(field.default, Section):
+        own = type(field.default).model_fields
+        changed = {name: value for name, value in field.default.model_dump().items() if value != own[name].default}
+        return ", ".join(f"`{name}: {value}`" for name, value in changed.items()) or "its defaults"
+    return f"`{yaml.safe_dump(field.default, default_flow_style=True).splitlines()[0]}`"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,20 @@
+"""Data: rows out of files or the embedded data set, examples, batches."""
+
+from pe_rlhf_jax.data.batches import BatchOrder, pad_preferences, pad_prompts, pad_sft
+from pe_rlhf_jax.data.formats import PreferenceExample, PromptExample, SFTExample
+from pe_rlhf_jax.data.loading import Data, Split, load
+from pe_rlhf_jax.data.sources import DataError
+
+__all__ = [
+    "BatchOrder",
+    "Data",
+    "DataError",
+    "PreferenceExample",
+    "PromptExample",
+    "SFTExample",
+    "Split",
+    "load",
+    "pad_preferences",
+    "pad_prompts",
+    "pad_sft",
+]

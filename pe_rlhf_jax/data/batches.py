@@ -1,0 +1,91 @@
+"""Which rows make up a batch, and the arrays it becomes. Padded lengths are multiples of a number, so that few programs are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from pe_rlhf_jax.data.formats import PreferenceExample, PromptExample, SFTExample
+from pe_rlhf_jax.types import Batch, PreferenceBatch, PromptBatch
+
+# The batch types speak of JAX arrays; what is made here stays NumPy until a step's shardings place it on devices.
+HostArray = Any
+
+
+class BatchOrder:
+    """Row indices of the batch at each step: a pure function of the step, so a resumed run goes on where it stopped.
+
+    Rows are shuffled anew in every epoch, and each comes once an epoch. Batches are always full: one may end an epoch and begin the
+    next, and with fewer rows than `batch_size` it holds several epochs.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        if size < 1 or batch_size < 1:
+            raise ValueError(f"expected at least one row and one row a batch, found {size} rows, batch_size {batch_size}")
+        self._steps = grain.MapDataset.range(size).seed(seed).shuffle().repeat().batch(batch_size)
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Indices [batch_size] of the batch at a step counted from 0."""
+        if step < 0:
+            raise ValueError(f"expected a step of at least 0, found {step}")
+        return np.asarray(self._steps[step])
+
+
+def pad_sft(examples: Sequence[SFTExample], pad_id: int, multiple: int) -> Batch:
+    """Right-padded prompt + response; the length is the longest row's, rounded up to `multiple`."""
+    rows = [np.concatenate([example.prompt, example.response]) for example in examples]
+    tokens, mask = _pad(rows, pad_id, _rounded(rows, multiple))
+    prompt_lengths = np.array([len(example.prompt) for example in examples])
+    target_mask = mask & (np.arange(tokens.shape[1]) >= prompt_lengths[:, None])
+    return Batch(tokens=tokens, mask=mask, target_mask=target_mask)
+
+
+def pad_preferences(examples: Sequence[PreferenceExample], pad_id: int, multiple: int, rows: int | None = None) -> PreferenceBatch:
+    """Right-padded pairs, both sides to one length, a multiple of `multiple`.
+
+    Args:
+        rows: fill the batch to this many rows with copies of the first at weight 0.
+    """
+    filled = _fill(examples, rows)
+    length = _rounded([example.chosen for example in filled] + [example.rejected for example in filled], multiple)
+    chosen, chosen_mask = _pad([example.chosen for example in filled], pad_id, length)
+    rejected, rejected_mask = _pad([example.rejected for example in filled], pad_id, length)
+    margin: HostArray = np.array([example.margin for example in filled], np.float32)
+    weight: HostArray = (np.arange(len(filled)) < len(examples)).astype(np.float32)
+    return PreferenceBatch(
+        chosen=chosen,
+        chosen_mask=chosen_mask,
+        rejected=rejected,
+        rejected_mask=rejected_mask,
+        margin=margin,
+        weight=weight,
+    )
+
+
+def pad_prompts(examples: Sequence[PromptExample], pad_id: int, multiple: int, rows: int | None = None) -> PromptBatch:
+    """Left-padded prompts; `multiple` and `rows` as in `pad_preferences`."""
+    prompts = [example.tokens for example in _fill(examples, rows)]
+    tokens, mask = _pad([prompt[::-1] for prompt in prompts], pad_id, _rounded(prompts, multiple))
+    return PromptBatch(tokens=tokens[:, ::-1].copy(), mask=mask[:, ::-1].copy())
+
+
+def _fill(examples: Sequence, rows: int | None) -> list:
+    if not examples or (rows is not None and rows < len(examples)):
+        raise ValueError(f"expected between 1 and {rows or 'any number of'} examples, found {len(examples)}")
+    return [*examples, *[examples[0]] * ((rows or len(examples)) - len(examples))]
+
+
+def _rounded(rows: Sequence[np.ndarray], multiple: int) -> int:
+    return -(-max(len(row) for row in rows) // multiple) * multiple
+
+
+def _pad(rows: Sequence[np.ndarray], pad_id: int, length: int) -> tuple[HostArray, HostArray]:
+    """Right-padded int32 tokens [B, length] and their mask."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(length) < lengths[:, None]
+    tokens = np.full(mask.shape, pad_id, np.int32)
+    tokens[mask] = np.concatenate(rows)
+    return tokens, mask

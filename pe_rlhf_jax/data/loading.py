@@ -1,0 +1,125 @@
+"""From the configuration to examples: which source serves which kind of data, and what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pe_rlhf_jax.config import DataConfig, FilesConfig
+from pe_rlhf_jax.data import movie_reviews
+from pe_rlhf_jax.data.formats import Encoder, Reader, TextRow
+from pe_rlhf_jax.data.sources import DataError, Skipped, hash_share, read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Kind = Literal["sft", "preference", "prompts"]
+KINDS: tuple[Kind, ...] = ("sft", "preference", "prompts")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples to train on, and examples that training never sees."""
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The kinds of data that were asked for; the others are None."""
+
+    sft: Split | None
+    preference: Split | None
+    prompts: Split | None
+    notes: list[str]
+    """What a person should know, such as how many rows were skipped."""
+
+
+def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Collection[Kind]) -> Data:
+    """Reads, checks, splits and tokenizes.
+
+    Args:
+        tokenizer: the model's; its chat template serves rows with turns.
+        needs: the kinds that the run's stages use; nothing else is read.
+
+    Raises:
+        DataError: a kind has no source, a file or row cannot be used, or nothing is left to train on or to hold out.
+        PackageError: the embedded data set cannot be fetched.
+    """
+    if config.source not in (None, "movie-reviews"):
+        raise DataError(f"data.source: expected movie-reviews or null, found {config.source!r}")
+    notes: list[str] = []
+    splits: dict[Kind, Split] = {}
+    sentences: movie_reviews.Halves | None = None
+    for kind in KINDS:
+        if kind not in needs:
+            continue
+        skipped = Skipped(config.on_error, config.too_long)
+        encoder = Encoder(config, tokenizer, skipped)
+        files: FilesConfig | None = getattr(config, kind)
+        if files is not None:
+            parse = getattr(Reader(tokenizer, skipped), kind)
+            train, validation = _from_files(kind, files, parse, skipped, config.validation_share, notes)
+        elif config.source == "movie-reviews":
+            sentences = sentences or movie_reviews.sentences(config, encoder.fits)
+            train, validation = movie_reviews.rows(config, kind, sentences)
+        else:
+            raise DataError(f"this run needs data.{kind}; give data.{kind}.train a list of files, or set data.source: movie-reviews")
+        encode: Callable[[Sequence[TextRow]], Sequence[Any]] = getattr(encoder, kind)
+        splits[kind] = Split(encode(train), encode(validation))
+        notes += [f"{note} (data.{kind})" if files else note for note in skipped.notes()]
+        for name, examples in (("training", splits[kind].train), ("validation", splits[kind].validation)):
+            if not examples:
+                raise DataError(f"data.{kind}: no {name} row is left. {'; '.join(notes) or 'Give more rows.'}")
+    return Data(**{kind: splits.get(kind) for kind in KINDS}, notes=notes)
+
+
+def _from_files(
+    kind: Kind,
+    files: FilesConfig,
+    parse: Callable[..., list[TextRow]],
+    skipped: Skipped,
+    share: float,
+    notes: list[str],
+) -> tuple[list[TextRow], list[TextRow]]:
+    train = parse(read(files.train, skipped))
+    if not files.validation:
+        return _hold_out(kind, train, share)
+    validation = parse(read(files.validation, skipped))
+    seen = {key for row in train for key in row.keys}
+    both = sum(not seen.isdisjoint(row.keys) for row in validation)
+    if both:
+        notes.append(f"{both} of {len(validation)} rows of data.{kind}.validation have a prompt that is also in training")
+    return train, validation
+
+
+def _hold_out(kind: Kind, rows: list[TextRow], share: float) -> tuple[list[TextRow], list[TextRow]]:
+    """Holds out about `share` of the texts by their hash, whatever the order of the rows. No text is on both sides: rows that share
+    one, directly or through others, stay together.
+    """
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent[key] != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    for row in rows:
+        parent.update({key: key for key in row.keys if key not in parent})
+        roots = {root(key) for key in row.keys}
+        first = min(roots)
+        for other in roots:
+            parent[other] = first
+    groups = {root(key) for key in parent}
+    held_out = {group for group in groups if hash_share(group) < share}
+    if len(groups) < 2:
+        raise DataError(f"data.{kind}: all {len(rows)} rows have the same text, so none can be held out; give data.{kind}.validation")
+    if not held_out or held_out == groups:
+        held_out = {min(groups, key=hash_share)}
+    sides: tuple[list[TextRow], list[TextRow]] = ([], [])
+    for row in rows:
+        sides[root(next(iter(row.keys))) in held_out].append(row)
+    return sides

@@ -1,0 +1,148 @@
+"""Rows out of files, each with the place it came from: JSONL (UTF-8) and Parquet.
+
+A row is a dict. What a row must hold is the business of `formats`; here it must only be a readable JSON object or table row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says where, what was expected and what was found."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its values, and where it stands."""
+
+    values: dict[str, Any]
+    place: str
+    """`FILE:LINE`, lines counted from 1; for Parquet `FILE:ROW`."""
+
+    @property
+    def file(self) -> str:
+        return self.place.rpartition(":")[0]
+
+
+@dataclass
+class Skipped:
+    """What to do with rows that cannot be used: raise at the first one, or count them for a note."""
+
+    on_error: Literal["error", "skip"] = "error"
+    too_long: Literal["error", "skip"] = "skip"
+    _bad: Counter[str] = field(default_factory=Counter)
+    _first: dict[str, str] = field(default_factory=dict)
+    _long: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def bad(self, place: str, problem: str) -> None:
+        """A row that is wrong. Raises DataError unless bad rows are skipped."""
+        if self.on_error == "error":
+            raise DataError(f"{place}: {problem}. Mend the row, or set data.on_error: skip to leave out and count bad rows.")
+        file = place.rpartition(":")[0]
+        self._bad[file] += 1
+        self._first.setdefault(file, f"{place}: {problem}")
+
+    def long(self, place: str, limit: str, allowed: int, found: int) -> None:
+        """A row over a length limit, in tokens. Raises DataError unless such rows are skipped."""
+        if self.too_long == "error":
+            raise DataError(
+                f"{place}: expected at most {allowed} tokens (data.{limit}), found {found}. Shorten it, raise the limit, or set "
+                "data.too_long: skip to leave out and count such rows."
+            )
+        self._long[place.rpartition(":")[0], limit] += 1
+
+    def notes(self) -> list[str]:
+        """One line for each file and reason, for the person who runs this."""
+        long = [f"{_rows(count)} over {limit} skipped in {file}" for (file, limit), count in self._long.items()]
+        return long + [f"{_rows(count)} skipped as bad in {file}; the first: {self._first[file]}" for file, count in self._bad.items()]
+
+
+def read(files: Sequence[str | Path], skipped: Skipped) -> Iterator[Row]:
+    """The rows of all files, in order.
+
+    Raises:
+        DataError: a file is missing, unreadable, empty or of another kind; or a row is bad and bad rows are not skipped.
+    """
+    for name in files:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise DataError(f"{path}: {'a folder, expected a file' if path.is_dir() else 'no such file'} (from {Path.cwd()})")
+        if path.suffix not in _READERS:
+            raise DataError(f"{path}: expected a file that ends in {' or '.join(_READERS)}, found {path.suffix or 'no ending'!r}")
+        if not path.stat().st_size:
+            raise DataError(f"{path}: the file is empty; expected at least one row")
+        try:
+            yield from _READERS[path.suffix](path, skipped)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def hash_share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: the text is held out where it is below the held-out share."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
+
+
+def _read_jsonl(path: Path, skipped: Skipped) -> Iterator[Row]:
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            place = f"{path}:{number}"
+            try:
+                # A byte order mark is what some editors put at the start of a UTF-8 file.
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                found = raw[error.start : error.start + 1].hex()
+                skipped.bad(place, f"expected UTF-8, found byte 0x{found} at byte {error.start + 1} of the line")
+                continue
+            if not text.strip():
+                skipped.bad(place, "expected a JSON object, found an empty line")
+                continue
+            try:
+                values = json.loads(text)
+            except json.JSONDecodeError as error:
+                skipped.bad(place, f"expected a JSON object, found invalid JSON ({error.msg} at column {error.colno})")
+                continue
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # a number of thousands of digits, or thousands of nested lists
+                skipped.bad(place, f"expected a JSON object, found JSON that cannot be read ({error})")
+                continue
+            if not isinstance(values, dict):
+                skipped.bad(place, f"expected a JSON object, found {_json_type(values)}")
+                continue
+            yield Row(values, place)
+
+
+def _read_parquet(path: Path, skipped: Skipped) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading Parquet needs pyarrow; run `pip install pyarrow`, or convert the file to .jsonl") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"{path}:{number}")
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a Parquet file with UTF-8 text, found a damaged one after row {number}: {error}") from error
+
+
+_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"
+
+
+def _json_type(value: Any) -> str:
+    return {list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(type(value), "a number")

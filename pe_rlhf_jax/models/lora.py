@@ -1,0 +1,72 @@
+"""Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685) as a Flax collection.
+
+A linear layer owns its frozen kernel in `params` and, where it is targeted, its factors in the collection `lora`. Applied without the
+collection it is the base layer, so a reference policy costs no memory.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.types import PyTree
+
+MODULES = (*(f"attention.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
+PRESET_PATTERNS = {
+    "attention": r"attention\.[qkvo]_proj",
+    "all-linear": r"attention\.[qkvo]_proj|mlp\.(gate|up|down)_proj",
+}
+
+
+def is_target(module: str, config: LoRAConfig | None) -> bool:
+    """Whether the linear layer with this name, such as `attention.q_proj`, gets an adapter."""
+    if config is None:
+        return False
+    return re.fullmatch(PRESET_PATTERNS.get(config.target_modules, config.target_modules), module) is not None
+
+
+def _uniform_fan_in(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return jax.random.uniform(key, shape, dtype, -1.0, 1.0) / jnp.sqrt(jnp.asarray(shape[0], dtype))
+
+
+class Linear(nn.Module):
+    """y = x W + scale (dropout(x) A) B, without bias. A is uniform in +-1/sqrt(d_in), B is zero, so a fresh adapter changes nothing.
+
+    `lora` is None where this layer is not targeted. Factors are stored in float32 and computed in `dtype`.
+    """
+
+    features: int
+    lora: LoRAConfig | None
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch d_out"]:
+        d_in = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (d_in, self.features), self.param_dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.lora is None or not (self.has_variable("lora", "a") or self.is_mutable_collection("lora")):
+            return y
+        r = self.lora.r
+        a = self.variable("lora", "a", lambda: _uniform_fan_in(self.make_rng("lora"), (d_in, r), jnp.float32)).value
+        b = self.variable("lora", "b", lambda: jnp.zeros((r, self.features), jnp.float32)).value
+        x = nn.Dropout(self.lora.lora_dropout)(x, deterministic=deterministic)
+        return y + (x @ a.astype(self.dtype)) @ (b * self.lora.scale).astype(self.dtype)
+
+
+def merge(params: PyTree, lora: PyTree, config: LoRAConfig, sign: float = 1.0) -> PyTree:
+    """Parameters with the adapter added to each targeted kernel, computed in float32 and stored in the kernel's dtype.
+
+    Kernels are [..., d_in, d_out], factors [..., d_in, r] and [..., r, d_out]. `sign=-1` takes an adapter out again, exact to rounding.
+    """
+    if "a" in lora and "b" in lora:
+        kernel = params["kernel"]
+        update = sign * config.scale * jnp.matmul(lora["a"], lora["b"], precision="highest")
+        return {**params, "kernel": (kernel.astype(jnp.float32) + update).astype(kernel.dtype)}
+    return {**params, **{name: merge(params[name], lora[name], config, sign) for name in lora}}

@@ -1,0 +1,248 @@
+"""The metrics log: one JSON object per line in `metrics.jsonl`, mirrored to TensorBoard and, if asked, to W&B.
+
+`metrics.jsonl` is the record: resuming rewinds it to the checkpoint, so that a run that was killed leaves the rows of
+an uninterrupted one. The mirrors follow it as closely as their formats allow.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from pe_rlhf_jax.config import ConfigError
+
+RESERVED = ("stage", "step")
+
+
+class MetricsLog:
+    """Appends rows `{"stage": ..., "step": ..., **metrics}` to `<folder>/metrics.jsonl`.
+
+    JSON has no NaN and no infinity: a value that is not finite is written as `null`, so that strict readers (jq,
+    pandas, JavaScript) read the file. A row is in the file when `write` returns and survives a kill of the process.
+
+    Args:
+        folder: the run folder; made if missing.
+        tensorboard: also write event files under `<folder>/tensorboard/<stage>`, tags `<stage>/<metric>`.
+        wandb_project: also log to this Weights & Biases project. A resumed run continues there; W&B cannot take rows
+            back, so steps after the last checkpoint appear twice there.
+        name, config: the run's name and configuration shown by W&B.
+
+    Raises:
+        ConfigError: `wandb_project` is given and the package `wandb` is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+        name: str = "",
+        config: dict | None = None,
+    ):
+        self.path = Path(folder) / "metrics.jsonl"
+        self._wandb = _WandbMirror(Path(folder), wandb_project, name, config) if wandb_project else None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _mend(self.path)
+        self._file = self.path.open("ab", buffering=0)
+        self._tensorboard = _TensorBoardMirror(Path(folder) / "tensorboard") if tensorboard else None
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one row; values may be Python, numpy or JAX scalars.
+
+        Raises:
+            ValueError: a metric is not a number, or is called `stage` or `step`.
+            OSError: the row could not be written (a full disk); the rows before it stay whole.
+        """
+        row = {key: _number(key, value) for key, value in metrics.items()}
+        clash = [key for key in RESERVED if key in row]
+        if clash:
+            raise ValueError(f"stage {stage!r} has a metric called {clash[0]!r}, which is a column of every row; rename it")
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._append(json.dumps({"stage": stage, "step": int(step), **finite}).encode() + b"\n")
+        if self._tensorboard:
+            self._tensorboard.write(stage, int(step), row)
+        if self._wandb:
+            self._wandb.write(stage, int(step), row)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drops the rows of `stage` after `step`, where training resumes; other rows keep their bytes and order.
+
+        The file is replaced in one move, so a kill leaves either the old rows or the new ones.
+        """
+        self._file.close()
+        _mend(self.path)
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        rows = zip(lines, _parse(self.path), strict=True)
+        kept = [line + b"\n" for line, row in rows if row["stage"] != stage or row["step"] <= step]
+        if len(kept) < len(lines):
+            write_atomically(self.path, b"".join(kept))
+        self._file = self.path.open("ab", buffering=0)
+        if self._tensorboard:
+            self._tensorboard.rewind(stage, step)
+
+    def rows(self, stage: str | None = None) -> list[dict]:
+        """All rows in the order of the file, or those of one stage."""
+        return read(self.path, stage)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.close()
+
+    def _append(self, data: bytes) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        written = 0
+        try:
+            while written < len(data):
+                written += self._file.write(data[written:])
+        except OSError:
+            os.ftruncate(self._file.fileno(), size)  # no half row for the next one to join
+            raise
+
+
+def read(path: Path, stage: str | None = None) -> list[dict]:
+    """Rows of a metrics file, of one stage if given; a half-written last line is left out, a missing file has no rows.
+
+    Raises:
+        ValueError: a line that is not a row, with its number.
+    """
+    return [row for row in _parse(Path(path)) if stage is None or row["stage"] == stage]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces `path` by `data` in one move: a reader, or the start after a kill, sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk: give the space back
+        raise
+
+
+def _parse(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):  # what follows the last line break is empty, or a row cut short
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with a stage and a step, found {line[:80]!r}; "
+                "the file was changed or damaged: remove that line"
+            )
+    return rows
+
+
+def _row(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    whole = isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)
+    return row if whole else None
+
+
+def _mend(path: Path) -> None:
+    """Makes the file end with a whole line: a killed writer can leave part of one."""
+    data = path.read_bytes() if path.exists() else b""
+    if data and not data.endswith(b"\n"):
+        head, newline, tail = data.rpartition(b"\n")
+        write_atomically(path, data + b"\n" if _row(tail) else head + newline)
+
+
+def _number(key: str, value: Any) -> int | float:
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, bool | int):
+        return int(value)
+    if isinstance(value, float):
+        return value
+    raise ValueError(f"metric {key!r}: expected a number, found {type(value).__name__} {value!r}")
+
+
+class _TensorBoardMirror:
+    """One event file per stage and start, written before `write` returns.
+
+    tensorboardX's SummaryWriter hands events to a thread that flushes now and then; rows before the checkpoint could be
+    lost in a kill. Its EventsWriter writes the same files directly.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.writers: dict[str, EventsWriter] = {}
+
+    def write(self, stage: str, step: int, row: Mapping[str, int | float]) -> None:
+        values = [Summary.Value(tag=f"{stage}/{key}", simple_value=value) for key, value in row.items()]
+        self._put(stage, Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Starts a file that tells TensorBoard to forget what earlier files say after `step` (its purge_step)."""
+        if (self.folder / stage).exists():
+            self.close(stage)
+            start = SessionLog(status=SessionLog.START)
+            self._put(stage, Event(step=step + 1, wall_time=time.time(), session_log=start))
+
+    def close(self, stage: str | None = None) -> None:
+        for name in list(self.writers) if stage is None else [stage]:
+            if name in self.writers:
+                self.writers.pop(name).close()
+
+    def _put(self, stage: str, event: Event) -> None:
+        if stage not in self.writers:
+            folder = self.folder / stage
+            folder.mkdir(parents=True, exist_ok=True)
+            # File names hold whole seconds, and TensorBoard reads files in the order of their names: number them too.
+            suffix = next(s for n in itertools.count() if not list(folder.glob(f"*{(s := f'.{n:04d}')}")))
+            self.writers[stage] = EventsWriter(str(folder / "events"), suffix)
+        self.writers[stage].write_event(event)
+        self.writers[stage].flush()
+
+
+class _WandbMirror:
+    """Logs to Weights & Biases, each stage over its own step. Its run id is kept in the run folder, for resuming."""
+
+    def __init__(self, folder: Path, project: str, name: str, config: dict | None):
+        try:
+            wandb: Any = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ConfigError(
+                f"run.wandb_project is {project!r}, but the package wandb cannot be imported ({error}); "
+                "install it with `pip install 'pe_rlhf_jax[wandb]'`, or set run.wandb_project to null"
+            ) from error
+        id_file = folder / "wandb_id.txt"
+        known = id_file.read_text().strip() if id_file.exists() else None
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(project=project, name=name or None, config=config, dir=str(folder), id=known, resume="allow")
+        self.stages: set[str] = set()
+        if self.run.id != known:
+            write_atomically(id_file, f"{self.run.id}\n".encode())
+
+    def write(self, stage: str, step: int, row: Mapping[str, int | float]) -> None:
+        if stage not in self.stages:
+            self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self.stages.add(stage)
+        self.run.log({f"{stage}/step": step, **{f"{stage}/{key}": value for key, value in row.items()}})
+
+    def close(self) -> None:
+        self.run.finish()

@@ -1,0 +1,103 @@
+"""Generation as one program: prefill, then blocks of a scan over decode steps, until every row has ended.
+
+Letters: B batch, P prompt tokens (left-padded), R response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pe_rlhf_jax.config import SamplingConfig
+from pe_rlhf_jax.models.decoder import Decoder, unembed
+from pe_rlhf_jax.models.layers import KVCache
+from pe_rlhf_jax.rollout.sampling import sample
+from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
+
+BLOCK = 8
+"""Decode steps between two looks at whether every row has ended."""
+
+
+class _State(flax.struct.PyTreeNode):
+    """What a decode step carries."""
+
+    step: Int[Array, ""]
+    logits: Float[Array, "B V"]
+    """Of the token to be sampled next."""
+    position: Int[Array, " B"]
+    """Position of that token among the row's real tokens."""
+    alive: Bool[Array, " B"]
+    cache: KVCache
+    tokens: Int[Array, "B R"]
+    mask: Bool[Array, "B R"]
+    logprobs: Float[Array, "B R"]
+
+
+def generate(
+    decoder: Decoder,
+    variables: PyTree,
+    prompts: PromptBatch,
+    key: jax.Array,
+    sampling: SamplingConfig,
+    end_tokens: tuple[int, ...],
+    pad_token: int,
+) -> Rollout:
+    """Samples a response of at most `sampling.max_new_tokens` tokens to each prompt; the end token is part of the response.
+
+    Every row draws from its own key, folded from `key`, its index and the step. The trip count of the outer loop is the early exit; cost
+    is bounded by the longest response, rounded up to a block.
+    """
+    batch, prompt_length = prompts.tokens.shape
+    length = sampling.max_new_tokens
+    blocks = -(-length // BLOCK)
+    slots = prompt_length + blocks * BLOCK
+    padded_mask = jnp.pad(prompts.mask, ((0, 0), (0, slots - prompt_length)))
+    hidden, cache = decoder.apply(variables, prompts.tokens, padded_mask, cache=decoder.new_cache(batch, slots))
+    ends = jnp.asarray(end_tokens, jnp.int32)
+    row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
+
+    def decode_step(state: _State, _: None) -> tuple[_State, None]:
+        step_keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, state.step))(row_keys)
+        token, logprob = jax.vmap(lambda logits, k: _sample_row(logits, k, sampling))(state.logits, step_keys)
+        token = jnp.where(state.alive, token, pad_token)
+        mask = state.mask.at[:, state.step].set(state.alive)
+        slot_mask = jnp.concatenate([prompts.mask, mask], axis=1)
+        hidden, cache = decoder.apply(
+            variables, token[:, None], slot_mask, state.position[:, None], state.cache, prompt_length + state.step
+        )
+        state = _State(
+            step=state.step + 1,
+            logits=unembed(variables["params"], hidden[:, 0]),
+            position=state.position + 1,
+            alive=state.alive & ~jnp.isin(token, ends) & (state.step + 1 < length),
+            cache=cache,
+            tokens=state.tokens.at[:, state.step].set(token),
+            mask=mask,
+            logprobs=state.logprobs.at[:, state.step].set(jnp.where(state.alive, logprob, 0.0)),
+        )
+        return state, None
+
+    width = (batch, blocks * BLOCK)
+    state = _State(
+        step=jnp.zeros((), jnp.int32),
+        logits=unembed(variables["params"], hidden[:, -1]),
+        position=jnp.sum(prompts.mask, axis=1),
+        alive=jnp.ones((batch,), bool),
+        cache=cache,
+        tokens=jnp.full(width, pad_token, jnp.int32),
+        mask=jnp.zeros(width, bool),
+        logprobs=jnp.zeros(width, jnp.float32),
+    )
+    state = jax.lax.while_loop(
+        lambda s: jnp.any(s.alive) & (s.step < length), lambda s: jax.lax.scan(decode_step, s, length=BLOCK)[0], state
+    )
+    tokens, mask = state.tokens[:, :length], state.mask[:, :length]
+    ended = jnp.any(jnp.isin(tokens, ends) & mask, axis=1)
+    return Rollout(prompts.tokens, prompts.mask, tokens, mask, state.logprobs[:, :length], ended)
+
+
+def _sample_row(logits: Float[Array, " V"], key: jax.Array, sampling: SamplingConfig) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    token, logprob = sample(logits[None], key, sampling)
+    return token[0], logprob[0]

@@ -1,0 +1,56 @@
+"""What every stage works with."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+
+import jax
+from transformers import PreTrainedTokenizerBase
+
+from pe_rlhf_jax.config import Config
+from pe_rlhf_jax.data import Data
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.roles import Role, Tuning
+from pe_rlhf_jax.sharding import place, place_rows
+from pe_rlhf_jax.training.step import stage_key
+from pe_rlhf_jax.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The loaded backbone, data and devices of a run."""
+
+    config: Config
+    decoder: Decoder
+    backbone: PyTree
+    tokenizer: PreTrainedTokenizerBase
+    end_tokens: tuple[int, ...]
+    data: Data
+    mesh: jax.sharding.Mesh
+
+    @property
+    def pad_token(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    def key(self, stage: str) -> jax.Array:
+        return stage_key(self.config.run.seed, stage)
+
+    def start(self, role: Role, tuning: Tuning, stage: str) -> Role:
+        """A copy of a role to be trained, with a fresh adapter where it has none, placed on the mesh."""
+        fresh = self.decoder.init_lora(self.key(f"{stage}/lora")) if tuning == "lora" and role.lora is None else None
+        return place(role.tuned(tuning, self.backbone, fresh, self.config.lora), self.mesh)
+
+    def rows(self, batch: PyTree) -> PyTree:
+        """A host batch on the devices, split by row."""
+        return place_rows(batch, self.mesh)
+
+
+def peak_memory_gib() -> float:
+    """Peak memory so far: of the fullest accelerator, or of this process on CPU."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    if any(peaks):
+        return max(peaks) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

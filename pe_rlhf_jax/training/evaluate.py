@@ -1,0 +1,147 @@
+"""Evaluation on held-out data: the reward model's accuracy, and the policy beside its reference.
+
+Both answer the same prompts; differences are taken prompt by prompt, and intervals are bootstrapped over prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pe_rlhf_jax.algorithms.masked import masked_sum
+from pe_rlhf_jax.algorithms.reward import bradley_terry
+from pe_rlhf_jax.config import Config
+from pe_rlhf_jax.data import PromptExample, pad_prompts
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.rollout.score import response_logprobs
+from pe_rlhf_jax.training import reward as reward_stage
+from pe_rlhf_jax.training.context import Context
+from pe_rlhf_jax.training.functions import call_function, load_function
+from pe_rlhf_jax.training.rl import respond, rollout_scores
+from pe_rlhf_jax.training.statistics import accuracy_by_margin, bootstrap_ci, calibration, distinct_n, pairwise_right
+from pe_rlhf_jax.types import PyTree, Rollout
+
+STAGE = "evaluate"
+
+
+def reward_model(context: Context, role: Role) -> dict[str, Any]:
+    """Accuracy with a 95% interval, loss, calibration and accuracy by margin on held-out pairs."""
+    pairs = context.data.preference.validation[: context.config.evaluate.pairs]
+    chosen, rejected = reward_stage.scores(context, role, pairs)
+    right = pairwise_right(chosen, rejected)
+    margins = np.asarray([pair.margin for pair in pairs])
+    return {
+        "accuracy": float(np.mean(right)),
+        "ci": bootstrap_ci(right, context.config.evaluate.bootstrap),
+        "pairs": len(pairs),
+        "loss": float(bradley_terry(jnp.asarray(chosen), jnp.asarray(rejected))[0]),
+        "calibration": calibration(chosen, rejected),
+        "by_margin": accuracy_by_margin(chosen, rejected, margins),
+    }
+
+
+def policy(context: Context, roles: dict[str, Role]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the number of prompts done and, with the last of them, the figures and samples.
+
+    `roles` holds `reference`, `policy` and, where there is one, `reward`.
+    """
+    config = context.config.evaluate
+    prompts = list(context.data.prompts.validation[: config.prompts])
+    answers: dict[str, _Answers] = {name: _Answers(context) for name in ("reference", "policy")}
+    key = context.key(STAGE)
+    for at in range(0, len(prompts), config.batch_size):
+        rows = prompts[at : at + config.batch_size]
+        batch = pad_prompts(rows, context.pad_token, context.config.data.length_multiple, rows=config.batch_size)
+        batch = context.rows(batch)
+        for name, collected in answers.items():
+            collected.add(roles, name, respond(context, roles[name], batch, jax.random.fold_in(key, at)), len(rows))
+        done = at + len(rows)
+        yield done, _figures(context.config, prompts, answers) if done == len(prompts) else {}
+
+
+class _Answers:
+    """One role's answers to all prompts, with scores and log-probability ratios to the reference."""
+
+    def __init__(self, context: Context):
+        self.context = context
+        self.texts: list[str] = []
+        self.tokens: list[list[int]] = []
+        self.ended: list[float] = []
+        self.rewards: list[float] = []
+        self.kl: list[float] = []
+
+    def add(self, roles: dict[str, Role], name: str, rollout: Rollout, rows: int) -> None:
+        context = self.context
+        tokens, mask, ended = jax.device_get((rollout.response, rollout.response_mask, rollout.ended))
+        kept = [row[keep].tolist() for row, keep in zip(tokens[:rows], mask[:rows], strict=True)]
+        self.tokens += kept
+        self.texts += [context.tokenizer.decode(row, skip_special_tokens=True) for row in kept]
+        self.ended += [float(value) for value in ended[:rows]]
+        if "reward" in roles:
+            scores = rollout_scores(context.decoder, context.config.rl, roles["reward"], context.backbone, rollout)
+            self.rewards += np.asarray(scores)[:rows].tolist()
+        if name == "policy":
+            temperature, chunk = context.config.rl.sampling.temperature, context.config.model.logprob_chunk
+            ratios = _log_ratio(context.decoder, temperature, chunk, roles["policy"], roles["reference"], context.backbone, rollout)
+            self.kl += np.asarray(ratios)[:rows].tolist()
+
+
+@jax.jit(static_argnums=(0, 1, 2))
+def _log_ratio(decoder: Decoder, temperature: float, chunk: int, role: Role, reference: Role, backbone: PyTree, rollout: Rollout) -> Array:
+    """log pi(response) - log pi_ref(response) of each row; its mean over samples of pi is KL(pi || pi_ref)."""
+    logprobs, _ = response_logprobs(decoder, backbone, role, rollout, temperature, chunk)
+    ref_logprobs, _ = response_logprobs(decoder, backbone, reference, rollout, temperature, chunk)
+    return jax.vmap(masked_sum)(logprobs - ref_logprobs, rollout.response_mask)
+
+
+def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str, _Answers]) -> dict[str, Any]:
+    before, after = answers["reference"], answers["policy"]
+    resamples = config.evaluate.bootstrap
+    figures: dict[str, Any] = {}
+    rl: dict[str, Any] = {"prompts": len(prompts), "kl_per_response": float(np.mean(after.kl))}
+    rl["kl_per_token"] = float(np.sum(after.kl) / max(sum(map(len, after.tokens)), 1))
+    for when, collected in (("before", before), ("after", after)):
+        rl[f"length_{when}"] = float(np.mean([len(row) for row in collected.tokens]))
+        rl[f"distinct_2_{when}"] = distinct_n(collected.tokens, 2)
+        rl[f"ended_{when}"] = float(np.mean(collected.ended))
+    samples = [
+        {"prompt": prompt.text, "reference": a, "policy": b} for prompt, a, b in zip(prompts, before.texts, after.texts, strict=True)
+    ]
+    if before.rewards:
+        gain = np.asarray(after.rewards) - np.asarray(before.rewards)
+        spread = float(np.std(before.rewards, ddof=1)) if len(prompts) > 1 else 0.0
+        rl |= {
+            "reward_before": float(np.mean(before.rewards)),
+            "reward_after": float(np.mean(after.rewards)),
+            "reward_std_before": spread,
+            "gain_in_std": float(np.mean(gain)) / spread if spread else 0.0,
+            "ci": bootstrap_ci(gain, resamples),
+        }
+        for sample, a, b in zip(samples, before.rewards, after.rewards, strict=True):
+            sample |= {"reward_reference": a, "reward_policy": b}
+    if config.evaluate.judge:
+        judged = [_judge(config.evaluate.judge, prompts, collected.texts) for collected in (before, after)]
+        delta = np.asarray(judged[1]) - np.asarray(judged[0])
+        figures["judge"] = {
+            "name": config.evaluate.judge,
+            "before": float(np.mean(judged[0])),
+            "after": float(np.mean(judged[1])),
+            "delta": float(np.mean(delta)),
+            "ci": bootstrap_ci(delta, resamples),
+        }
+        for sample, a, b in zip(samples, *judged, strict=True):
+            sample |= {"judge_reference": a, "judge_policy": b}
+    return figures | {"rl": rl, "samples": samples}
+
+
+def _judge(spec: str, prompts: Sequence[PromptExample], completions: Sequence[str]) -> list[float]:
+    """The judge's verdicts, blind to superfluous white space."""
+    names = {name for prompt in prompts for name in prompt.columns}
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
+    return call_function(spec, load_function(spec), [prompt.text for prompt in prompts], [text.strip() for text in completions], columns)

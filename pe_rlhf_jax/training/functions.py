@@ -1,0 +1,53 @@
+"""Plain Python functions named in the configuration as `module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pe_rlhf_jax.config import ConfigError
+
+TextFunction = Callable[..., Sequence[float]]
+"""f(prompts, completions, **columns) -> one float per completion."""
+
+
+def load_function(spec: str) -> TextFunction:
+    """The function that `module:function` names. Raises ConfigError saying what is missing."""
+    module, colon, name = spec.partition(":")
+    if not colon or not module or not name:
+        raise ConfigError(f"expected `module:function`, found {spec!r}")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ConfigError(f"{spec}: cannot import {module} ({error}); is its folder on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise ConfigError(f"{spec}: the module {module} has no {name}") from error
+    if not callable(function):
+        raise ConfigError(f"{spec}: {name} is not a function")
+    return function
+
+
+def call_function(
+    spec: str,
+    function: TextFunction,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float]:
+    """Calls it and checks the answer: one finite float per completion. Raises RuntimeError that names the function."""
+    try:
+        values = list(function(list(prompts), list(completions), **columns))
+    except Exception as error:
+        raise RuntimeError(f"{spec} failed on {len(completions)} completions: {type(error).__name__}: {error}") from error
+    if len(values) != len(completions):
+        raise RuntimeError(f"{spec} returned {len(values)} values for {len(completions)} completions")
+    for index, value in enumerate(values):
+        try:
+            good = math.isfinite(value)
+        except TypeError:
+            good = False
+        if not good:
+            raise RuntimeError(f"{spec} returned {value!r} for completion {index}: {completions[index][:80]!r}; expected a finite number")
+    return [float(value) for value in values]

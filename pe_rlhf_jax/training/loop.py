@@ -1,0 +1,56 @@
+"""The loop that supervised fine-tuning and reward modelling share: batch, update, metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from pe_rlhf_jax.config import RewardConfig, SFTConfig
+from pe_rlhf_jax.data import BatchOrder
+from pe_rlhf_jax.training.context import Context, peak_memory_gib
+from pe_rlhf_jax.training.optimizer import learning_rate, make_optimizer
+from pe_rlhf_jax.training.step import Loss, make_step, stop_if_not_finite
+from pe_rlhf_jax.types import PyTree, TrainState
+
+Metrics = dict[str, float]
+
+
+def updates(
+    context: Context,
+    stage: str,
+    config: SFTConfig | RewardConfig,
+    state: TrainState,
+    frozen: PyTree,
+    examples: Sequence[Any],
+    collate: Callable[[list[Any]], PyTree],
+    loss: Loss,
+    total: Callable[[PyTree], Array],
+    evaluate: Callable[[TrainState], Metrics],
+) -> Iterator[tuple[TrainState, Metrics]]:
+    """Yields the state and its metrics after each update, from where `state` stands; every `evaluate_every` with held-out figures.
+
+    What happens at a step depends on the seed and the step alone, so that a run continued from a checkpoint is the same run.
+    """
+    optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
+    step = make_step(loss, total, optimizer, config.batch_size, config.micro_batch_size)
+    rate = learning_rate(config.optimizer, config.steps)
+    order, key = BatchOrder(len(examples), config.batch_size, context.config.run.seed), context.key(stage)
+    for index in range(int(state.step), config.steps):
+        began = time.perf_counter()
+        batch = collate([examples[i] for i in order(index)])
+        state, metrics = step(state, frozen, context.rows(batch), jax.random.fold_in(key, index))
+        state = state.replace(step=state.step + 1)
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        stop_if_not_finite(state, context.config.run.max_nonfinite, stage)
+        seconds = time.perf_counter() - began
+        tokens = sum(float(np.sum(mask)) for name, mask in vars(batch).items() if name in ("mask", "chosen_mask", "rejected_mask"))
+        values |= {"lr": float(rate(index)), "time/step": seconds, "perf/tokens_per_s": tokens / seconds}
+        values["perf/peak_memory_gib"] = peak_memory_gib()
+        if (index + 1) % config.evaluate_every == 0 or index + 1 == config.steps:
+            values |= {f"eval/{name}": value for name, value in evaluate(state).items()}
+        yield state, values

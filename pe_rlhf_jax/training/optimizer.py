@@ -1,0 +1,51 @@
+"""Optimizers in which everything that is not trained is frozen by construction."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from pe_rlhf_jax.config import OptimizerConfig
+from pe_rlhf_jax.models.roles import Tuning
+from pe_rlhf_jax.types import PyTree
+
+
+def learning_rate(config: OptimizerConfig, updates: int) -> optax.Schedule:
+    """Linear warm-up from 0, then constant, linear or cosine to 0 over `updates` in all."""
+    warmup = round(config.warmup_ratio * updates)
+    rest = max(updates - warmup, 1)
+    decay = {
+        "constant": optax.constant_schedule(config.learning_rate),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+    }[config.schedule]
+    if not warmup:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), decay], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, updates: int, tuning: Tuning) -> optax.GradientTransformation:
+    """The update rule for adapters and heads (or parameters and heads), and zero for every other leaf.
+
+    Gradients are only ever taken of what is trained; the partition is the guard behind that: a frozen leaf that reaches the optimizer
+    gets no state and a zero update. (`optax.masked` alone would pass its gradient through as an update.)
+    """
+    schedule = learning_rate(config, updates)
+    if config.name == "adamw":
+        rule = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
+    else:
+        rule = optax.adafactor(schedule, weight_decay_rate=config.weight_decay or None)
+    if config.max_grad_norm is not None:
+        rule = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
+    return optax.partition({"train": rule, "freeze": optax.set_to_zero()}, lambda tree: labels(tree, tuning))
+
+
+def labels(tree: PyTree, tuning: Tuning) -> PyTree:
+    """`train` or `freeze` for every leaf, by the collection it lies in: `head` always trains, then `lora` or `params`."""
+    trained = {"head", "lora" if tuning == "lora" else "params"}
+
+    def label(path: tuple, _: jax.Array) -> str:
+        names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
+        return "train" if names & trained else "freeze"
+
+    return jax.tree_util.tree_map_with_path(label, tree)

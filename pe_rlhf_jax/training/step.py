@@ -1,0 +1,94 @@
+"""One update: loss to gradients of what is trained, in micro-batches, and a guard against non-finite numbers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from pe_rlhf_jax.types import PyTree, TrainState
+
+Loss = Callable[[PyTree, PyTree, PyTree, Float[Array, ""], jax.Array], tuple[Float[Array, ""], dict[str, Array]]]
+"""loss(trainable, frozen, rows, total, key) -> (loss, statistics), both already divided by `total`, the whole update's normaliser, so
+that the sums over micro-batches are exactly the whole batch's."""
+
+Step = Callable[[TrainState, PyTree, PyTree, jax.Array], tuple[TrainState, dict[str, Array]]]
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row had a non-finite loss or gradient."""
+
+
+def new_state(trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update."""
+    step, skipped, in_a_row = jnp.zeros((3, 1), jnp.int32)
+    return TrainState(step[0], trainable, jax.jit(optimizer.init)(trainable), skipped=skipped[0], skipped_in_a_row=in_a_row[0])
+
+
+def make_step(
+    loss: Loss,
+    total: Callable[[PyTree], Float[Array, ""]],
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    micro_batch_size: int | None,
+) -> Step:
+    """A jitted step(state, frozen, batch, key) -> (state, metrics). The state's buffers are reused.
+
+    `total` is the normaliser of a whole batch. A non-finite loss or gradient changes nothing but the counters. `state.step` is left to
+    the caller: a step of RL may hold several updates.
+    """
+    count = batch_size // (micro_batch_size or batch_size)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def step(state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[TrainState, dict[str, Array]]:
+        normaliser = total(batch)
+        if count == 1:
+            (value, statistics), gradients = gradient(state.trainable, frozen, batch, normaliser, key)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+
+            def accumulate(sums: PyTree, inputs: tuple[PyTree, Array]) -> tuple[PyTree, None]:
+                rows, index = inputs
+                part = gradient(state.trainable, frozen, rows, normaliser, jax.random.fold_in(key, index))
+                return jax.tree.map(jnp.add, sums, part), None
+
+            first = jax.tree.map(lambda x: x[0], parts)
+            shapes = jax.eval_shape(gradient, state.trainable, frozen, first, normaliser, key)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            ((value, statistics), gradients), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+
+        def keep(new: Array, old: Array) -> Array:
+            return jnp.where(finite, new, old)
+
+        state = state.replace(
+            trainable=jax.tree.map(keep, trainable, state.trainable),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        return state, {"loss": value, "grad_norm": norm, "skipped": state.skipped, **statistics}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def stop_if_not_finite(state: TrainState, limit: int, stage: str) -> None:
+    """Raises NonFiniteError after `limit` skipped updates in a row."""
+    in_a_row = int(state.skipped_in_a_row)
+    if in_a_row >= limit:
+        raise NonFiniteError(
+            f"{stage}: {in_a_row} updates in a row had a non-finite loss or gradient and were skipped (run.max_nonfinite is {limit}). "
+            "The last checkpoint is good. Try a lower learning rate, gradient clipping, or model.dtype float32."
+        )
+
+
+def stage_key(seed: int, stage: str) -> jax.Array:
+    """The key of a stage; keys of its steps are folded from it, so that nothing random needs to be saved."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
