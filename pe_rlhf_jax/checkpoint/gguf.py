@@ -87,7 +87,8 @@ class GGUFFile:
         """The tensor dequantized to float32, in Hugging Face's layout and order of rows."""
         tensor = self._tensors[name]
         try:
-            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            with np.errstate(over="ignore", invalid="ignore"):  # damaged scales; `load_params` refuses what is not finite
+                array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
             if name.endswith("q_proj.weight"):
                 return _rotate_half_rows(array, self.config["num_attention_heads"])
             if name.endswith("k_proj.weight"):
@@ -167,16 +168,18 @@ class _BoundedReader(gguf.GGUFReader):
     """The package's reader, which takes every count and length on trust, with each read checked against the file."""
 
     def __init__(self, path: Path):
-        self._values = 0
+        self._values_left = _MAX_HEADER_VALUES
         super().__init__(path)
 
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
-        dtype = np.dtype(dtype).newbyteorder(self.byte_order if override_order is None else override_order)
-        start, end = int(offset), int(offset) + dtype.itemsize * int(count)
-        if end > self.data.size:
-            raise ValueError(f"{end} bytes are needed, the file has {self.data.size}")
-        self._values += 1
-        if self._values > _MAX_HEADER_VALUES:
+        if isinstance(self.data, np.memmap):  # at the first call: slices of numpy's memmap class cost four times as much
+            self.data = np.asarray(self.data)  # type: ignore[assignment]
+        dtype = np.dtype(dtype)
+        order = self.byte_order if override_order is None else override_order
+        end = int(offset) + dtype.itemsize * int(count)
+        if end > len(self.data):
+            raise ValueError(f"{end} bytes are needed, the file has {len(self.data)}")
+        self._values_left -= 1
+        if self._values_left < 0:
             raise ValueError(f"the header declares more than {_MAX_HEADER_VALUES} values")
-        # A plain array instead of numpy's memmap class, whose slices cost four times as much.
-        return np.asarray(self.data)[start:end].view(dtype)
+        return self.data[int(offset) : end].view(dtype if order == "I" else dtype.newbyteorder(order))

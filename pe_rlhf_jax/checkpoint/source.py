@@ -60,8 +60,7 @@ def resolve(config: ModelConfig) -> Backbone:
         decoder = family.config_from_hf(reader.config)
     except UnsupportedModelError as error:
         raise WeightsError(f"{config.source} ({reader.path}): {error}") from error
-    is_gguf = isinstance(reader, GGUFFile)
-    tokenizer = tokenizer_from_gguf(reader) if is_gguf else tokenizer_from_folder(reader.path, reader.eos_token_ids)
+    tokenizer = _tokenizer(reader)
     eos_token_ids = end_token_ids(tokenizer, reader.eos_token_ids)
     largest = max(*tokenizer.get_vocab().values(), *eos_token_ids)
     if largest >= decoder.vocab_size:
@@ -86,6 +85,12 @@ def _open(config: ModelConfig) -> GGUFFile | SafetensorsFolder:
     )
 
 
+def _tokenizer(reader: GGUFFile | SafetensorsFolder) -> PreTrainedTokenizerFast:
+    if isinstance(reader, GGUFFile):
+        return tokenizer_from_gguf(reader)
+    return tokenizer_from_folder(reader.path, reader.eos_token_ids)
+
+
 def _snapshot(name: str, revision: str | None) -> Path:
     what = f"hf:{name}" + (f" at revision {revision}" if revision else "")
     place = "set model.source to a local folder that holds its files"
@@ -107,7 +112,8 @@ def _snapshot(name: str, revision: str | None) -> Path:
         raise WeightsError(
             f"{what} does not exist or is private: check OWNER/NAME and model.revision, or log in with `hf auth login`"
         ) from error
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError, ValueError) as error:
+    # HTTPError is the transport's own, by whichever HTTP library the hub's client uses.
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.HTTPError, OSError, ValueError) as error:
         raise WeightsError(
             f"{what} is not in the cache and cannot be fetched ({type(error).__name__}: {error}). Behind a proxy set "
             f"HTTPS_PROXY; offline, {place}"

@@ -1,0 +1,134 @@
+"""Adapters go out in PEFT's format and come back to the bit."""
+
+import functools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from pe_rlhf_jax.checkpoint.export import AdapterError, export_policy, export_reward, import_adapter
+from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.models.decoder import Decoder, DecoderConfig
+
+CONFIG = DecoderConfig(
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    max_position_embeddings=64,
+)
+LORA = LoRAConfig(r=5, lora_alpha=7.5, use_rslora=True)
+SOURCE = {"base_model": "hf:owner/name", "sha256": "0" * 64}
+HEAD = {"kernel": jnp.linspace(-1, 1, 16)[:, None], "bias": jnp.array([0.1], jnp.float32)}
+
+
+@functools.cache
+def shapes(config: LoRAConfig = LORA):
+    return jax.eval_shape(Decoder(CONFIG, config).init_lora, jax.random.key(0))
+
+
+def random_like(tree, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), tree)
+
+
+def assert_identical(found, expected) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype and np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.mark.parametrize("target", ["attention", "all-linear", r"mlp\..*"])
+def test_the_way_back_is_exact(tmp_path, target):
+    config = LoRAConfig(r=5, target_modules=target)
+    lora = random_like(shapes(config))
+    export_policy(tmp_path / "policy", lora, config, **SOURCE)
+    export_reward(tmp_path / "reward", lora, HEAD, config, **SOURCE)
+    found, head = import_adapter(tmp_path / "policy", shapes(config), config)
+    assert_identical(found, lora)
+    assert head is None
+    found, head = import_adapter(tmp_path / "reward", lora, config)
+    assert_identical((found, head), (lora, HEAD))
+
+
+def test_layout_of_a_reward_model(tmp_path):
+    lora = random_like(shapes())
+    export_reward(tmp_path / "reward", lora, HEAD, LORA, **SOURCE, recipe={"seed": 3})
+    assert sorted(os.listdir(tmp_path / "reward")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    settings = json.loads((tmp_path / "reward/adapter_config.json").read_text())
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert sorted(settings.pop("target_modules")) == sorted(modules)
+    expected = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 5, "lora_alpha": 7.5, "use_rslora": True, "lora_dropout": 0.0}
+    expected |= {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": ["score"]}
+    assert settings == expected | {"base_model_name_or_path": "owner/name"}
+    tensors = safetensors.numpy.load_file(tmp_path / "reward/adapter_model.safetensors")
+    assert len(tensors) == 2 * 7 * 3 + 1
+    factors = lora["layers"]["attention"]["k_proj"]
+    name = "base_model.model.model.layers.2.self_attn.k_proj.lora"
+    np.testing.assert_array_equal(tensors[f"{name}_A.weight"], factors["a"][2].T)
+    np.testing.assert_array_equal(tensors[f"{name}_B.weight"], factors["b"][2].T)
+    assert tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape == (5, 24)
+    np.testing.assert_array_equal(tensors["base_model.model.score.weight"], HEAD["kernel"].T)
+    readme = (tmp_path / "reward/README.md").read_text()
+    for part in ("hf:owner/name", "0" * 64, "| seed | 3 |", repr(float(np.float32(0.1))), "AutoModelForSequenceClassification"):
+        assert part in readme
+
+
+def test_an_export_is_replaced_as_a_whole_or_stays(tmp_path, monkeypatch):
+    first, second = random_like(shapes(), 1), random_like(shapes(), 2)
+    folder = tmp_path / "export" / "policy"
+    export_policy(folder, first, LORA, **SOURCE)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(json, "dumps", full)
+        with pytest.raises(OSError, match="No space"):
+            export_policy(folder, second, LORA, **SOURCE)
+    assert os.listdir(folder.parent) == ["policy"]
+    assert_identical(import_adapter(folder, shapes(), LORA)[0], first)
+    export_policy(folder, second, LORA, **SOURCE)
+    assert os.listdir(folder.parent) == ["policy"]
+    assert_identical(import_adapter(folder, shapes(), LORA)[0], second)
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    folder, lora = tmp_path / "policy", random_like(shapes())
+    with pytest.raises(AdapterError, match=r"adapter_config.json: cannot be read as JSON: .*No such file"):
+        import_adapter(folder, lora, LORA)
+    export_policy(folder, lora, LORA, **SOURCE)
+    with pytest.raises(AdapterError, match=r"lora_alpha is 7.5, but lora.lora_alpha is 32.0"):
+        import_adapter(folder, lora, LORA.model_copy(update={"lora_alpha": 32.0}))
+    attention = shapes(LORA.model_copy(update={"target_modules": "attention"}))
+    with pytest.raises(AdapterError, match=r"layers.0.mlp.down_proj.lora_A.weight and 17 more tensors have no place"):
+        import_adapter(folder, attention, LORA)
+    deeper = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((4, *leaf.shape[1:]), leaf.dtype), lora)
+    with pytest.raises(AdapterError, match=r"layers.3.mlp.down_proj.lora_A.weight and 13 more tensors are missing"):
+        import_adapter(folder, deeper, LORA)
+    wider = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, leaf.shape[1], leaf.shape[2] + 1), leaf.dtype), lora)
+    with pytest.raises(AdapterError, match=r"should be \[6, \d+\], but is \[5, \d+\]"):
+        import_adapter(folder, wider, LORA)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
+    with pytest.raises(AdapterError, match="use_dora: True is not supported"):
+        import_adapter(folder, lora, LORA)
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(AdapterError, match="cannot be read as safetensors"):
+        import_adapter(folder, lora, LORA)
+    broken = jax.tree.map(lambda leaf: np.where(np.arange(3)[:, None, None] == 1, np.float32("nan"), leaf), lora)
+    export_policy(folder, broken, LORA, **SOURCE)
+    with pytest.raises(AdapterError, match=r"layers.1.* holds values that are not finite"):
+        import_adapter(folder, lora, LORA)
