@@ -66,13 +66,16 @@ STYLE: Any = {
 Rows = Sequence[Mapping[str, Any]]
 
 
-def curves(title: str, rows: Rows, series: Mapping[str, str], ylabel: str, *, percent: bool = False, log: bool = False) -> Markup | None:
+def curves(
+    title: str, rows: Rows, series: Mapping[str, str], ylabel: str, *, percent: bool = False, log: bool = False, smooth: bool = True
+) -> Markup | None:
     """Metrics over steps, each a smooth line over its faint raw points.
 
     Args:
         series: metric name -> legend; metrics that no row holds are left out.
         percent: the metrics are shares.
         log: logarithmic values; only the positive ones are drawn.
+        smooth: False for a metric without noise, drawn as it is.
 
     Returns:
         SVG, or None if there is nothing to draw.
@@ -86,12 +89,13 @@ def curves(title: str, rows: Rows, series: Mapping[str, str], ylabel: str, *, pe
 
     def draw(axes: Axes) -> None:
         for color, (label, steps, values) in zip(COLORS, lines, strict=False):
-            smooth = np.exp(smoothed(np.log(values))) if log else smoothed(values)
             few = len(values) < 12
+            noisy = smooth and not few
+            line = values if not noisy else np.exp(smoothed(np.log(values))) if log else smoothed(values)
             thin = slice(None, None, max(1, -(-len(steps) // MAX_POINTS)))
-            if not few:
+            if noisy:
                 axes.plot(steps[thin], values[thin], ".", color=color, alpha=0.3, markersize=5, markeredgewidth=0)
-            axes.plot(steps[thin], (values if few else smooth)[thin], "o-" if few else "-", color=color, markersize=3)
+            axes.plot(steps[thin], line[thin], "o-" if few else "-", color=color, markersize=3)
             axes.lines[-1].set_label(label)
         axes.set_xlabel("step")
         axes.set_ylabel(ylabel)
@@ -212,7 +216,8 @@ def _svg(title: str, draw: Any) -> Markup:
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)  # a style would reach the whole page
-    svg = re.sub(r"(\.\d\d)\d+", r"\1", re.sub(r'<g id="[^"]*"', "<g", svg))
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)  # coordinates, not labels
     svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg, count=1)
     # Several charts share a page: ids are made unique, and the namespaces that HTML does not need go.
     svg = re.sub(r'\bid="', f'id="{key}-', svg)

@@ -49,7 +49,7 @@ def _gain(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile | None:
     k = max(1, len(scores) // 10)
     first, last = sum(scores[:k]) / k, sum(scores[-k:]) / k
     reading = "Mean reward of the first and last tenth of the training batches; not yet measured on held-out prompts."
-    return Tile(label, f"{signed(first)} → {signed(last)}", "training batches", reading, _tone(last - first, None))
+    return Tile(label, f"{signed(first)} → {signed(last)}", "training batches", reading)
 
 
 def _judge(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile | None:
@@ -90,12 +90,13 @@ def _reward_model(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile 
 
 def _kl(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile | None:
     per_token, per_response = (number(summary, "rl", key) for key in ("kl_per_token", "kl_per_response"))
+    label = "KL to the reference, in nats"
     reading = "How far the policy has moved from the reference; near 0 it writes alike."
     if per_token is not None:
         total = f", {per_response:.3g} per response" if per_response is not None else ""
-        return Tile("KL to the reference", f"{per_token:.3g}", f"nats per token{total}", reading)
+        return Tile(label, f"{per_token:.3g}", f"per token{total}", reading)
     found = [row["objective/kl_per_token"] for row in rows.get("rl", ()) if _is_number(row.get("objective/kl_per_token"))]
-    return Tile("KL to the reference", f"{found[-1]:.3g}", "nats per token, last training step", reading) if found else None
+    return Tile(label, f"{found[-1]:.3g}", "per token, last training step", reading) if found else None
 
 
 def _form(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile | None:

@@ -7,18 +7,12 @@ an uninterrupted one. The mirrors follow it as closely as their formats allow.
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import math
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from pe_rlhf_jax.config import ConfigError
 
@@ -55,8 +49,11 @@ class MetricsLog:
         self._wandb = _WandbMirror(Path(folder), wandb_project, name, config) if wandb_project else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _mend(self.path)
-        self._file = self.path.open("ab", buffering=0)
-        self._tensorboard = _TensorBoardMirror(Path(folder) / "tensorboard") if tensorboard else None
+        self._tensorboard = None
+        if tensorboard:  # imported here: tensorboardX loads torch where torch is installed, which takes seconds
+            from pe_rlhf_jax.report.tensorboard import TensorBoardMirror
+
+            self._tensorboard = TensorBoardMirror(Path(folder) / "tensorboard")
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one row; values may be Python, numpy or JAX scalars.
@@ -81,14 +78,12 @@ class MetricsLog:
 
         The file is replaced in one move, so a kill leaves either the old rows or the new ones.
         """
-        self._file.close()
         _mend(self.path)
         lines = self.path.read_bytes().split(b"\n")[:-1]
         rows = zip(lines, _parse(self.path), strict=True)
         kept = [line + b"\n" for line, row in rows if row["stage"] != stage or row["step"] <= step]
         if len(kept) < len(lines):
             write_atomically(self.path, b"".join(kept))
-        self._file = self.path.open("ab", buffering=0)
         if self._tensorboard:
             self._tensorboard.rewind(stage, step)
 
@@ -97,21 +92,21 @@ class MetricsLog:
         return read(self.path, stage)
 
     def close(self) -> None:
-        self._file.close()
+        """Ends the mirrors; metrics.jsonl itself is never held open."""
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.close()
 
     def _append(self, data: bytes) -> None:
-        size = os.fstat(self._file.fileno()).st_size
-        written = 0
-        try:
-            while written < len(data):
-                written += self._file.write(data[written:])
-        except OSError:
-            os.ftruncate(self._file.fileno(), size)  # no half row for the next one to join
-            raise
+        with self.path.open("ab", buffering=0) as file:
+            size, written = file.tell(), 0
+            try:
+                while written < len(data):
+                    written += file.write(data[written:]) or 0
+            except OSError:
+                file.truncate(size)  # no half row for the next one to join
+                raise
 
 
 def read(path: Path, stage: str | None = None) -> list[dict]:
@@ -179,44 +174,6 @@ def _number(key: str, value: Any) -> int | float:
     if isinstance(value, float):
         return value
     raise ValueError(f"metric {key!r}: expected a number, found {type(value).__name__} {value!r}")
-
-
-class _TensorBoardMirror:
-    """One event file per stage and start, written before `write` returns.
-
-    tensorboardX's SummaryWriter hands events to a thread that flushes now and then; rows before the checkpoint could be
-    lost in a kill. Its EventsWriter writes the same files directly.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.writers: dict[str, EventsWriter] = {}
-
-    def write(self, stage: str, step: int, row: Mapping[str, int | float]) -> None:
-        values = [Summary.Value(tag=f"{stage}/{key}", simple_value=value) for key, value in row.items()]
-        self._put(stage, Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
-
-    def rewind(self, stage: str, step: int) -> None:
-        """Starts a file that tells TensorBoard to forget what earlier files say after `step` (its purge_step)."""
-        if (self.folder / stage).exists():
-            self.close(stage)
-            start = SessionLog(status=SessionLog.START)
-            self._put(stage, Event(step=step + 1, wall_time=time.time(), session_log=start))
-
-    def close(self, stage: str | None = None) -> None:
-        for name in list(self.writers) if stage is None else [stage]:
-            if name in self.writers:
-                self.writers.pop(name).close()
-
-    def _put(self, stage: str, event: Event) -> None:
-        if stage not in self.writers:
-            folder = self.folder / stage
-            folder.mkdir(parents=True, exist_ok=True)
-            # File names hold whole seconds, and TensorBoard reads files in the order of their names: number them too.
-            suffix = next(s for n in itertools.count() if not list(folder.glob(f"*{(s := f'.{n:04d}')}")))
-            self.writers[stage] = EventsWriter(str(folder / "events"), suffix)
-        self.writers[stage].write_event(event)
-        self.writers[stage].flush()
 
 
 class _WandbMirror:

@@ -187,7 +187,7 @@ def _cost(rl: Rows) -> list[Chart | None]:
             charts.stacked("Time of a step", rl, parts, "seconds"),
         ),
         _curve("Throughput", "In the steps of RL.", rl, {"perf/tokens_per_s": "tokens"}, "tokens per second"),
-        _curve("Peak memory", "Highest use so far.", rl, {"perf/peak_memory_gib": "memory"}, "GiB"),
+        _curve("Peak memory", "Highest use so far.", rl, {"perf/peak_memory_gib": "memory"}, "GiB", smooth=False),
     ]
 
 
@@ -200,8 +200,9 @@ def _curve(
     *,
     percent: bool = False,
     log: bool = False,
+    smooth: bool = True,
 ) -> Chart | None:
-    return _chart(title, caption, charts.curves(title, rows, series, ylabel, percent=percent, log=log))
+    return _chart(title, caption, charts.curves(title, rows, series, ylabel, percent=percent, log=log, smooth=smooth))
 
 
 def _chart(title: str, caption: str, svg: Markup | None) -> Chart | None:
@@ -210,7 +211,7 @@ def _chart(title: str, caption: str, svg: Markup | None) -> Chart | None:
 
 def _skipped(rows: Rows) -> str:
     count = max((row["skipped"] for row in rows if isinstance(row.get("skipped"), int | float)), default=0)
-    return f"{count:.0f} updates were skipped because the loss or a gradient was not finite." if count else ""
+    return f"Updates skipped because the loss or a gradient was not finite: {count:.0f}." if count else ""
 
 
 def _tuned(summary: Mapping[str, Any]) -> str:

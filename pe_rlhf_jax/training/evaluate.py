@@ -121,7 +121,7 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
             "reward_after": float(np.mean(after.rewards)),
             "reward_std_before": spread,
             "gain_in_std": float(np.mean(gain)) / spread if spread else 0.0,
-            "ci": bootstrap_ci(gain, resamples),
+            "ci": [bound / spread if spread else 0.0 for bound in bootstrap_ci(gain, resamples)],
         }
         for sample, a, b in zip(samples, before.rewards, after.rewards, strict=True):
             sample |= {"reward_reference": a, "reward_policy": b}

@@ -1,0 +1,5 @@
+"""Fixtures of whole runs."""
+
+from tiny_project import compiled, project, undisturbed
+
+__all__ = ["compiled", "project", "undisturbed"]

@@ -1,0 +1,118 @@
+"""A whole run: every stage, what it leaves behind, and what happens when it is started again, changed or stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+from tiny_project import finish, result, start, write_config
+
+KILLS = 10
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    run = undisturbed / "runs" / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0 <= summary["reward_model"]["ci"][0] <= summary["reward_model"]["accuracy"] <= summary["reward_model"]["ci"][1] <= 1
+    assert {"reward_before", "reward_after", "gain_in_std", "ci", "kl_per_token", "length_after", "distinct_2_after"} <= summary["rl"].keys()
+    assert summary["sft"]["loss_after"] < summary["sft"]["loss_before"]
+    assert all(summary["time"][f"{stage}_s"] > 0 for stage in ("sft", "reward", "rl", "evaluate", "export"))
+    assert summary["peak_memory_gib"] > 0.1
+    assert "<svg" in (run / "report.html").read_text()
+    assert {path.name for path in (run / "export").iterdir()} == {"policy", "reward"}
+    assert len((run / "samples" / "evaluation.jsonl").read_text().splitlines()) == 8
+
+
+def test_before_the_first_update_policy_and_reference_are_one(undisturbed):
+    _, rows = result(undisturbed)
+    first = next(row for row in rows if row["stage"] == "rl" and row["step"] == 1)
+    assert first["objective/kl"] == 0.0
+    assert first["objective/non_score_reward"] == 0.0
+    assert abs(first["val/sampler_kl"]) < 1e-6
+
+
+def test_started_again_it_is_quick_and_changes_nothing(undisturbed, compiled):
+    before = result(undisturbed)
+    output = finish(start(undisturbed / "config.yaml", compiled))
+    assert output.count("finished before") == 4
+    assert result(undisturbed) == before
+
+
+def test_stages_run_one_by_one_as_together(undisturbed, project, compiled, tmp_path):
+    config = write_config(project, tmp_path)
+    for stages in ("[sft]", "[reward]", "[rl]", "[evaluate, export]"):
+        finish(start(config, compiled, "--set", f"run.stages={stages}"))
+    assert result(tmp_path) == result(undisturbed)
+
+
+def test_another_configuration_is_refused_with_the_difference(undisturbed, compiled):
+    output = finish(start(undisturbed / "config.yaml", compiled, "--set", "rl.kl_coef=0.125"), code=2)
+    assert "rl.kl_coef: 0.05 -> 0.125" in output
+    assert "--restart" in output
+
+
+def test_rl_without_a_reward_model_says_what_to_run(project, compiled, tmp_path):
+    output = finish(start(write_config(project, tmp_path), compiled, "--set", "run.stages=[rl]"), code=2)
+    assert "run the stage `reward` first" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_and_continues(undisturbed, project, compiled, tmp_path, number):
+    process = start(write_config(project, tmp_path), compiled)
+    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+    _wait(lambda: metrics.exists() and '"rl"' in metrics.read_text(), process)
+    process.send_signal(number)
+    output = finish(process, code=75)
+    assert number.name in output
+    assert "same command" in output
+    done = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    saved = max(int(path.name) for path in (tmp_path / "runs/run/checkpoints/rl").iterdir())
+    assert saved == done
+    finish(start(tmp_path / "config.yaml", compiled))
+    assert result(tmp_path) == result(undisturbed)
+
+
+def test_killed_at_random_instants_it_ends_the_same(undisturbed, project, compiled, tmp_path):
+    """Every second kill waits for a save that is under way."""
+    generator = random.Random(0)
+    config, checkpoints = write_config(project, tmp_path), tmp_path / "runs" / "run" / "checkpoints"
+    killed = during_save = 0
+    while killed < KILLS:
+        process = start(config, compiled)
+        saving = killed % 2 == 1
+        if saving:
+            _wait(lambda: any(checkpoints.glob("*/.saving*")), process, pause=0.0005)
+            during_save += any(checkpoints.glob("*/.saving*"))
+        else:
+            _wait(lambda: (tmp_path / "runs" / "run" / "config.yaml").exists(), process)
+            time.sleep(generator.uniform(2.0, 9.0))
+        process.kill()
+        process.communicate()
+        killed += 1
+        if process.returncode == 0:
+            break
+    assert killed > 2
+    finish(start(config, compiled))
+    assert result(tmp_path) == result(undisturbed)
+
+
+def test_eight_devices_learn_what_one_does(undisturbed, project, compiled, tmp_path):
+    """Data, fsdp and tensor axes of two: the same losses to rounding, the same choices of tokens at the start."""
+    config = write_config(project, tmp_path, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    finish(start(config, compiled, "--set", "run.stages=[sft, reward]", devices=8))
+    (_, one), (_, eight) = result(undisturbed), result(tmp_path)
+    for row, other in zip([row for row in one if row["stage"] != "rl"], eight, strict=True):
+        assert (row["stage"], row["step"]) == (other["stage"], other["step"])
+        np.testing.assert_allclose(other["loss"], row["loss"], rtol=1e-4)
+
+
+def _wait(condition, process, pause: float = 0.02, limit: float = 240.0) -> None:
+    """Until the condition holds or the process has ended."""
+    until = time.monotonic() + limit
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(pause)

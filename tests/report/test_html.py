@@ -1,0 +1,223 @@
+"""The HTML report: self-contained, safe with hostile text, and useful when the run folder is not complete."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+
+from pe_rlhf_jax.report import charts, headline, samples
+from pe_rlhf_jax.report import html as report
+from pe_rlhf_jax.report.metrics import MetricsLog
+
+SUMMARY = {
+    "name": "run",
+    "versions": {"jax": "0.10.2"},
+    "device": {"kind": "cpu"},
+    "model": {"source": "package:tiny==1", "parameters": 1_000_000, "trainable_parameters": 36_300},
+    "sft": {"loss_before": 3.9, "loss_after": 3.4},
+    "reward_model": {
+        "accuracy": 0.719,
+        "ci": [0.68, 0.757],
+        "pairs": 512,
+        "calibration": [{"predicted": 0.6, "observed": 0.64, "count": 100}, {"predicted": 0.9, "observed": 1.0, "count": 20}],
+        "by_margin": [{"low": 0.5, "high": 1, "accuracy": 0.6, "count": 90}, {"low": 1, "high": 8, "accuracy": 1.0, "count": 30}],
+    },
+    "rl": {"gain_in_std": 0.85, "ci": [0.62, 1.07], "reward_before": -0.31, "reward_after": 0.52, "kl_per_token": 0.0712},
+    "judge": {"name": "vader", "before": 0.3, "after": 0.28, "delta": -0.02, "ci": [-0.06, 0.02]},
+    "time": {"sft_s": 60, "rl_s": 180, "total_s": 240, "rl_rollout_s": 50, "rl_score_s": 25, "rl_learn_s": 25},
+    "peak_memory_gib": 2.71,
+}
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"' {{ 7 * 7 }} [red] \x1b[31m \u202e \ud800 &amp;"
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with attributes, and the text a reader sees."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags, self.text = [], ""
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def charts(self):
+        return [attrs["aria-label"] for tag, attrs in self.tags if tag == "svg"]
+
+
+def fill(folder, sample=None):
+    log = MetricsLog(folder, tensorboard=False)
+    for step in range(1, 21):
+        log.write("sft", step, {"loss": 4 - step / 40, **({"eval/loss": 3.5} if step % 10 == 0 else {})})
+        log.write("reward", step, {"loss": 0.69, "accuracy": 0.5 + step / 100, "skipped": 0})
+    for step in range(1, 21):
+        names = ["objective/scores", "objective/rlhf_reward", "objective/kl", "objective/length", "objective/ended", "policy/entropy_avg"]
+        names += ["loss/policy_avg", "loss/value_avg", "time/rollout", "time/score", "time/learn", "perf/peak_memory_gib"]
+        row = dict.fromkeys(names, step / 20) | {"val/sampler_kl": 0.0 if step == 3 else 1e-7 * step, "skipped": step // 10}
+        log.write("rl", step, row | {"objective/scores": float("nan") if step == 5 else step / 10})
+    log.close()
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    (folder / "config.yaml").write_text("rl:\n  steps: 20  # <b>bold</b>\n")
+    samples.write(folder / "samples" / "evaluate.jsonl", [sample or {"prompt": "p", "reference": "r", "policy": "q", "reward_policy": 1}])
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    folder.mkdir()
+    row = {
+        "prompt": HOSTILE,
+        "reference": HOSTILE,
+        "policy": HOSTILE,
+        "reward_reference": 0.1,
+        "reward_policy": None,
+        "judge_policy": HOSTILE,
+    }
+    fill(folder, row)
+    path = report.build(folder)
+    assert path == folder / "report.html"
+    return Page(path)
+
+
+def test_nothing_is_loaded_and_nothing_runs(page):
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "img", "base", "image"}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        for name in ("src", "href", "xlink:href", "data", "action", "poster"):
+            assert attributes.get(name, "#").startswith("#"), (tag, attributes)
+    assert not re.search(r"https?:|@import|url\((?!#)", page.source)
+    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"}) in page.tags
+
+
+def test_hostile_text_is_shown_as_text(page):
+    assert page.text.count("<script>alert(1)</script><img src=x onerror=alert(2)>") == 3
+    assert "{{ 7 * 7 }}" in page.text and "&amp;" in page.text
+    assert page.text.count("<U+001B>[31m <U+202E> <U+D800>") == 3
+    assert "# <b>bold</b>" in page.text
+
+
+def test_every_part_is_there(page):
+    for title in (
+        "Reward", "KL to the reference", "Response length", "Policy entropy", "Value loss", "Policy loss", "Reward model loss",
+        "Reward model accuracy", "Accuracy by margin", "Calibration", "SFT loss", "Time of a step", "Peak memory",
+        "Sampler against learner",
+    ):  # fmt: skip
+        assert title in page.charts()
+    for text in (
+        "+0.85 std",
+        "95% interval +0.62 to +1.07",
+        "71.9%",
+        "2.71 GiB",
+        "4:00",
+        "50% rollout",
+        "0.0712",
+        "package:tiny==1",
+        "0.10.2",
+    ):
+        assert text in page.text
+    assert "This report is partial" not in page.text
+    assert "Updates skipped because the loss or a gradient was not finite: 2." in page.text
+    ids = re.findall(r'\bid="([^"]+)"', page.source)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:url\(|href=")#([^")]+)', page.source)
+    assert used and set(used) <= set(ids)
+    assert len(page.source) < 700_000
+
+
+@pytest.mark.parametrize(
+    ("keep", "said", "shown"),
+    [
+        ((), ["config.yaml is missing", "metrics.jsonl is missing", "summary.json is missing", "samples/ has no samples"], []),
+        (("metrics.jsonl",), ["summary.json is missing: the run has not ended"], ["training batches", "during training"]),
+        (("summary.json",), ["metrics.jsonl is missing"], ["+0.85 std", "71.9%"]),
+    ],
+)
+def test_a_partial_folder_gives_a_partial_report_that_says_so(tmp_path, keep, said, shown):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if "summary.json" in keep:
+        (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    if "metrics.jsonl" in keep:
+        log = MetricsLog(folder, tensorboard=False)
+        log.write("reward", 1, {"loss": 0.7, "eval/accuracy": 0.6})
+        for step in (1, 2):
+            log.write("rl", step, {"objective/scores": step / 2})
+        log.close()
+    page = Page(report.build(folder))
+    assert "This report is partial" in page.text
+    for text in said + shown:
+        assert text in page.text
+
+
+def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path):
+    (tmp_path / "summary.json").write_text('{"rl": {')
+    (tmp_path / "metrics.jsonl").write_text("nonsense\n{}\n")
+    (tmp_path / "config.yaml").write_bytes(b"name: caf\xe9")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "a.jsonl").write_text("{\n")
+    samples.write(tmp_path / "samples" / "b.jsonl", [{"prompt": "still here"}])
+    text = Page(report.build(tmp_path)).text
+    for part in ("summary.json cannot be read", "metrics.jsonl, line 1", "a.jsonl, line 1", "still here", "(missing)", "caf\ufffd"):
+        assert part in text
+
+
+def test_odd_summaries_do_not_break_the_report(tmp_path):
+    odd = {"rl": None, "reward_model": {"accuracy": None, "calibration": None, "by_margin": [None]}, "judge": {"delta": "much", "ci": [1]}}
+    (tmp_path / "summary.json").write_text(json.dumps(odd | {"model": "tiny", "versions": None, "time": {"total_s": 5}}))
+    page = Page(report.build(tmp_path))
+    assert "Total time" in page.text and "tiny" in page.text
+    assert page.charts() == []
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such run folder"):
+        report.build(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("interval", "tone", "reading"),
+    [([0.1, 0.5], "good", "excludes zero"), ([-0.1, 0.7], "", "may be chance"), ([-0.7, -0.1], "bad", "excludes zero")],
+)
+def test_tiles_claim_no_more_than_their_interval(interval, tone, reading):
+    middle = sum(interval) / 2
+    found = headline.tiles({"rl": {"gain_in_std": middle, "ci": interval}, "judge": {"delta": middle, "ci": interval}}, {})
+    assert [tile.tone for tile in found] == [tone, tone]
+    assert all(reading in tile.reading for tile in found)
+
+
+def test_an_accuracy_that_may_be_guessing_is_called_so():
+    (tile,) = headline.tiles({"reward_model": {"accuracy": 0.53, "ci": [0.49, 0.57]}}, {})
+    assert tile.tone == "bad" and "not clearly better than guessing" in tile.reading
+
+
+def test_smoothing_keeps_constants_and_does_not_lag():
+    np.testing.assert_allclose(charts.smoothed(np.full(50, 2.5)), 2.5)
+    line = np.arange(200.0)
+    np.testing.assert_allclose(charts.smoothed(line)[50:150], line[50:150])
+    assert charts.smoothed(np.array([3.0])).tolist() == [3.0]
+
+
+def test_long_runs_give_small_charts():
+    rows = [{"step": step, "loss": 1 / step} for step in range(1, 20_001)]
+    svg = charts.curves("Loss", rows, {"loss": "training"}, "loss")
+    assert svg is not None and len(svg) < 60_000
+    assert charts.curves("Loss", rows, {"absent": "x"}, "loss") is None
+
+
+def test_charts_leave_matplotlibs_settings_alone():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    charts.curves("Loss", [{"step": 1, "loss": 0.001}, {"step": 2, "loss": 0.00125}], {"loss": "training"}, "loss")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_rounding_coordinates_leaves_labels_exact():
+    svg = charts.curves("Loss", [{"step": i, "loss": -0.005 * i} for i in range(1, 6)], {"loss": "training"}, "loss")
+    assert ">\N{MINUS SIGN}0.0075<" in svg and ">\N{MINUS SIGN}0.0225<" in svg
