@@ -70,7 +70,8 @@ def fetch_package(requirement: str, *, sdist: bool = False) -> Path:
                     f"expected one {kind} of {requirement} from pip, found {sorted(os.listdir(incoming))}; {_by_hand(folder, sdist)}"
                 )
             target = folder / found[0].name
-            os.replace(found[0], target)
+            if not target.exists():  # another process was faster; its file stays, as others may have read from it
+                os.replace(found[0], target)
     return target
 
 
@@ -232,4 +233,7 @@ class _Archive:
             for entry in self._tar:
                 if not entry.isdir():
                     names[entry.name] = entry.isreg() and not entry.issparse() and entry.name not in names
+            # The checksum is at the end of the compressed stream, which tar itself need not reach.
+            while self._tar.fileobj is not None and self._tar.fileobj.read(1 << 20):
+                pass
         return names

@@ -66,6 +66,14 @@ def make_model(config: DecoderConfig, lora: LoRAConfig, **decoder_fields) -> Mod
     return Model(decoder, drawn["params"], drawn["lora"])
 
 
+@pytest.fixture
+def quick_compile():
+    """Halves compile times by skipping XLA's optimizer; for tests that hold for any compilation and run hardly any arithmetic."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Model:
     """Grouped-query attention, tied embeddings, adapters on every linear layer."""

@@ -130,7 +130,6 @@ def _finished(tokenizer: PreTrainedTokenizerFast, declared: Iterable[int], where
             raise WeightsError(f"{where}: neither tokenizer nor model names an end token; set eos_token in the tokenizer")
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(declared[0])
     tokenizer.pad_token = choose_pad(tokenizer, end_token_ids(tokenizer, declared))
-    tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
 
 

@@ -99,6 +99,8 @@ def _hold_out(kind: Kind, rows: list[TextRow], share: float) -> tuple[list[TextR
     """Holds out about `share` of the texts by their hash, whatever the order of the rows. No text is on both sides: rows that share
     one, directly or through others, stay together.
     """
+    if not rows:
+        return [], []
     parent: dict[str, str] = {}
 
     def root(key: str) -> str:
@@ -116,7 +118,7 @@ def _hold_out(kind: Kind, rows: list[TextRow], share: float) -> tuple[list[TextR
     groups = {root(key) for key in parent}
     held_out = {group for group in groups if hash_share(group) < share}
     if len(groups) < 2:
-        raise DataError(f"data.{kind}: all {len(rows)} rows have the same text, so none can be held out; give data.{kind}.validation")
+        raise DataError(f"data.{kind}: all rows ({len(rows)}) have the same text, so none can be held out; give data.{kind}.validation")
     if not held_out or held_out == groups:
         held_out = {min(groups, key=hash_share)}
     sides: tuple[list[TextRow], list[TextRow]] = ([], [])

@@ -95,11 +95,6 @@ def rows(config: DataConfig, kind: Kind, halves: Halves) -> Halves:
     return _prompts(to_learn), _prompts(held_out)
 
 
-def pairs(config: DataConfig, fits: Fits | None = None) -> Halves:
-    """Training and validation pairs as text; a row's `texts` are chosen and rejected."""
-    return rows(config, "preference", sentences(config, fits))
-
-
 def sentiment_judge(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
     """The vaderSentiment scorer's compound score of each completion, from -1 to 1: rules and a lexicon, no learning.
 
@@ -149,7 +144,9 @@ def clean(text: str) -> str:
 
 def normalise(text: str) -> str:
     """Lower-case words without accents and punctuation: sentences that differ only in those are the same one."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+    plain = text.casefold()
+    if not plain.isascii():
+        plain = "".join(c for c in unicodedata.normalize("NFKD", plain) if not unicodedata.combining(c))
     return " ".join(re.findall(r"[^\W_]+", plain))
 
 

@@ -95,7 +95,7 @@ def _read_jsonl(path: Path, skipped: Skipped) -> Iterator[Row]:
             place = f"{path}:{number}"
             try:
                 # A byte order mark is what some editors put at the start of a UTF-8 file.
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 found = raw[error.start : error.start + 1].hex()
                 skipped.bad(place, f"expected UTF-8, found byte 0x{found} at byte {error.start + 1} of the line")
@@ -108,10 +108,8 @@ def _read_jsonl(path: Path, skipped: Skipped) -> Iterator[Row]:
             except json.JSONDecodeError as error:
                 skipped.bad(place, f"expected a JSON object, found invalid JSON ({error.msg} at column {error.colno})")
                 continue
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # a number of thousands of digits, or thousands of nested lists
+            except (ValueError, RecursionError) as error:
+                # a number of thousands of digits, or thousands of nested lists
                 skipped.bad(place, f"expected a JSON object, found JSON that cannot be read ({error})")
                 continue
             if not isinstance(values, dict):

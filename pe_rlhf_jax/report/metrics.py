@@ -79,7 +79,7 @@ class MetricsLog:
         The file is replaced in one move, so a kill leaves either the old rows or the new ones.
         """
         _mend(self.path)
-        lines = self.path.read_bytes().split(b"\n")[:-1]
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
         rows = zip(lines, _parse(self.path), strict=True)
         kept = [line + b"\n" for line, row in rows if row["stage"] != stage or row["step"] <= step]
         if len(kept) < len(lines):

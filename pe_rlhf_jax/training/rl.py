@@ -83,18 +83,8 @@ def run(context: Context, reference: Role, reward: Role, state: RLState) -> Iter
         roles = whole(context, reference, reward, state.train.trainable)
         rollout = jax.block_until_ready(respond(context, roles["policy"], batch, rollout_key))
         rolled = time.perf_counter()
-        experience, metrics = _experience(
-            context.decoder,
-            config,
-            context.config.model.logprob_chunk,
-            frozen,
-            policy,
-            reference,
-            reward,
-            value,
-            rollout,
-            state.kl_coef,
-        )
+        policy, value, chunk = roles["policy"], roles["value"], context.config.model.logprob_chunk
+        experience, metrics = _experience(context.decoder, config, chunk, frozen, policy, reference, reward, value, rollout, state.kl_coef)
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
         values |= _of_responses(rollout)
         scored = time.perf_counter()

@@ -10,7 +10,7 @@ import pytest
 B, R = 5, 7
 
 
-@pytest.fixture(params=range(8))
+@pytest.fixture(params=range(6))
 def case(request: pytest.FixtureRequest) -> SimpleNamespace:
     """float32 arrays [B, R] and a mask: right-padded as rollouts have it on even seeds, with holes anywhere on odd ones.
 

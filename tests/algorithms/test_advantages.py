@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pe_rlhf_jax.algorithms.advantages import explained_variance, gae, returns_to_go
+from pe_rlhf_jax.algorithms import advantages as algorithms
+
+gae, returns_to_go = jax.jit(algorithms.gae), jax.jit(algorithms.returns_to_go)
+explained_variance = algorithms.explained_variance
 
 # Seven steps over float32 numbers of size 1 that grow to about 10.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

@@ -9,6 +9,10 @@ import pytest
 
 from pe_rlhf_jax.algorithms import ppo, reinforce
 
+# Compiled once per shape: faster than op by op, and how training runs them.
+policy_loss, value_loss = jax.jit(ppo.policy_loss), jax.jit(ppo.value_loss)
+policy_gradient = jax.jit(jax.grad(ppo.policy_loss, has_aux=True))
+
 # Means of at most 35 float32 numbers of size up to about 10.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -18,7 +22,7 @@ def test_policy_loss_by_hand():
     logprobs = jnp.log(jnp.array([[2.0, 2.0, 0.5, 0.5, 7.0]]))
     advantages = jnp.array([[1.0, -1.0, 1.0, -1.0, 7.0]])
     mask = jnp.array([[True, True, True, True, False]])
-    loss, stats = ppo.policy_loss(logprobs, jnp.zeros((1, 5)), advantages, mask, 0.25)
+    loss, stats = policy_loss(logprobs, jnp.zeros((1, 5)), advantages, mask, 0.25)
     assert float(loss) == pytest.approx((-1.25 + 2 - 0.5 + 0.75) / 4)
     assert float(stats["policy/clipfrac_avg"]) == 0.5
     assert float(stats["val/ratio"]) == pytest.approx(1.25)
@@ -27,10 +31,8 @@ def test_policy_loss_by_hand():
 
 
 def test_policy_loss_equals_numpy_in_float64(case):
-    loss, stats = ppo.policy_loss(case.logprobs, case.old_logprobs, case.advantages, case.mask, 0.2)
-    new, old, advantage = (
-        x[case.mask].astype(np.float64) for x in (case.logprobs, case.old_logprobs, case.advantages)
-    )
+    loss, stats = policy_loss(case.logprobs, case.old_logprobs, case.advantages, case.mask, 0.2)
+    new, old, advantage = (x[case.mask].astype(np.float64) for x in (case.logprobs, case.old_logprobs, case.advantages))
     ratio = np.exp(new - old)
     terms = -advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.2)
     np.testing.assert_allclose(loss, np.maximum(*terms).mean(), **TOLERANCE)
@@ -42,11 +44,9 @@ def test_policy_loss_equals_numpy_in_float64(case):
 
 def test_at_ratio_one_the_gradient_is_the_policy_gradient(case):
     """And that is REINFORCE's with the same advantages. The ratio is exactly 1, so the two agree to the last bits."""
-    gradient, stats = jax.grad(ppo.policy_loss, has_aux=True)(
-        case.logprobs, case.logprobs, case.advantages, case.mask, 0.2
-    )
+    gradient, stats = policy_gradient(case.logprobs, case.logprobs, case.advantages, case.mask, 0.2)
     np.testing.assert_allclose(gradient, np.where(case.mask, -case.advantages, 0) / case.mask.sum(), rtol=1e-6)
-    vanilla = jax.grad(reinforce.policy_loss)(case.logprobs, case.advantages, np.zeros_like(case.values), case.mask)
+    vanilla = jax.jit(jax.grad(reinforce.policy_loss))(case.logprobs, case.advantages, np.zeros_like(case.values), case.mask)
     np.testing.assert_allclose(gradient, vanilla, rtol=1e-6)
     assert float(stats["val/ratio"]) == 1
     assert not any(float(stats[name]) for name in ("policy/clipfrac_avg", "policy/approxkl_avg", "val/ratio_var"))
@@ -56,9 +56,7 @@ def test_policy_gradient_stops_outside_the_clip_only_where_it_would_go_on():
     """Pushing a ratio further out gives exactly no gradient; pulling it back gives the full one, -A ratio / n."""
     logprobs = jnp.log(jnp.array([[2.0, 2.0, 0.5, 0.5]]))
     advantages = jnp.array([[1.0, -1.0, 1.0, -1.0]])
-    gradient, _ = jax.grad(ppo.policy_loss, has_aux=True)(
-        logprobs, jnp.zeros((1, 4)), advantages, jnp.ones((1, 4), bool), 0.2
-    )
+    gradient, _ = policy_gradient(logprobs, jnp.zeros((1, 4)), advantages, jnp.ones((1, 4), bool), 0.2)
     np.testing.assert_allclose(gradient, [[0, 2 / 4, -0.5 / 4, 0]], rtol=1e-6)
     assert gradient[0, 0] == gradient[0, 3] == 0
 
@@ -68,14 +66,14 @@ def test_value_loss_by_hand():
     values, old = jnp.array([[2.0, 2.0, 0.25, 9.0]]), jnp.zeros((1, 4))
     returns = jnp.array([[3.0, 0.0, 1.25, 0.0]])
     mask = jnp.array([[True, True, True, False]])
-    (loss, stats), gradient = jax.value_and_grad(ppo.value_loss, has_aux=True)(values, old, returns, mask, 0.5)
+    (loss, stats), gradient = jax.jit(jax.value_and_grad(ppo.value_loss, has_aux=True))(values, old, returns, mask, 0.5)
     assert float(loss) == pytest.approx(0.5 * (6.25 + 4 + 1) / 3)
     assert float(stats["val/clipfrac_avg"]) == pytest.approx(1 / 3)
     np.testing.assert_allclose(gradient, [[0, 2 / 3, -1 / 3, 0]], rtol=1e-6)
 
 
 def test_value_loss_equals_numpy_in_float64(case):
-    loss, stats = ppo.value_loss(case.values, case.old_values, case.returns, case.mask, 0.2)
+    loss, stats = value_loss(case.values, case.old_values, case.returns, case.mask, 0.2)
     value, old, target = (x[case.mask].astype(np.float64) for x in (case.values, case.old_values, case.returns))
     terms = (value - target) ** 2, (np.clip(value, old - 0.2, old + 0.2) - target) ** 2
     np.testing.assert_allclose(loss, 0.5 * np.maximum(*terms).mean(), **TOLERANCE)
@@ -85,7 +83,7 @@ def test_value_loss_equals_numpy_in_float64(case):
 def test_values_within_the_clip_are_never_counted_as_clipped(case):
     """Not even by rounding: values of size 1000 that move by less than the clip."""
     old = 1000 * case.old_values
-    _, stats = ppo.value_loss(old + 0.1 * case.advantages, old, 1000 * case.returns, case.mask, 1.0)
+    _, stats = value_loss(old + 0.1 * case.advantages, old, 1000 * case.returns, case.mask, 1.0)
     assert float(stats["val/clipfrac_avg"]) == 0
 
 
@@ -100,6 +98,6 @@ def test_gradients_reach_only_what_is_learned(case):
         (policy, (case.logprobs, case.old_logprobs, case.advantages)),
         (value, (case.values, case.old_values, case.returns)),
     ):
-        learned, *fixed = jax.grad(function, argnums=(0, 1, 2))(*arrays)
+        learned, *fixed = jax.jit(jax.grad(function, argnums=(0, 1, 2)))(*arrays)
         assert np.any(learned)
         assert not np.any(fixed)

@@ -16,18 +16,16 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 def test_by_hand():
     logprobs, values = jnp.array([[-1.0, -2.0, -4.0]]), jnp.array([[0.5, 1.0, 9.0]])
     returns, mask = jnp.array([[2.0, -1.0, 9.0]]), jnp.array([[True, True, False]])
-    loss, gradient = jax.value_and_grad(reinforce.policy_loss)(logprobs, returns, values, mask)
+    loss, gradient = jax.jit(jax.value_and_grad(reinforce.policy_loss))(logprobs, returns, values, mask)
     assert loss == (1.5 - 4) / 2
     np.testing.assert_array_equal(gradient, [[-0.75, 1, 0]])
-    loss, gradient = jax.value_and_grad(reinforce.value_loss)(values, returns, mask)
+    loss, gradient = jax.jit(jax.value_and_grad(reinforce.value_loss))(values, returns, mask)
     assert loss == (1.5**2 + 2**2) / 2
     np.testing.assert_array_equal(gradient, [[-1.5, 2, 0]])
 
 
 def test_equals_the_papers_sums_per_episode_in_float64(case):
-    logprobs, returns, values = (
-        np.where(case.mask, x, 0).astype(np.float64) for x in (case.logprobs, case.returns, case.values)
-    )
+    logprobs, returns, values = (np.where(case.mask, x, 0).astype(np.float64) for x in (case.logprobs, case.returns, case.values))
     episodes = len(case.mask)
     found = reinforce.policy_loss(case.logprobs, case.returns, case.values, case.mask, total=episodes)
     np.testing.assert_allclose(found, -(logprobs * (returns - values)).sum(axis=1).mean(), **TOLERANCE)

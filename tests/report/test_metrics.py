@@ -199,3 +199,9 @@ def test_wandb_gets_rows_and_a_resumed_run_continues_its_own(tmp_path, monkeypat
     assert [call["id"] for call in calls if call != "finish"] == [None, "abc"]
     assert calls.count("finish") == 2
     assert rows[0] == {"rl/step": 3, "rl/objective/kl": 0.5}
+
+
+def test_rewinding_before_the_first_row_does_nothing(tmp_path):
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.rewind("sft", 0)
+    assert log.rows() == []

@@ -1,0 +1,81 @@
+"""Batch order and padding."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pe_rlhf_jax.data import (
+    BatchOrder,
+    PreferenceExample,
+    PromptExample,
+    SFTExample,
+    pad_preferences,
+    pad_prompts,
+    pad_sft,
+)
+
+PAD = 9
+
+
+def ids(*values):
+    return np.array(values, np.int32)
+
+
+def test_every_row_once_an_epoch_and_reshuffled():
+    order = BatchOrder(10, 4, seed=1)
+    stream = np.concatenate([order(step) for step in range(10)]).reshape(4, 10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in stream.tolist())
+    assert len({tuple(epoch) for epoch in stream.tolist()}) == 4
+
+
+def test_order_depends_on_step_and_seed_alone():
+    forwards, other = BatchOrder(50, 8, seed=3), BatchOrder(50, 8, seed=3)
+    batches = [forwards(step).tolist() for step in range(32)]
+    for step in (7, 0, 31, 7):
+        assert other(step).tolist() == batches[step]
+    assert BatchOrder(50, 8, seed=4)(0).tolist() != forwards(0).tolist()
+
+
+def test_fewer_rows_than_a_batch():
+    batch = BatchOrder(3, 8, seed=0)(5)
+    assert len(batch) == 8 and set(Counter(batch.tolist()).values()) <= {2, 3, 4} and set(batch.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(0, 4), (4, 0)])
+def test_nothing_to_order(size, batch_size):
+    with pytest.raises(ValueError, match="at least one row"):
+        BatchOrder(size, batch_size, seed=0)
+
+
+def test_pad_sft():
+    batch = pad_sft([SFTExample(ids(1, 2), ids(3, 4, 5)), SFTExample(ids(6), ids(7))], PAD, 4)
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 9, 9, 9], [6, 7, 9, 9, 9, 9, 9, 9]]
+    assert batch.mask.tolist() == [[True] * 5 + [False] * 3, [True] * 2 + [False] * 6]
+    assert batch.target_mask.tolist() == [[False] * 2 + [True] * 3 + [False] * 3, [False, True] + [False] * 6]
+    assert batch.tokens.dtype == np.int32 and batch.mask.dtype == bool
+
+
+def test_pad_preferences_to_one_length_and_fill():
+    examples = [PreferenceExample(ids(1, 2, 3), ids(4), 0.5), PreferenceExample(ids(5), ids(6, 7, 8, 8, 8), 1.5)]
+    batch = pad_preferences(examples, PAD, 3, rows=4)
+    assert batch.chosen.tolist() == [[1, 2, 3, 9, 9, 9], [5, 9, 9, 9, 9, 9], [1, 2, 3, 9, 9, 9], [1, 2, 3, 9, 9, 9]]
+    assert batch.rejected.tolist() == [[4, 9, 9, 9, 9, 9], [6, 7, 8, 8, 8, 9], [4, 9, 9, 9, 9, 9], [4, 9, 9, 9, 9, 9]]
+    assert (batch.chosen != PAD).tolist() == batch.chosen_mask.tolist()
+    assert (batch.rejected != PAD).tolist() == batch.rejected_mask.tolist()
+    assert batch.margin.tolist() == [0.5, 1.5, 0.5, 0.5] and batch.weight.tolist() == [1, 1, 0, 0]
+    assert batch.margin.dtype == batch.weight.dtype == np.float32
+    assert pad_preferences(examples, PAD, 5).weight.tolist() == [1, 1]
+
+
+def test_pad_prompts_on_the_left():
+    examples = [PromptExample(ids(1, 2), "a", {}), PromptExample(ids(3, 4, 5), "b", {})]
+    batch = pad_prompts(examples, PAD, 4, rows=3)
+    assert batch.tokens.tolist() == [[9, 9, 1, 2], [9, 3, 4, 5], [9, 9, 1, 2]]
+    assert batch.mask.tolist() == [[False, False, True, True], [False, True, True, True], [False, False, True, True]]
+    assert pad_prompts(examples, PAD, 3).tokens.shape == (2, 3)
+
+
+def test_more_examples_than_rows():
+    with pytest.raises(ValueError, match="between 1 and 1 examples, found 2"):
+        pad_prompts([PromptExample(ids(1), "a", {})] * 2, PAD, 4, rows=1)

@@ -1,0 +1,133 @@
+"""Rows into tokens: the exact ids, and what is said about a row that is wrong."""
+
+import pytest
+from tiny_data import make_tokenizer
+
+from pe_rlhf_jax.config import DataConfig
+from pe_rlhf_jax.data.formats import Encoder, Reader
+from pe_rlhf_jax.data.sources import DataError, Row, Skipped
+
+TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+ANSWER = {"role": "assistant", "content": "Hello ☺"}
+
+
+def examples(kind, *values, tokenizer=None, skipped=None, **config):
+    tokenizer, skipped = tokenizer or make_tokenizer(), skipped or Skipped()
+    rows = [Row(value, f"x.jsonl:{i}") for i, value in enumerate(values, start=1)]
+    encoder = Encoder(DataConfig(**config), tokenizer, skipped)
+    return getattr(encoder, kind)(getattr(Reader(tokenizer, skipped), kind)(rows))
+
+
+def test_plain_texts_are_verbatim_and_end_once(tokenizer):
+    first, ended = examples("sft", {"prompt": " Q: 1 ", "completion": " é\n"}, {"prompt": "Q", "completion": "A<|end|>"})
+    assert tokenizer.decode(first.prompt) == " Q: 1 "
+    assert tokenizer.decode(first.response) == " é\n<|end|>"
+    assert list(first.response).count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(ended.response) == "A<|end|>"
+    assert first.prompt.dtype == first.response.dtype == "int32"
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": [*TURNS, ANSWER]}, {"prompt": TURNS, "completion": [ANSWER]}, {"prompt": TURNS, "completion": ANSWER["content"]}]
+)
+def test_turns_are_what_the_template_makes_of_the_conversation(tokenizer, row):
+    [example] = examples("sft", row)
+    whole = tokenizer.apply_chat_template([*TURNS, ANSWER], tokenize=True, return_dict=False)
+    assert [*example.prompt, *example.response] == whole
+    assert tokenizer.decode(example.response) == "Hello ☺<|end|>"
+
+
+def test_preference_forms_agree(tokenizer):
+    worse = {"role": "assistant", "content": "No"}
+    rendered = "<|start|>system\nBe kind.<|end|><|start|>user\nHi<|end|><|start|>assistant\n"
+    forms = [
+        {"prompt": TURNS, "chosen": [ANSWER], "rejected": [worse]},
+        {"chosen": [*TURNS, ANSWER], "rejected": [*TURNS, worse]},
+        {"prompt": rendered, "chosen": ANSWER["content"], "rejected": "No", "margin": 2},
+        {"chosen": rendered + ANSWER["content"], "rejected": rendered + "No", "margin": None},
+    ]
+    made = examples("preference", *forms)
+    for example in made:
+        assert tokenizer.decode(example.chosen) == rendered + "Hello ☺<|end|>"
+        assert tokenizer.decode(example.rejected) == rendered + "No<|end|>"
+    assert [example.margin for example in made] == [0.0, 0.0, 2.0, 0.0]
+
+
+def test_prompts_keep_text_and_columns(tokenizer):
+    plain, chat = examples("prompts", {"prompt": "Say", "answer": 3, "prompt_id": None}, {"prompt": TURNS})
+    assert (plain.text, plain.columns) == ("Say", {"answer": 3, "prompt_id": None})
+    assert chat.text.endswith("Hi<|end|><|start|>assistant\n") and chat.columns == {}
+    for example in (plain, chat):
+        assert tokenizer.decode(example.tokens) == example.text
+
+
+def test_start_token_comes_once_and_only_where_the_model_has_one():
+    tokenizer = make_tokenizer("<s>" + make_tokenizer().chat_template, adds_start=True)
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": TURNS, "completion": "b"}, {"prompt": "<s>a", "completion": "b"}]
+    for example in examples("sft", *rows, tokenizer=tokenizer):
+        assert list(example.prompt).index(tokenizer.bos_token_id) == 0
+        assert list(example.prompt).count(tokenizer.bos_token_id) == 1
+        assert tokenizer.bos_token_id not in example.response
+    [whole] = examples("preference", {"chosen": "a", "rejected": "b"}, tokenizer=tokenizer)
+    assert tokenizer.decode(whole.chosen) == "<s>a<|end|>"
+    [plain] = examples("sft", rows[0])  # has a <s> too, but does not put it before texts
+    assert plain.prompt[0] != tokenizer.bos_token_id
+
+
+BAD_ROWS = [
+    ("sft", {"completion": "b"}, "expected the key `prompt`, found `completion`"),
+    ("sft", {"prompt": "a"}, "expected the key `completion`, found `prompt`"),
+    ("sft", {}, "found no keys"),
+    ("sft", {"prompt": None, "completion": "b"}, "expected the key `prompt`, found null there"),
+    ("sft", {"prompt": 3, "completion": "b"}, "expected `prompt` to be text or a list of turns, found 3"),
+    ("sft", {"prompt": "a", "completion": 3}, "expected `completion` to be text because `prompt` is, found 3"),
+    ("sft", {"prompt": "", "completion": "b"}, "expected `prompt` to be text, found none"),
+    ("sft", {"prompt": "a", "completion": " \n"}, "expected `completion` to be text, found only white space"),
+    ("sft", {"prompt": "a", "completion": "b\ud800"}, "half of a surrogate pair at character 2"),
+    ("sft", {"messages": []}, "expected at least one turn in `messages`"),
+    ("sft", {"messages": TURNS}, "expected the last turn of `messages` to be the assistant's, found role 'user'"),
+    ("sft", {"messages": [ANSWER]}, "expected a turn before the assistant's"),
+    ("sft", {"messages": [{"role": "user"}, ANSWER]}, "expected turn 1 of messages to be an object with `role` and `content`"),
+    ("sft", {"messages": [{"role": "user", "content": 1}, ANSWER]}, "expected `content of turn 1 of messages` to be text, found 1"),
+    ("sft", {"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "chat template refuses the turns of `messages`: no tools here"),
+    ("prompts", {"prompt": [*TURNS, ANSWER]}, "to end with another role than the assistant's"),
+    ("prompts", {"text": "a"}, "expected the key `prompt`, found `text`"),
+    ("preference", {"prompt": "a", "chosen": "b"}, "expected the key `rejected`"),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "found the same text twice"),
+    ("preference", {"chosen": "b", "rejected": "c", "margin": "2"}, "expected `margin` to be a number of at least 0, found '2'"),
+    ("preference", {"chosen": "b", "rejected": "c", "margin": -1}, "found -1"),
+    ("preference", {"chosen": "b", "rejected": "c", "margin": float("nan")}, "found nan"),
+    ("preference", {"chosen": "b", "rejected": "c", "margin": True}, "found True"),
+    ("preference", {"prompt": "a", "chosen": [ANSWER], "rejected": "c"}, "expected `chosen` to be text because `prompt` is"),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "message"), BAD_ROWS, ids=[message[-30:] for _, _, message in BAD_ROWS])
+def test_bad_row_is_named(kind, row, message):
+    good = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    with pytest.raises(DataError) as error:
+        examples(kind, good, row)
+    assert str(error.value).startswith("x.jsonl:2: ") and message in str(error.value)
+    skipped = Skipped(on_error="skip")
+    assert len(examples(kind, good, row, good, skipped=skipped)) == 2
+    [note] = skipped.notes()
+    assert note.startswith("1 row skipped as bad in x.jsonl; the first: x.jsonl:2: ") and message in note
+
+
+def test_length_limits_are_inclusive_and_count_the_end_token():
+    limits = {"max_prompt_length": 3, "max_response_length": 4}
+    skipped = Skipped()
+    rows = [{"prompt": "123", "completion": "123"}, {"prompt": "1234", "completion": "1"}, {"prompt": "1", "completion": "1234"}]
+    assert len(examples("sft", *rows, skipped=skipped, **limits)) == 1
+    assert skipped.notes() == ["1 row over max_prompt_length skipped in x.jsonl", "1 row over max_response_length skipped in x.jsonl"]
+    with pytest.raises(DataError, match=r"x.jsonl:2: expected at most 3 tokens \(data.max_prompt_length\), found 4"):
+        examples("sft", *rows, skipped=Skipped(too_long="error"), **limits)
+    # One side over the limit takes the pair out; whole texts have the sum of both limits.
+    assert not examples("preference", {"prompt": "1", "chosen": "1", "rejected": "1234"}, **limits)
+    assert len(examples("preference", {"chosen": "123456", "rejected": "1"}, **limits)) == 1
+    assert not examples("preference", {"chosen": "1", "rejected": "1234567"}, **limits)
+
+
+def test_turns_without_a_template():
+    with pytest.raises(DataError, match="no chat template"):
+        examples("prompts", {"prompt": TURNS}, tokenizer=make_tokenizer(chat_template=None), skipped=Skipped(on_error="skip"))

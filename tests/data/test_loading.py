@@ -1,0 +1,122 @@
+"""From configuration to examples: sources, held-out texts, notes."""
+
+import hashlib
+import random
+
+import pytest
+
+from pe_rlhf_jax.config import DataConfig, FilesConfig
+from pe_rlhf_jax.data import DataError, load
+
+ROWS = [{"prompt": f"Question {i % 60}", "completion": f"answer {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(120)]
+
+
+def prompts_of(examples, tokenizer):
+    return [tokenizer.decode(example.prompt) for example in examples]
+
+
+def test_only_what_is_needed_is_read(jsonl, tokenizer):
+    config = DataConfig(sft=FilesConfig(train=[jsonl(ROWS)]), prompts=FilesConfig(train=["missing.jsonl"]))
+    data = load(config, tokenizer, needs={"sft"})
+    assert data.prompts is None and data.preference is None and data.notes == []
+    assert len(data.sft.train) + len(data.sft.validation) == len(ROWS)
+
+
+def test_held_out_texts_depend_on_the_texts_alone(jsonl, tokenizer):
+    shuffled = random.Random(0).sample(ROWS, len(ROWS))
+    splits = [
+        load(DataConfig(sft=FilesConfig(train=[jsonl(rows, f"{n}.jsonl")]), validation_share=0.2), tokenizer, needs={"sft"}).sft
+        for n, rows in enumerate((ROWS, shuffled, ROWS[:60]))
+    ]
+    held_out = [set(prompts_of(split.validation, tokenizer)) for split in splits]
+    assert held_out[0] == held_out[1] == held_out[2]
+    # The share of SHA-256 values, worked out apart; not Python's hash, which differs between processes.
+    digests = {prompt: hashlib.sha256(prompt.encode()).hexdigest() for prompt in (row["prompt"] for row in ROWS)}
+    assert held_out[0] == {prompt for prompt, digest in digests.items() if int(digest, 16) < 0.2 * 2**256}
+    assert held_out[0].isdisjoint(prompts_of(splits[0].train, tokenizer))
+    assert len(splits[0].validation) == 2 * len(held_out[0])
+
+
+def test_kinds_hold_out_the_same_prompts(jsonl, tokenizer):
+    files = FilesConfig(train=[jsonl(ROWS)])
+    data = load(DataConfig(sft=files, preference=files, prompts=files), tokenizer, needs={"sft", "preference", "prompts"})
+    held_out = set(prompts_of(data.sft.validation, tokenizer))
+    assert {example.text for example in data.prompts.validation} == held_out
+    assert {tokenizer.decode(example.chosen).split("yes")[0] for example in data.preference.validation} == held_out
+
+
+def test_whole_texts_that_meet_through_others_stay_together(jsonl, tokenizer):
+    links = [{"chosen": f"{chain} text {i}", "rejected": f"{chain} text {i + 1}"} for chain in range(30) for i in range(6)]
+    rows = random.Random(1).sample(links, len(links))
+    data = load(DataConfig(preference=FilesConfig(train=[jsonl(rows)])), tokenizer, needs={"preference"})
+    chains_of = [
+        {tokenizer.decode(example.chosen).split()[0] for example in half} for half in (data.preference.train, data.preference.validation)
+    ]
+    assert chains_of[0].isdisjoint(chains_of[1])
+    assert len(data.preference.validation) == 6 * len(chains_of[1]) > 0
+
+
+def test_small_sets_still_hold_something_out(jsonl, tokenizer):
+    for share in (0.001, 0.999):
+        config = DataConfig(sft=FilesConfig(train=[jsonl(ROWS[:3])]), validation_share=share)
+        split = load(config, tokenizer, needs={"sft"}).sft
+        assert (len(split.train), len(split.validation)) == (2, 1)
+    with pytest.raises(DataError, match=r"all rows \(2\) have the same text.*data.sft.validation"):
+        load(DataConfig(sft=FilesConfig(train=[jsonl([ROWS[0]] * 2)])), tokenizer, needs={"sft"})
+
+
+def test_given_validation_file_is_used_and_leaks_are_noted(jsonl, tokenizer):
+    files = FilesConfig(train=[jsonl(ROWS[:50], "train.jsonl")], validation=[jsonl(ROWS[45:55], "validation.jsonl")])
+    data = load(DataConfig(sft=files), tokenizer, needs={"sft"})
+    assert (len(data.sft.train), len(data.sft.validation)) == (50, 10)
+    assert data.notes == ["5 of 10 rows of data.sft.validation have a prompt that is also in training"]
+
+
+def test_notes_say_what_was_left_out(jsonl, tokenizer):
+    path = jsonl([*ROWS, {"prompt": "a" * 40, "completion": "b"}, b"not json"])
+    data = load(
+        DataConfig(sft=FilesConfig(train=[path]), max_prompt_length=30, on_error="skip"),
+        tokenizer,
+        needs={"sft"},
+    )
+    assert data.notes[0] == f"1 row over max_prompt_length skipped in {path} (data.sft)"
+    assert data.notes[1].startswith(f"1 row skipped as bad in {path}; the first: {path}:122: expected a JSON object")
+
+
+def test_nothing_left(jsonl, tokenizer):
+    config = DataConfig(sft=FilesConfig(train=[jsonl(ROWS)]), max_prompt_length=3)
+    with pytest.raises(DataError, match=r"data.sft: no training row is left. 120 rows over max_prompt_length skipped"):
+        load(config, tokenizer, needs={"sft"})
+    config = DataConfig(sft=FilesConfig(train=[jsonl([b"no json"])]), on_error="skip")
+    with pytest.raises(DataError, match=r"data.sft: no training row is left. 1 row skipped as bad in .*:1: expected a JSON object"):
+        load(config, tokenizer, needs={"sft"})
+
+
+def test_no_source(tokenizer):
+    with pytest.raises(DataError, match=r"needs data.preference; give data.preference.train a list of files"):
+        load(DataConfig(), tokenizer, needs={"preference"})
+    with pytest.raises(DataError, match="expected movie-reviews or null, found 'imdb'"):
+        load(DataConfig(source="imdb"), tokenizer, needs={"sft"})
+
+
+def test_movie_reviews_serve_all_kinds(reviews, tokenizer):
+    config = DataConfig(source="movie-reviews", train_pairs=100, validation_pairs=10, max_response_length=32)
+    data = load(config, tokenizer, needs={"sft", "preference", "prompts"})
+    assert (len(data.preference.train), len(data.preference.validation)) == (100, 10)
+    [note] = data.notes  # once, although three kinds were made of the sentences
+    kept = len(data.sft.train) + len(data.sft.validation)
+    assert note == f"{300 - kept} rows over max_response_length skipped in movie-reviews" and 0 < kept < 300
+    sentences = {tokenizer.decode([*e.prompt, *e.response]) for e in data.sft.train}
+    for example in data.preference.train:
+        assert tokenizer.decode(example.chosen) in sentences and tokenizer.decode(example.rejected) in sentences
+    for example in data.preference.validation:
+        assert tokenizer.decode(example.chosen) not in sentences and tokenizer.decode(example.rejected) not in sentences
+    assert all(len(example.response) <= 32 for example in data.sft.train)
+    assert all(set(example.columns) == {"rating", "original"} for example in data.prompts.train)
+
+
+def test_files_go_before_the_named_source(reviews, jsonl, tokenizer):
+    config = DataConfig(source="movie-reviews", sft=FilesConfig(train=[jsonl(ROWS)]), train_pairs=5, validation_pairs=5)
+    data = load(config, tokenizer, needs={"sft", "preference"})
+    assert tokenizer.decode(data.sft.train[0].prompt).startswith("Question")
+    assert tokenizer.decode(data.preference.train[0].chosen).startswith("Film review: ")
