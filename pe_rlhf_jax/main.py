@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,9 @@ STOPPED = 75
 
 ROLE_OF = {sft.STAGE: "reference", reward.STAGE: "reward_model", rl.STAGE: "policy"}
 """Under which name the outcome of a training stage is kept among the checkpoints."""
+
+
+DataKind = Literal["sft", "preference", "prompts"]
 
 
 class Stopped(Exception):
@@ -209,12 +212,14 @@ class Run:
             return
         began = time.perf_counter()
         figures: dict[str, Any] = {}
-        roles = {"reference": self.reference(), "policy": self.policy(), "reward": self.reward_model()}
-        roles = {name: role for name, role in roles.items() if role is not None}
+        found = {"reference": self.reference(), "policy": self.policy(), "reward": self.reward_model()}
+        roles = {name: role for name, role in found.items() if role is not None}
         if "reward" in roles:
             figures["reward_model"] = evaluate.reward_model(self.context, roles["reward"])
         if "policy" in roles:
-            with self.progress.stage(evaluate.STAGE, min(self.config.evaluate.prompts, len(self.context.data.prompts.validation))) as shown:
+            with self.progress.stage(
+                evaluate.STAGE, min(self.config.evaluate.prompts, len(self.context.split("prompts").validation))
+            ) as shown:
                 for done, result in evaluate.policy(self.context, roles):
                     shown.update(done, {})
                     figures |= result
@@ -228,7 +233,7 @@ class Run:
     def _export(self) -> None:
         began = time.perf_counter()
         recipe = {"run": self.config.run.name, "seed": self.config.run.seed, "stages": ", ".join(self.config.run.stages)}
-        common = {"base_model": self.backbone.source, "sha256": self.backbone.sha256, "recipe": recipe}
+        common: dict[str, Any] = {"base_model": self.backbone.source, "sha256": self.backbone.sha256, "recipe": recipe}
         roles = {"policy": self.policy() or self.reference(), "reward": self.reward_model()}
         for name in self.config.export.roles:
             role, folder = roles[name], self.folder / "export" / name
@@ -287,7 +292,7 @@ class Run:
 _OUTCOMES = {**ROLE_OF, "evaluate": "evaluate", "export": "export"}
 
 
-def load(config: Config, progress: Progress, needs: set[str]) -> tuple[Backbone, Context]:
+def load(config: Config, progress: Progress, needs: set[DataKind]) -> tuple[Backbone, Context]:
     """Backbone, data and devices. Raises one of this package's errors, with what to do, before anything is trained."""
     mesh = make_mesh(config.mesh)
     _check_batches(config, row_multiple(mesh))
@@ -308,8 +313,8 @@ def load(config: Config, progress: Progress, needs: set[str]) -> tuple[Backbone,
     return backbone, Context(config, decoder, params, backbone.tokenizer, backbone.eos_token_ids, loaded, mesh)
 
 
-def _needs(config: Config) -> set[str]:
-    needs = {"sft": {"sft"}, "reward": {"preference"}, "rl": {"prompts"}, "evaluate": {"prompts", "preference"}}
+def _needs(config: Config) -> set[DataKind]:
+    needs: dict[str, set[DataKind]] = {"sft": {"sft"}, "reward": {"preference"}, "rl": {"prompts"}, "evaluate": {"prompts", "preference"}}
     return set().union(*(needs.get(stage, set()) for stage in config.run.stages))
 
 
@@ -326,7 +331,7 @@ def _size(tree: PyTree) -> int:
 
 def run(config: Config, restart: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Runs or continues a configuration; returns its summary. Raises Stopped if SIGTERM or Ctrl-C ended it early."""
-    if config.run.compilation_cache and not jax.config.jax_compilation_cache_dir:
+    if config.run.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     progress = Progress(console)
     with StopSignal() as stop, run_folder.opened(config, restart) as folder:

@@ -101,7 +101,13 @@ def test_text_that_is_no_configuration(text, expected):
 def test_overrides_reach_nested_fields_and_new_sections():
     found = c.parse(
         MODEL + "rl: {steps: 5}",
-        ["rl.steps=7", "rl.optimizer.learning_rate=1e-4", "data.sft.train=[a.jsonl, b.jsonl]", "model.source=package:x==1.2", "rl.kl_target=null"],
+        [
+            "rl.steps=7",
+            "rl.optimizer.learning_rate=1e-4",
+            "data.sft.train=[a.jsonl, b.jsonl]",
+            "model.source=package:x==1.2",
+            "rl.kl_target=null",
+        ],
     )
     assert (found.rl.steps, found.rl.optimizer.learning_rate, found.rl.kl_target) == (7, 1e-4, None)
     assert found.data.sft.train == ["a.jsonl", "b.jsonl"] and found.model.source == "package:x==1.2"
@@ -125,7 +131,13 @@ def test_overrides_are_as_strict_as_the_file(override, expected):
 def test_what_is_dumped_is_read_back_equal():
     rich = c.parse(
         MODEL + "run: {name: a.b-c, seed: 3, stages: [rl]}",
-        ["rl.optimizer.eps=1e-12", "rl.optimizer.max_grad_norm=null", "data.prompts.train=[ü.jsonl]", "rl.kl_target=6", "lora.lora_alpha=16"],
+        [
+            "rl.optimizer.eps=1e-12",
+            "rl.optimizer.max_grad_norm=null",
+            "data.prompts.train=[ü.jsonl]",
+            "rl.kl_target=6",
+            "lora.lora_alpha=16",
+        ],
     )
     for config in (rich, c.parse(MODEL)):
         assert c.parse(c.dump(config)) == config

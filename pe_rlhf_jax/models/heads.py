@@ -34,4 +34,5 @@ def zero_head(hidden_size: int) -> PyTree:
 
 def apply_head(head: PyTree, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
     """The head's number at every hidden state."""
-    return ScalarHead().apply({"params": head}, hidden)
+    values: Array = ScalarHead().apply({"params": head}, hidden)  # type: ignore[assignment]  # apply's type allows for mutables
+    return values

@@ -5,6 +5,8 @@ Letters: B batch, P prompt tokens (left-padded), R response tokens, V vocabulary
 
 from __future__ import annotations
 
+from typing import cast
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,10 @@ from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
 BLOCK = 8
 """Decode steps between two looks at whether every row has ended."""
+
+
+_Output = tuple[Array, KVCache]
+"""What the decoder returns when it is given a cache."""
 
 
 class _State(flax.struct.PyTreeNode):
@@ -54,7 +60,7 @@ def generate(
     blocks = -(-length // BLOCK)
     slots = prompt_length + blocks * BLOCK
     padded_mask = jnp.pad(prompts.mask, ((0, 0), (0, slots - prompt_length)))
-    hidden, cache = decoder.apply(variables, prompts.tokens, padded_mask, cache=decoder.new_cache(batch, slots))
+    hidden, cache = cast(_Output, decoder.apply(variables, prompts.tokens, padded_mask, cache=decoder.new_cache(batch, slots)))
     ends = jnp.asarray(end_tokens, jnp.int32)
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
@@ -64,9 +70,9 @@ def generate(
         token = jnp.where(state.alive, token, pad_token)
         mask = state.mask.at[:, state.step].set(state.alive)
         slot_mask = jnp.concatenate([prompts.mask, mask], axis=1)
-        hidden, cache = decoder.apply(
-            variables, token[:, None], slot_mask, state.position[:, None], state.cache, prompt_length + state.step
-        )
+        slot = prompt_length + state.step
+        output = decoder.apply(variables, token[:, None], slot_mask, state.position[:, None], state.cache, slot)
+        hidden, cache = cast(_Output, output)
         state = _State(
             step=state.step + 1,
             logits=unembed(variables["params"], hidden[:, 0]),

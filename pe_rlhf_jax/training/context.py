@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import resource
 import sys
+from typing import Literal
 
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from pe_rlhf_jax.config import Config
-from pe_rlhf_jax.data import Data
+from pe_rlhf_jax.config import Config, ConfigError
+from pe_rlhf_jax.data import Data, Split
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role, Tuning
 from pe_rlhf_jax.sharding import place, place_rows
@@ -33,6 +34,13 @@ class Context:
     @property
     def pad_token(self) -> int:
         return int(self.tokenizer.pad_token_id)
+
+    def split(self, kind: Literal["sft", "preference", "prompts"]) -> Split:
+        """The training and held-out rows of one kind. Raises ConfigError if the configuration names none."""
+        split = getattr(self.data, kind)
+        if split is None:
+            raise ConfigError(f"data: this stage needs `data.{kind}` (or `data.source`), and neither is given")
+        return split
 
     def key(self, stage: str) -> jax.Array:
         return stage_key(self.config.run.seed, stage)

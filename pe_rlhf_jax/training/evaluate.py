@@ -32,7 +32,7 @@ STAGE = "evaluate"
 
 def reward_model(context: Context, role: Role) -> dict[str, Any]:
     """Accuracy with a 95% interval, loss, calibration and accuracy by margin on held-out pairs."""
-    pairs = context.data.preference.validation[: context.config.evaluate.pairs]
+    pairs = context.split("preference").validation[: context.config.evaluate.pairs]
     chosen, rejected = reward_stage.scores(context, role, pairs)
     right = pairwise_right(chosen, rejected)
     margins = np.asarray([pair.margin for pair in pairs])
@@ -52,7 +52,7 @@ def policy(context: Context, roles: dict[str, Role]) -> Iterator[tuple[int, dict
     `roles` holds `reference`, `policy` and, where there is one, `reward`.
     """
     config = context.config.evaluate
-    prompts = list(context.data.prompts.validation[: config.prompts])
+    prompts = list(context.split("prompts").validation[: config.prompts])
     answers: dict[str, _Answers] = {name: _Answers(context) for name in ("reference", "policy")}
     key = context.key(STAGE)
     for at in range(0, len(prompts), config.batch_size):
@@ -81,7 +81,7 @@ class _Answers:
         tokens, mask, ended = jax.device_get((rollout.response, rollout.response_mask, rollout.ended))
         kept = [row[keep].tolist() for row, keep in zip(tokens[:rows], mask[:rows], strict=True)]
         self.tokens += kept
-        self.texts += [context.tokenizer.decode(row, skip_special_tokens=True) for row in kept]
+        self.texts += [str(context.tokenizer.decode(row, skip_special_tokens=True)) for row in kept]
         self.ended += [float(value) for value in ended[:rows]]
         if "reward" in roles:
             scores = rollout_scores(context.decoder, context.config.rl, roles["reward"], context.backbone, rollout)
@@ -110,7 +110,7 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
         rl[f"length_{when}"] = float(np.mean([len(row) for row in collected.tokens]))
         rl[f"distinct_2_{when}"] = distinct_n(collected.tokens, 2)
         rl[f"ended_{when}"] = float(np.mean(collected.ended))
-    samples = [
+    samples: list[dict[str, Any]] = [
         {"prompt": prompt.text, "reference": a, "policy": b} for prompt, a, b in zip(prompts, before.texts, after.texts, strict=True)
     ]
     if before.rewards:

@@ -38,7 +38,7 @@ def run(context: Context, sft: Role, state: TrainState) -> Iterator[tuple[TrainS
     config, rest = context.config.reward, _rest(context, sft)
 
     def evaluate(state: TrainState) -> Metrics:
-        chosen, rejected = scores(context, state.trainable.join(rest), context.data.preference.validation[: config.evaluation_pairs])
+        chosen, rejected = scores(context, state.trainable.join(rest), context.split("preference").validation[: config.evaluation_pairs])
         loss, figures = bradley_terry(jnp.asarray(chosen), jnp.asarray(rejected))
         return {"loss": float(loss)} | {name: float(value) for name, value in figures.items()}
 
@@ -48,7 +48,7 @@ def run(context: Context, sft: Role, state: TrainState) -> Iterator[tuple[TrainS
         config,
         state,
         frozen=(context.backbone, rest),
-        examples=context.data.preference.train,
+        examples=context.split("preference").train,
         collate=lambda rows: pad_preferences(rows, context.pad_token, context.config.data.length_multiple),
         loss=_loss(context),
         total=lambda batch: jnp.sum(batch.weight),
@@ -59,7 +59,7 @@ def run(context: Context, sft: Role, state: TrainState) -> Iterator[tuple[TrainS
 def finish(context: Context, sft: Role, state: TrainState) -> tuple[Role, dict[str, Any]]:
     """The trained part of the role, its bias set so that what people wrote averages 0, and the stage's figures."""
     trained = state.trainable
-    pairs = context.data.preference.train[: context.config.reward.evaluation_pairs]
+    pairs = context.split("preference").train[: context.config.reward.evaluation_pairs]
     mean = float(np.mean(np.concatenate(scores(context, whole(context, sft, trained), pairs))))
     head = {**trained.head, "bias": trained.head["bias"] - mean}
     return trained.replace(head=head), {"best_step": int(state.step), "bias": -mean, "skipped_updates": int(state.skipped)}

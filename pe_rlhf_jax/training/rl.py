@@ -68,7 +68,7 @@ def init(context: Context, reference: Role, reward: Role) -> RLState:
 
 def run(context: Context, reference: Role, reward: Role, state: RLState) -> Iterator[tuple[RLState, Metrics]]:
     """Yields the state and its metrics after each rollout batch is learned, from where `state` stands."""
-    config, prompts = context.config.rl, context.data.prompts.train
+    config, prompts = context.config.rl, context.split("prompts").train
     frozen = _frozen(context, reference, reward)
     rows = config.batch_size // _mini_batches(config)
     learn = make_step(_loss(context), _tokens, _optimizer(config), rows, config.micro_batch_size)

@@ -38,7 +38,7 @@ def run(context: Context, state: TrainState) -> Iterator[tuple[TrainState, Metri
         context.config.sft,
         state,
         frozen=context.backbone,
-        examples=context.data.sft.train,
+        examples=context.split("sft").train,
         collate=lambda rows: pad_sft(rows, context.pad_token, context.config.data.length_multiple),
         loss=_loss(context),
         total=_targets,
@@ -55,7 +55,7 @@ def finish(context: Context, state: TrainState) -> tuple[Role, dict[str, Any]]:
 def evaluate(context: Context, role: Role) -> float:
     """Mean loss per response token on held-out rows."""
     config = context.config.sft
-    examples = context.data.sft.validation[: config.evaluation_rows]
+    examples = context.split("sft").validation[: config.evaluation_rows]
     losses, tokens = 0.0, 0.0
     for at in range(0, len(examples), config.batch_size):
         rows = list(examples[at : at + config.batch_size])

@@ -10,7 +10,7 @@ import pytest
 from pe_rlhf_jax.algorithms import advantages as algorithms
 
 gae, returns_to_go = jax.jit(algorithms.gae), jax.jit(algorithms.returns_to_go)
-explained_variance = algorithms.explained_variance
+explained_variance = jax.jit(algorithms.explained_variance)
 
 # Seven steps over float32 numbers of size 1 that grow to about 10.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -42,7 +42,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.0, 0.7)])
 def test_equals_the_definition_in_float64(case, gamma, lam):
-    advantages, returns = gae(case.rewards, case.values, case.mask, gamma, lam)
+    advantages, returns = jax.device_get(gae(case.rewards, case.values, case.mask, gamma, lam))
     expected_advantages, expected_returns = loop_gae(case.rewards, case.values, case.mask, gamma, lam)
     np.testing.assert_allclose(advantages, expected_advantages, **TOLERANCE)
     np.testing.assert_allclose(returns, expected_returns, **TOLERANCE)

@@ -84,7 +84,8 @@ def test_token_rewards_sum_to_the_papers_episode_reward(case):
     """(1 - beta) r - beta log(pi / reference), for any mask that has a real token."""
     beta, rows = 0.05, case.mask.any(axis=1)
     penalties = kl_per_token(case.logprobs, case.ref_logprobs, "k1")
-    found = token_rewards(case.scores, penalties, case.mask, kl_coef=beta, score_coef=1 - beta).sum(axis=1)
+    rewards = token_rewards(case.scores, penalties, case.mask, kl_coef=beta, score_coef=1 - beta)
+    found = np.asarray(rewards).sum(axis=1)
     ratio = ((case.logprobs.astype(np.float64) - case.ref_logprobs) * case.mask).sum(axis=1)
     expected = (1 - beta) * case.scores.astype(np.float64) - beta * ratio
     np.testing.assert_allclose(found[rows], expected[rows], rtol=1e-5, atol=1e-6)  # 7 float32 numbers of size 1

@@ -37,12 +37,19 @@ def test_equals_numpy_in_float64(case):
     np.testing.assert_allclose(masked_sum(case.rewards, case.mask), real.sum(), **TOLERANCE)
     np.testing.assert_allclose(masked_mean(case.rewards, case.mask), real.mean(), **TOLERANCE)
     np.testing.assert_allclose(masked_var(case.rewards, case.mask), real.var(), **TOLERANCE)
-    whitened = masked_whiten(case.rewards, case.mask)
+    whitened = np.asarray(masked_whiten(case.rewards, case.mask))
     np.testing.assert_allclose(whitened[case.mask], (real - real.mean()) / np.sqrt(real.var() + 1e-8), **TOLERANCE)
     assert not np.any(whitened[~case.mask])
     kept = masked_whiten(case.rewards, case.mask, shift_mean=False)
     np.testing.assert_allclose(masked_mean(kept, case.mask), real.mean(), **TOLERANCE)
     np.testing.assert_allclose(masked_var(kept, case.mask), 1, **TOLERANCE)
+
+
+def test_junk_is_dropped_before_arithmetic():
+    """Also op by op: under jit, XLA may turn a product with a mask into the selection that it should have been."""
+    x, mask = jnp.array([1.5, jnp.nan, jnp.inf]), jnp.array([True, False, False])
+    np.testing.assert_array_equal(masked.select(x, mask), [1.5, 0, 0])
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(masked.select(x, mask) ** 2))(x), [3, 0, 0])
 
 
 @pytest.mark.parametrize("function", [masked_sum, masked_mean, masked_var, masked_whiten])

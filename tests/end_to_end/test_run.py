@@ -18,7 +18,9 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     run = undisturbed / "runs" / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert 0 <= summary["reward_model"]["ci"][0] <= summary["reward_model"]["accuracy"] <= summary["reward_model"]["ci"][1] <= 1
-    assert {"reward_before", "reward_after", "gain_in_std", "ci", "kl_per_token", "length_after", "distinct_2_after"} <= summary["rl"].keys()
+    assert {"reward_before", "reward_after", "gain_in_std", "ci", "kl_per_token", "length_after", "distinct_2_after"} <= summary[
+        "rl"
+    ].keys()
     assert summary["sft"]["loss_after"] < summary["sft"]["loss_before"]
     assert all(summary["time"][f"{stage}_s"] > 0 for stage in ("sft", "reward", "rl", "evaluate", "export"))
     assert summary["peak_memory_gib"] > 0.1

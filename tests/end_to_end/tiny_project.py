@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_gguf
 import yaml
+from safetensors.numpy import load_file
 
 GOOD, BAD = "good", "poor"
 
@@ -79,9 +80,10 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 
 
 def result(folder: Path) -> tuple[dict[str, bytes], list[dict]]:
-    """What must be the same however a run got to its end: the exported adapters' bytes, and all metrics but the clock's."""
+    """What must be the same however a run got to its end: the exported adapters' bits, and all metrics but the clock's."""
     run = folder / "runs" / "run"
-    adapters = {path.parent.name: path.read_bytes() for path in (run / "export").glob("*/adapter_model.safetensors")}
+    files = sorted((run / "export").glob("*/adapter_model.safetensors"))
+    adapters = {f"{path.parent.name}/{name}": x.tobytes() for path in files for name, x in load_file(path).items()}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return adapters, [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 

