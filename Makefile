@@ -5,7 +5,7 @@
 PYTHON ?= python3
 TORCH ?= torch
 IN_VENV := .venv/bin/python -m
-INSTALL := $(IN_VENV) pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(IN_VENV) pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-slow test-parity benchmark-baseline clean

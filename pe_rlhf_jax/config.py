@@ -195,7 +195,6 @@ class RLConfig(Section):
     kl_coef: float = Field(0.05, ge=0, description="Weight of the KL penalty; the paper's beta, whose objective is (1 - beta) r - beta KL.")
     kl_target: float | None = Field(None, gt=0, description="Adapt kl_coef to this mean KL per response (nats); null keeps it fixed.")
     kl_horizon: float = Field(10_000, gt=0, description="Episodes over which an adaptive coefficient moves.")
-    kl_estimator: Literal["k1", "k3"] = Field("k1", description="Per-token KL estimator of the penalty.")
     gamma: float = Field(1.0, ge=0, le=1, description="Discount.")
     lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda.")
     cliprange: float = Field(0.2, gt=0, description="PPO: clip of the probability ratio.")
@@ -216,6 +215,10 @@ class RLConfig(Section):
     def _batches_nest(self) -> RLConfig:
         if self.batch_size % self.num_mini_batches:
             raise ValueError(f"num_mini_batches {self.num_mini_batches} does not divide batch_size {self.batch_size}")
+        if self.algorithm == "reinforce" and (self.kl_coef > 1 or self.kl_target is not None):
+            raise ValueError(
+                "reinforce maximises (1 - kl_coef) r - kl_coef KL: kl_coef must be a fixed number of at most 1, without kl_target"
+            )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0 in RL: a greedy policy has no log-probability to learn from")
         return self

@@ -1,6 +1,7 @@
 """Command line and composition: configuration -> backbone, data and devices -> stages -> run folder.
 
     python -m pe_rlhf_jax.main --config configs/quickstart.yaml [--set section.field=value ...] [--restart]
+    python -m pe_rlhf_jax.main generate --run runs/quickstart --prompt "Review: The acting is"
     python -m pe_rlhf_jax.main report runs/quickstart
 
 Exit codes: 0 done, 2 an error that the message explains, 75 stopped by SIGTERM or Ctrl-C with everything saved.
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
@@ -29,7 +31,7 @@ from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.checkpoint.weights import WeightsError
 from pe_rlhf_jax.config import Config, ConfigError
-from pe_rlhf_jax.data import DataError
+from pe_rlhf_jax.data import DataError, PromptExample, pad_prompts
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.package import PackageError, cache_folder
@@ -80,13 +82,58 @@ class StopSignal:
             raise Stopped(self.received)
 
 
+class Models:
+    """What the finished training stages of a run folder left, as roles on the loaded backbone."""
+
+    def __init__(self, store: Store, backbone: Backbone, context: Context):
+        self.store, self.backbone, self.context = store, backbone, context
+
+    def reference(self) -> Role:
+        """The SFT model where there is one, else the backbone itself."""
+        return self._outcome(sft.STAGE, lambda: sft.init(self.context).trainable) or Role()
+
+    def reward_model(self) -> Role | None:
+        start = self.reference()
+        trained = self._outcome(reward.STAGE, lambda: reward.init(self.context, start).trainable)
+        return trained and reward.whole(self.context, start, trained)
+
+    def policy(self) -> Role | None:
+        reference, reward_model = self.reference(), self.reward_model()
+        if reward_model is None:
+            return None
+        trained = self._outcome(rl.STAGE, lambda: rl.init(self.context, reference, reward_model).train.trainable)
+        return trained and rl.whole(self.context, reference, reward_model, trained)["policy"]
+
+    def _outcome(self, stage: str, init: Callable[[], PyTree]) -> Any:
+        """What a finished training stage left, or None."""
+        if self.store.latest(ROLE_OF[stage]) is None:
+            return None
+        outcome, meta = self.store.restore(ROLE_OF[stage], self.like(init))
+        self.check(meta)
+        return outcome
+
+    def like(self, init: Callable[[], PyTree]) -> PyTree:
+        """Shapes and shardings of what `init` makes, without making it."""
+        shapes = jax.eval_shape(init)
+        places = shardings(shapes, self.context.mesh)
+        return jax.tree.map(lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, places)
+
+    def check(self, meta: dict[str, Any]) -> None:
+        if meta["backbone"]["sha256"] != self.backbone.sha256:
+            raise CheckpointError(
+                f"{self.store.folder}: trained on {meta['backbone']['source']} ({meta['backbone']['sha256'][:12]}...), but model.source "
+                f"{self.backbone.source} is {self.backbone.sha256[:12]}...; adapters fit only the backbone they were trained on"
+            )
+
+
 class Run:
     """One run: the loaded context, the run folder's state, and the stages composed over them."""
 
     def __init__(self, config: Config, folder: Path, progress: Progress, stop: StopSignal):
         self.config, self.folder, self.progress, self.stop = config, folder, progress, stop
-        self.began = time.perf_counter()
         self.store = Store(folder / "checkpoints")
+        self.backbone, self.context = load(config, progress, needs=_needs(config))
+        self.models = Models(self.store, self.backbone, self.context)
         self.log = MetricsLog(
             folder,
             tensorboard=config.run.tensorboard,
@@ -94,7 +141,6 @@ class Run:
             name=config.run.name,
             config=config.model_dump(mode="json"),
         )
-        self.backbone, self.context = load(config, progress, needs=_needs(config))
 
     def execute(self) -> dict[str, Any]:
         """Runs the configured stages and returns the summary."""
@@ -117,7 +163,7 @@ class Run:
         self._train(sft.STAGE, lambda: sft.init(context), lambda s: sft.run(context, s), lambda s: sft.finish(context, s))
 
     def _reward(self) -> None:
-        context, start = self.context, self.reference()
+        context, start = self.context, self.models.reference()
         self._train(
             reward.STAGE,
             lambda: reward.init(context, start),
@@ -127,7 +173,7 @@ class Run:
         )
 
     def _rl(self) -> None:
-        context, reference, reward_model = self.context, self.reference(), self.reward_model()
+        context, reference, reward_model = self.context, self.models.reference(), self.models.reward_model()
         if reward_model is None:
             raise ConfigError(f"stage rl needs a reward model, and {self.folder} has none; run the stage `reward` first")
         self._train(
@@ -156,8 +202,8 @@ class Run:
         if self.store.latest(stage) is None:
             state, meta = init(), self._meta()
         else:
-            state, meta = self.store.restore(stage, self._like(init))
-            self._check_backbone(meta)
+            state, meta = self.store.restore(stage, self.models.like(init))
+            self.models.check(meta)
         self.log.rewind(stage, int(state.step))
         before, began = meta["elapsed_s"], time.perf_counter()
         with self.progress.stage(stage, total, int(state.step)) as shown:
@@ -171,40 +217,10 @@ class Run:
                     self.store.save(stage, step, state, meta, metric)
                 self.stop.check()
         if select:
-            state, _ = self.store.restore(stage, self._like(init), self.store.best(stage))
+            state, _ = self.store.restore(stage, self.models.like(init), self.store.best(stage))
         outcome, figures = finish(state)
         meta |= {"elapsed_s": before + time.perf_counter() - began, "peak_memory_gib": self._peak(meta), "figures": figures}
         self.store.save(ROLE_OF[stage], int(state.step), outcome, meta)
-
-    def reference(self) -> Role:
-        """The SFT model where there is one, else the backbone itself."""
-        return self._outcome(sft.STAGE, lambda: sft.init(self.context).trainable) or Role()
-
-    def reward_model(self) -> Role | None:
-        start = self.reference()
-        trained = self._outcome(reward.STAGE, lambda: reward.init(self.context, start).trainable)
-        return trained and reward.whole(self.context, start, trained)
-
-    def policy(self) -> Role | None:
-        reference, reward_model = self.reference(), self.reward_model()
-        if reward_model is None:
-            return None
-        trained = self._outcome(rl.STAGE, lambda: rl.init(self.context, reference, reward_model).train.trainable)
-        return trained and rl.whole(self.context, reference, reward_model, trained)["policy"]
-
-    def _outcome(self, stage: str, init: Callable[[], PyTree]) -> Any:
-        """What a finished training stage left, or None."""
-        if self.store.latest(ROLE_OF[stage]) is None:
-            return None
-        outcome, meta = self.store.restore(ROLE_OF[stage], self._like(init))
-        self._check_backbone(meta)
-        return outcome
-
-    def _like(self, init: Callable[[], PyTree]) -> PyTree:
-        """Shapes and shardings of what `init` makes, without making it."""
-        shapes = jax.eval_shape(init)
-        places = shardings(shapes, self.context.mesh)
-        return jax.tree.map(lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, places)
 
     def _evaluate(self) -> None:
         if self.store.latest(evaluate.STAGE) is not None:
@@ -212,7 +228,7 @@ class Run:
             return
         began = time.perf_counter()
         figures: dict[str, Any] = {}
-        found = {"reference": self.reference(), "policy": self.policy(), "reward": self.reward_model()}
+        found = {"reference": self.models.reference(), "policy": self.models.policy(), "reward": self.models.reward_model()}
         roles = {name: role for name, role in found.items() if role is not None}
         if "reward" in roles:
             figures["reward_model"] = evaluate.reward_model(self.context, roles["reward"])
@@ -234,7 +250,7 @@ class Run:
         began = time.perf_counter()
         recipe = {"run": self.config.run.name, "seed": self.config.run.seed, "stages": ", ".join(self.config.run.stages)}
         common: dict[str, Any] = {"base_model": self.backbone.source, "sha256": self.backbone.sha256, "recipe": recipe}
-        roles = {"policy": self.policy() or self.reference(), "reward": self.reward_model()}
+        roles = {"policy": self.models.policy() or self.models.reference(), "reward": self.models.reward_model()}
         for name in self.config.export.roles:
             role, folder = roles[name], self.folder / "export" / name
             if role is None or role.lora is None:
@@ -265,7 +281,7 @@ class Run:
                 "source": self.backbone.source,
                 "sha256": self.backbone.sha256,
                 "parameters": _size(self.context.backbone),
-                "trainable_parameters": _size(self.reference().lora or {}),
+                "trainable_parameters": _size(self.models.reference().lora or {}),
             },
             **({"sft": figures["sft"]} if "sft" in figures else {}),
             **({"reward_model": figures["reward"] | evaluated.get("reward_model", {})} if "reward" in figures else {}),
@@ -280,13 +296,6 @@ class Run:
 
     def _peak(self, meta: dict[str, Any]) -> float:
         return max(meta["peak_memory_gib"], peak_memory_gib())
-
-    def _check_backbone(self, meta: dict[str, Any]) -> None:
-        if meta["backbone"]["sha256"] != self.backbone.sha256:
-            raise CheckpointError(
-                f"{self.folder}: trained on {meta['backbone']['source']} ({meta['backbone']['sha256'][:12]}...), but model.source "
-                f"{self.backbone.source} is {self.backbone.sha256[:12]}...; adapters fit only the backbone they were trained on"
-            )
 
 
 _OUTCOMES = {**ROLE_OF, "evaluate": "evaluate", "export": "export"}
@@ -345,6 +354,25 @@ def run(config: Config, restart: bool = False, console: Console | None = None) -
         return summary
 
 
+def generate(folder: Path, prompts: Sequence[str], console: Console) -> None:
+    """Answers prompts with a run's policy beside its reference, sampled as the run's `rl.sampling` says."""
+    config = run_folder.read_config(folder)
+    backbone, context = load(config, Progress(console), needs=set())
+    models = Models(Store(folder / "checkpoints"), backbone, context)
+    rows = [PromptExample(np.asarray(backbone.tokenizer(text)["input_ids"], np.int32), text, {}) for text in prompts]
+    count = -(-len(rows) // row_multiple(context.mesh)) * row_multiple(context.mesh)
+    batch = pad_prompts(rows, context.pad_token, config.data.length_multiple, rows=count)
+    shown: list[dict[str, Any]] = [{"prompt": text} for text in prompts]
+    with jax.set_mesh(context.mesh):
+        for name, role in (("reference", models.reference()), ("policy", models.policy())):
+            if role is None:
+                raise ConfigError(f"{folder} has no {name} yet; run its stage `rl` first")
+            rollout = rl.respond(context, role, context.rows(batch), context.key("generate"))
+            for row, tokens in zip(shown, rl.response_tokens(rollout), strict=False):
+                row[name] = backbone.tokenizer.decode(tokens, skip_special_tokens=True)
+    samples.show(console, shown, len(shown))
+
+
 def cli(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     parser = argparse.ArgumentParser(prog="pe-rlhf", description="Parameter-efficient RLHF in JAX.")
@@ -355,6 +383,9 @@ def cli(argv: Sequence[str] | None = None) -> int:
     running.add_argument("--restart", action="store_true", help="start anew; an existing run folder is moved aside")
     reporting = commands.add_parser("report", help="rebuild report.html of a run folder")
     reporting.add_argument("folder", type=Path)
+    generating = commands.add_parser("generate", help="answer prompts with a run's policy, beside its reference")
+    generating.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="run folder")
+    generating.add_argument("--prompt", required=True, action="append", help="may be given several times")
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv.insert(0, "run")
@@ -365,6 +396,8 @@ def cli(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "report":
             run_folder.read_config(arguments.folder)
             console.print(f"report: {html.build(arguments.folder)}", markup=False)
+        elif arguments.command == "generate":
+            generate(arguments.run, arguments.prompt, console)
         else:
             run(configuration.load(arguments.config, arguments.set), arguments.restart, console)
     except Stopped as reason:

@@ -201,7 +201,7 @@ def test_files_are_read_and_unreadable_ones_explained(tmp_path):
 
 def fields(section: type[c.Section]) -> set[str]:
     inner = {c._section_type(field.annotation) for field in section.model_fields.values()} - {None}
-    return {name for name in section.model_fields}.union(*map(fields, inner))
+    return set(section.model_fields).union(*map(fields, inner))
 
 
 def test_the_reference_page_is_current_and_complete():

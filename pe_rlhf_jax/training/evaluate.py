@@ -23,7 +23,7 @@ from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.training import reward as reward_stage
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.functions import call_function, load_function
-from pe_rlhf_jax.training.rl import respond, rollout_scores
+from pe_rlhf_jax.training.rl import respond, response_tokens, rollout_scores
 from pe_rlhf_jax.training.statistics import accuracy_by_margin, bootstrap_ci, calibration, distinct_n, pairwise_right
 from pe_rlhf_jax.types import PyTree, Rollout
 
@@ -78,11 +78,10 @@ class _Answers:
 
     def add(self, roles: dict[str, Role], name: str, rollout: Rollout, rows: int) -> None:
         context = self.context
-        tokens, mask, ended = jax.device_get((rollout.response, rollout.response_mask, rollout.ended))
-        kept = [row[keep].tolist() for row, keep in zip(tokens[:rows], mask[:rows], strict=True)]
+        kept = response_tokens(rollout)[:rows]
         self.tokens += kept
         self.texts += [str(context.tokenizer.decode(row, skip_special_tokens=True)) for row in kept]
-        self.ended += [float(value) for value in ended[:rows]]
+        self.ended += np.asarray(rollout.ended, np.float64)[:rows].tolist()
         if "reward" in roles:
             scores = rollout_scores(context.decoder, context.config.rl, roles["reward"], context.backbone, rollout)
             self.rewards += np.asarray(scores)[:rows].tolist()

@@ -169,7 +169,7 @@ def _experience(
     values = jnp.where(mask, response_values(decoder, backbone, value, rollout), 0.0)
     scores = rollout_scores(decoder, config, reward, backbone, rollout)
 
-    kl_BR = kl.kl_per_token(old_logprobs, ref_logprobs, config.kl_estimator)
+    kl_BR = kl.kl_per_token(old_logprobs, ref_logprobs, "k1")  # k3 as a reward has another optimum
     score_coef = 1.0 if config.algorithm == "ppo" else 1.0 - kl_coef
     rewards = kl.token_rewards(scores, kl_BR, mask, kl_coef, score_coef)
     if config.whiten_rewards:
@@ -245,10 +245,15 @@ def _take(experience: Experience, rows: Array) -> Experience:
     return jax.tree.map(lambda x: x[rows], experience)
 
 
+def response_tokens(rollout: Rollout) -> list[list[int]]:
+    """The responses' real tokens, end token included."""
+    tokens, mask = jax.device_get((rollout.response, rollout.response_mask))
+    return [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+
+
 def _of_responses(rollout: Rollout) -> Metrics:
     """Length, endings and variety of a rollout's responses."""
-    tokens, mask, ended = jax.device_get((rollout.response, rollout.response_mask, rollout.ended))
-    responses = [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+    responses, ended = response_tokens(rollout), np.asarray(rollout.ended)
     return {
         "objective/length": float(np.mean([len(response) for response in responses])),
         "objective/ended": float(np.mean(ended)),

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from pe_rlhf_jax.config import DataConfig, FilesConfig
-from pe_rlhf_jax.data import DataError, load
+from pe_rlhf_jax.data import DataError, load, movie_reviews
 
 ROWS = [{"prompt": f"Question {i % 60}", "completion": f"answer {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(120)]
 
@@ -119,4 +119,4 @@ def test_files_go_before_the_named_source(reviews, jsonl, tokenizer):
     config = DataConfig(source="movie-reviews", sft=FilesConfig(train=[jsonl(ROWS)]), train_pairs=5, validation_pairs=5)
     data = load(config, tokenizer, needs={"sft", "preference"})
     assert tokenizer.decode(data.sft.train[0].prompt).startswith("Question")
-    assert tokenizer.decode(data.preference.train[0].chosen).startswith("Film review: ")
+    assert tokenizer.decode(data.preference.train[0].chosen).startswith(movie_reviews.PROMPT)

@@ -45,6 +45,7 @@ def test_an_adapter_equals_the_reference_with_merged_weights(tiny, run):
         assert np.abs(expected - forward(tiny.params, tiny.config, tokens)[0]).max() > 0.1
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_later_and_masked_tokens_have_exactly_no_influence(tiny):
     """d hidden[t] / d embedding(token s) is 0 to the bit for s > t and for masked s, and not 0 otherwise."""
     tokens = jnp.arange(7)[None]
@@ -105,6 +106,7 @@ def test_decoding_with_a_cache_equals_one_forward(tiny, run, piece):
     assert not np.asarray(cache.k_LBSKh)[:, :, 10:].any()
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_remat_changes_memory_and_not_gradients(tiny):
     mask = np.ones_like(TOKENS, bool)
 
@@ -125,6 +127,7 @@ def test_remat_changes_memory_and_not_gradients(tiny):
     assert full[1] < dots[1] < none[1]
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_bfloat16_computes_in_bfloat16_and_stays_near(tiny, run):
     decoder = dataclasses.replace(tiny.decoder, dtype=jnp.bfloat16)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params)

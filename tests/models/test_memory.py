@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.decoder import Decoder, DecoderConfig, unembed
@@ -24,6 +25,7 @@ CONFIG = DecoderConfig(
 )
 
 
+@pytest.mark.usefixtures("quick_compile")  # the same bytes as with the optimizer
 def test_adapter_gradients_hold_no_buffer_as_large_as_the_backbones():
     """A step of clipped gradient descent (clipping reads every gradient before any is used) in float32 with full remat."""
     decoder = Decoder(CONFIG, LoRAConfig(r=4), remat="full")

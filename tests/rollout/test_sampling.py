@@ -12,6 +12,8 @@ from scipy import stats
 from pe_rlhf_jax.config import SamplingConfig
 from pe_rlhf_jax.rollout.sampling import sample
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LOGITS = np.array([1.0, 2.5, 0.0, -1.0, 2.0, -3.0])
 ROWS = 20_000
 

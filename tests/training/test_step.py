@@ -1,0 +1,87 @@
+"""One update: what it may change, micro-batches, and numbers that are not finite."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pe_rlhf_jax.config import OptimizerConfig
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.training.optimizer import learning_rate, make_optimizer
+from pe_rlhf_jax.training.step import NonFiniteError, make_step, new_state, stage_key, stop_if_not_finite
+
+
+def role() -> Role:
+    return Role(lora={"a": jnp.ones((2, 3))}, head={"bias": jnp.zeros((1,))}, params={"kernel": jnp.ones((4, 5))})
+
+
+@pytest.mark.parametrize(("tuning", "frozen"), [("lora", "params"), ("full", "lora")])
+def test_a_frozen_leaf_that_reaches_the_optimizer_does_not_move(tuning, frozen):
+    """Even with a gradient of ones for it, and with weight decay; `optax.masked` would let the gradient through."""
+    start = role()
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.1, max_grad_norm=None), 10, tuning)
+    state = optimizer.init(start)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, start), state, start)
+    after = optax.apply_updates(start, updates)
+    for name in ("lora", "head", "params"):
+        same = all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), getattr(start, name), getattr(after, name))))
+        assert same == (name == frozen)
+
+
+def test_optimizer_state_exists_only_for_what_is_trained():
+    sizes = {2 * 3, 1}  # the adapter's leaf and the head's
+    state = make_optimizer(OptimizerConfig(), 10, "lora").init(role())
+    moments = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sorted(moments) == sorted([*sizes, *sizes])
+
+
+def test_schedule_warms_up_and_decays():
+    rate = learning_rate(OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_ratio=0.2), 10)
+    np.testing.assert_allclose([rate(i) for i in (0, 1, 2, 6, 10)], [0.0, 0.5, 1.0, 0.5, 0.0], atol=1e-6)
+
+
+def quadratic(trainable, target, rows, total, key):
+    loss = jnp.sum((rows["x"] @ trainable["w"] - target) ** 2) / total
+    return loss, {"rows": jnp.sum(rows["x"][:, 0] * 0 + 1) / total}
+
+
+def step_of(batch: int, micro: int | None):
+    return make_step(quadratic, lambda rows: jnp.float32(len(rows["x"])), optax.sgd(0.1), batch, micro)
+
+
+def test_micro_batches_add_up_to_the_whole_batch():
+    rows = {"x": jnp.asarray(np.random.default_rng(0).standard_normal((12, 3)), jnp.float32)}
+    results = []
+    for micro in (None, 4, 1):
+        state, metrics = step_of(12, micro)(new_state({"w": jnp.ones(3)}, optax.sgd(0.1)), jnp.ones(()), rows, jax.random.key(0))
+        results.append((state.trainable["w"], metrics["loss"], metrics["grad_norm"], metrics["rows"]))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert float(results[0][3]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_non_finite_update_changes_nothing_but_the_counters(bad):
+    step, optimizer = step_of(2, None), optax.sgd(0.1)
+    good, broken = {"x": jnp.ones((2, 3))}, {"x": jnp.full((2, 3), bad)}
+    state, _ = step(new_state({"w": jnp.ones(3)}, optimizer), jnp.ones(()), good, jax.random.key(0))
+    before = np.asarray(state.trainable["w"])
+    for count in (1, 2):
+        state, metrics = step(state, jnp.ones(()), broken, jax.random.key(0))
+        assert (int(metrics["skipped"]), int(state.skipped_in_a_row)) == (count, count)
+        np.testing.assert_array_equal(state.trainable["w"], before)
+    stop_if_not_finite(state, 3, "sft")
+    with pytest.raises(NonFiniteError, match="2 updates in a row"):
+        stop_if_not_finite(state, 2, "sft")
+    state, metrics = step(state, jnp.ones(()), good, jax.random.key(0))
+    assert (int(metrics["skipped"]), int(state.skipped_in_a_row)) == (2, 0)
+    assert not np.array_equal(state.trainable["w"], before)
+
+
+def test_stages_and_seeds_have_different_keys():
+    keys = {tuple(jax.random.key_data(stage_key(seed, stage)).tolist()) for seed in (0, 1) for stage in ("sft", "reward", "rl")}
+    assert len(keys) == 6
