@@ -21,7 +21,7 @@ test: .venv/dev.installed  ## Lint, layout, types and the fast tests
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
-	$(IN_VENV) pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(IN_VENV) pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 test-slow: .venv/dev.installed  ## Tests with the real model, fetched on the first run; minutes
 	$(IN_VENV) pytest -m 'slow and not parity'

@@ -333,7 +333,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set expects a.b=value, found {override!r}")
     *parents, leaf = path.strip().split(".")
     for name in parents:
-        values = values.setdefault(name, {})
+        values[name] = {} if values.get(name) is None else values[name]  # an empty section reads as None
+        values = values[name]
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override}: {name} is a value, not a section")
     try:

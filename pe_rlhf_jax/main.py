@@ -308,6 +308,7 @@ def load(config: Config, progress: Progress, needs: set[DataKind]) -> tuple[Back
     if config.evaluate.judge and "evaluate" in config.run.stages:
         load_function(config.evaluate.judge)
     backbone = resolve(config.model)
+    _check_lengths(config, backbone.config.max_position_embeddings)
     dtype = {"auto": jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16}.get(config.model.dtype, config.model.dtype)
     dtype = jnp.dtype(dtype)
     decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat)
@@ -332,6 +333,15 @@ def _check_batches(config: Config, multiple: int) -> None:
         size = getattr(config, section).batch_size
         if size % multiple:
             raise ConfigError(f"{section}.batch_size {size} must be a multiple of {multiple}, the devices along mesh axes data and fsdp")
+
+
+def _check_lengths(config: Config, positions: int) -> None:
+    response = max(config.data.max_response_length, config.rl.sampling.max_new_tokens)
+    if config.data.max_prompt_length + response > positions:
+        raise ConfigError(
+            f"data.max_prompt_length {config.data.max_prompt_length} and the longest response, {response} tokens (data.max_response_length, "
+            f"rl.sampling.max_new_tokens), exceed the model's {positions} positions"
+        )
 
 
 def _size(tree: PyTree) -> int:

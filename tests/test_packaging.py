@@ -110,6 +110,10 @@ def help_of(capsys):
 def test_every_command_and_option_exists(help_of):
     lines = [(place, match[1]) for place, match in found(r"(?:pe-rlhf|pe_rlhf_jax\.main)((?: [^\s`;|>)]+| \"[^\"]*\")*)")]
     assert len(lines) > 5
+    anywhere = help_of("run") + help_of("report") + help_of("generate")
+    alone = [match[0] for place, match in found(r"^--[a-z-]+") if place in DOCUMENTS]
+    assert "--restart" in alone
+    assert not [option for option in alone if not re.search(rf"{option}\b", anywhere)]
     for place, line in lines:
         command, *rest = shlex.split(line) or ["run"]
         if command.startswith("-"):
@@ -126,8 +130,10 @@ def test_every_override_is_accepted():
 
 
 def test_every_path_exists():
-    paths = {(place, match[0]) for place, match in found(r"\b(?:configs|notebooks|benchmarks|tpu|tests)/[\w./-]+\b")}
+    pattern = r"\b(?:configs|notebooks|benchmarks|tpu|tests)/[\w./-]+\b"
+    paths = {(place, match[0]) for place, match in found(pattern)}
     for document in DOCUMENTS:
+        paths |= {(document, path) for path in re.findall(pattern, parts(document)[0])}
         targets = re.findall(r"\]\(([^)]+)\)", (ROOT / document).read_text())
         inside = ((ROOT / document).parent / target for target in targets if "://" not in target)
         paths |= {(document, os.path.relpath(path, ROOT)) for path in inside}

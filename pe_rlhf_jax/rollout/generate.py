@@ -52,7 +52,7 @@ def generate(
 ) -> Rollout:
     """Samples a response of at most `sampling.max_new_tokens` tokens to each prompt; the end token is part of the response.
 
-    Every row draws from its own key, folded from `key`, its index and the step. The trip count of the outer loop is the early exit; cost
+    Every row draws from its own key, folded from `key`, its index and the step: calls for parts of one batch need different keys. The trip count of the outer loop is the early exit; cost
     is bounded by the longest response, rounded up to a block.
     """
     batch, prompt_length = prompts.tokens.shape
@@ -77,7 +77,7 @@ def generate(
             step=state.step + 1,
             logits=unembed(variables["params"], hidden[:, 0]),
             position=state.position + 1,
-            alive=state.alive & ~jnp.isin(token, ends) & (state.step + 1 < length),
+            alive=state.alive & ~jnp.isin(token, ends),
             cache=cache,
             tokens=state.tokens.at[:, state.step].set(token),
             mask=mask,

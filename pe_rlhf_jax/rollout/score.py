@@ -56,10 +56,10 @@ def sequence(rollout: Rollout) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     return tokens, jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
 
 
-def response_hidden(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout, deterministic: bool = True) -> Float[Array, "B R D"]:
+def response_hidden(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout) -> Float[Array, "B R D"]:
     """Hidden states that predict the response's tokens: of the last prompt token and of all but the last response token."""
     tokens, mask = sequence(rollout)
-    hidden, _ = decoder.apply(role.variables(backbone), tokens[:, :-1], mask[:, :-1], deterministic=deterministic)
+    hidden, _ = decoder.apply(role.variables(backbone), tokens[:, :-1], mask[:, :-1])
     return hidden[:, rollout.prompt.shape[1] - 1 :]
 
 

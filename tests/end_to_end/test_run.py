@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from tiny_project import finish, result, start, write_config
 
-KILLS = 10
+KILLS = 8
+
+pytestmark = pytest.mark.xdist_group("whole runs")  # they share one undisturbed run and one cache
 
 
 def test_a_run_leaves_what_it_promises(undisturbed):
