@@ -339,8 +339,8 @@ def _check_lengths(config: Config, positions: int) -> None:
     response = max(config.data.max_response_length, config.rl.sampling.max_new_tokens)
     if config.data.max_prompt_length + response > positions:
         raise ConfigError(
-            f"data.max_prompt_length {config.data.max_prompt_length} and the longest response, {response} tokens (data.max_response_length, "
-            f"rl.sampling.max_new_tokens), exceed the model's {positions} positions"
+            f"data.max_prompt_length {config.data.max_prompt_length} and the longest response, {response} tokens "
+            f"(data.max_response_length, rl.sampling.max_new_tokens), exceed the model's {positions} positions"
         )
 
 

@@ -52,8 +52,8 @@ def generate(
 ) -> Rollout:
     """Samples a response of at most `sampling.max_new_tokens` tokens to each prompt; the end token is part of the response.
 
-    Every row draws from its own key, folded from `key`, its index and the step: calls for parts of one batch need different keys. The trip count of the outer loop is the early exit; cost
-    is bounded by the longest response, rounded up to a block.
+    Every row draws from its own key, folded from `key`, its index and the step: calls for parts of one batch need different keys. The
+    trip count of the outer loop is the early exit; cost is bounded by the longest response, rounded up to a block.
     """
     batch, prompt_length = prompts.tokens.shape
     length = sampling.max_new_tokens
