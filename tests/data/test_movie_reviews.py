@@ -53,7 +53,7 @@ def test_prompt_and_response_make_the_sentence(reviews):
     assert len(train) + len(validation) == 300 and 10 <= len(validation) <= 50
     for row in train + validation:
         [(prompt, response)] = row.texts
-        assert len(prompt.split()) == 2 + 3 and not prompt.endswith(" ") and response.startswith(" ")
+        assert len(prompt.removeprefix(movie_reviews.PROMPT).split()) == 3 and not prompt.endswith(" ") and response.startswith(" ")
         assert prompt + response == movie_reviews.PROMPT + row.columns["original"]
 
 

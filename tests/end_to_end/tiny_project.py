@@ -38,7 +38,8 @@ def project(tmp_path_factory) -> dict:
         "run": {"checkpoint_every": 2, "tensorboard": False, "compilation_cache": True},
         "model": {"source": str(folder / "tiny.gguf")},
         "lora": {"r": 2, "lora_alpha": 4.0},
-        "data": {name: {"train": [file]} for name, file in files.items()} | {"validation_share": 0.25, "length_multiple": 32},
+        "data": {name: {"train": [file]} for name, file in files.items()}
+        | {"validation_share": 0.25, "length_multiple": 32, "max_prompt_length": 32, "max_response_length": 32},
         "sft": {"steps": 5, "batch_size": 8, "evaluate_every": 3, "evaluation_rows": 8},
         "reward": {"steps": 6, "batch_size": 8, "evaluate_every": 2, "evaluation_pairs": 8, "optimizer": {"learning_rate": 3e-3}},
         "rl": {
