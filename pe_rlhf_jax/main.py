@@ -87,6 +87,7 @@ class Models:
 
     def __init__(self, store: Store, backbone: Backbone, context: Context):
         self.store, self.backbone, self.context = store, backbone, context
+        self._read: dict[str, Any] = {}
 
     def reference(self) -> Role:
         """The SFT model where there is one, else the backbone itself."""
@@ -105,12 +106,14 @@ class Models:
         return trained and rl.whole(self.context, reference, reward_model, trained)["policy"]
 
     def _outcome(self, stage: str, init: Callable[[], PyTree]) -> Any:
-        """What a finished training stage left, or None."""
-        if self.store.latest(ROLE_OF[stage]) is None:
-            return None
-        outcome, meta = self.store.restore(ROLE_OF[stage], self.like(init))
-        self.check(meta)
-        return outcome
+        """What a finished training stage left, read once, or None. Training works on copies, so it stays as it is."""
+        if stage not in self._read:
+            if self.store.latest(ROLE_OF[stage]) is None:
+                return None
+            outcome, meta = self.store.restore(ROLE_OF[stage], self.like(init))
+            self.check(meta)
+            self._read[stage] = outcome
+        return self._read[stage]
 
     def like(self, init: Callable[[], PyTree]) -> PyTree:
         """Shapes and shardings of what `init` makes, without making it."""
