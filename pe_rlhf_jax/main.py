@@ -1,7 +1,7 @@
 """Command line and composition: configuration -> backbone, data and devices -> stages -> run folder.
 
     python -m pe_rlhf_jax.main --config configs/quickstart.yaml [--set section.field=value ...] [--restart]
-    python -m pe_rlhf_jax.main generate --run runs/quickstart --prompt "Review: The acting is"
+    python -m pe_rlhf_jax.main generate --run runs/quickstart --prompt "Film review: The acting is"
     python -m pe_rlhf_jax.main report runs/quickstart
 
 Exit codes: 0 done, 2 an error that the message explains, 75 stopped by SIGTERM or Ctrl-C with everything saved.

@@ -31,8 +31,9 @@ MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 # The file's identity: with other ratings, figures of this data set would mean something else.
 SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
 
-PROMPT = "Review: "
-"""Stands before the first words of a sentence: few tokens, and a continuation comes natural after it."""
+PROMPT = "Film review: "
+"""Stands before the first words of a sentence: few tokens, and a continuation comes natural after it. Without "film", answers drift to
+books and products."""
 LEAST_RESPONSE_WORDS = 3
 ATTEMPTS = 8
 """Partners that a sentence is offered in one round of pairing."""
