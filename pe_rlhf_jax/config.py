@@ -21,6 +21,8 @@ from pydantic import Field, field_validator, model_validator
 StageName = Literal["sft", "reward", "rl", "evaluate", "export"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
 
+FormatName = Literal["anthropic-hh", "bolt", "openai-tldr-comparisons", "openai-tldr-sft", "shp", "taskmaster"]
+
 PRESETS = ("attention", "all-linear")
 
 
@@ -120,10 +122,15 @@ class OptimizerConfig(Section):
 
 
 class FilesConfig(Section):
-    """Data files."""
+    """Where rows of one kind are read from."""
 
-    train: list[str] = Field(description="Files with the training rows: `.jsonl` (UTF-8) or `.parquet`.")
-    validation: list[str] = Field([], description="Files with held-out rows; empty takes `validation_share` of the training rows.")
+    train: list[str] = Field(
+        description="Where the training rows are: files (`.jsonl`, `.jsonl.gz`, `.json` or `.parquet`; UTF-8), "
+        "`tfds:NAME[/CONFIG][:VERSION]:SPLIT` (TensorFlow Datasets), or `hf:OWNER/NAME[/FOLDER][:CONFIG]:SPLIT` (Hugging Face, extra "
+        "`datasets`)."
+    )
+    validation: list[str] = Field([], description="Where held-out rows are; empty takes `validation_share` of the training rows.")
+    format: FormatName | None = Field(None, description="Original format to convert rows from; null where rows have this kind's keys.")
 
 
 class DataConfig(Section):
@@ -134,14 +141,22 @@ class DataConfig(Section):
     preference: FilesConfig | None = Field(
         None, description="Rows with `prompt`, `chosen`, `rejected` and optionally `margin`; without `prompt`, each side is a whole text."
     )
+    label: FilesConfig | None = Field(
+        None, description="Rows with `prompt` and `completion`, or `messages`, and `label`: 1 or true for good, 0 or false for bad."
+    )
     prompts: FilesConfig | None = Field(None, description="Rows with `prompt` (text or chat turns) for RL and evaluation.")
+    group_by: str | None = Field(
+        None, description="Key of each row, such as `conversation`, by whose value rows are held out; null holds out by the prompt's text."
+    )
     max_prompt_length: int = Field(512, ge=1, description="Longest prompt, in tokens.")
-    max_response_length: int = Field(512, ge=1, description="Longest response in SFT and preference data, in tokens, end included.")
+    max_response_length: int = Field(512, ge=1, description="Longest response in SFT, preference and label data, in tokens, end included.")
     too_long: Literal["error", "skip"] = Field(
         "skip", description="What to do with a row over the length limits; skipped rows are counted."
     )
     on_error: Literal["error", "skip"] = Field("error", description="What to do with a bad row; skipped rows are counted and reported.")
-    validation_share: float = Field(0.1, gt=0, lt=1, description="Held-out share, by a hash of the text, where no file is given.")
+    validation_share: float = Field(
+        0.1, gt=0, lt=1, description="Held-out share, by a hash of the prompt or group, where no file is given."
+    )
     length_multiple: int = Field(16, ge=1, description="Batches are padded to a multiple of this, so that few programs are compiled.")
     train_pairs: int = Field(2048, ge=1, description="movie-reviews: number of training pairs.")
     validation_pairs: int = Field(512, ge=1, description="movie-reviews: number of held-out pairs.")

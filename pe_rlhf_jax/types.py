@@ -36,6 +36,17 @@ class PreferenceBatch(flax.struct.PyTreeNode):
     """1 for a real row, 0 for one that only fills the last batch of an evaluation."""
 
 
+class LabelBatch(flax.struct.PyTreeNode):
+    """Prompts with one response each and how it was judged, right-padded; every row ends with the end token."""
+
+    tokens: Int[jax.Array, "B T"]
+    mask: Bool[jax.Array, "B T"]
+    label: Float[jax.Array, " B"]
+    """1 for a good response, 0 for a bad one."""
+    weight: Float[jax.Array, " B"]
+    """1 for a real row, 0 for one that only fills the last batch of an evaluation."""
+
+
 class PromptBatch(flax.struct.PyTreeNode):
     """Prompts, left-padded."""
 
