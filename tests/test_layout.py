@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "pe_rlhf_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {"config", "package", "types", "sharding"}
+PARTS = GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint", "plan", "report"}
 MAY_IMPORT = {
     "config": set(),
     "package": set(),
@@ -27,7 +28,10 @@ MAY_IMPORT = {
     "plan": GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint"},
     "report": {"config", "types"},
     "run_folder": {"config"},
-    "main": GROUND | {"run_folder"} | {"data", "models", "rollout", "algorithms", "training", "checkpoint", "plan", "report"},
+    "loading": PARTS,
+    "outcomes": PARTS | {"loading", "run_folder"},
+    "run": PARTS | {"loading", "outcomes", "run_folder"},
+    "main": PARTS | {"loading", "outcomes", "run_folder", "run"},
 }
 """What each part of the package may import besides itself."""
 
