@@ -478,7 +478,9 @@ def _explain(error: Mapping[str, Any]) -> str:
         return f"{where}: no such key; " + (f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(names)}")
     if error["type"] == "missing":
         return f"{where}: required, but missing"
-    return f"{where}: {error['msg']}; found {error['input']!r}"
+    # What a whole section holds is in the file; the message says what is wrong with it.
+    found = "" if isinstance(error["input"], Mapping) and error["type"] == "value_error" else f"; found {error['input']!r}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{found}"
 
 
 def _section_at(path: Sequence[Any]) -> type[Section] | None:

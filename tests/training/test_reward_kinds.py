@@ -1,0 +1,122 @@
+"""Reward models of labels, their loss and figures; what both kinds have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pe_rlhf_jax.algorithms.reward import logistic
+from pe_rlhf_jax.data import LabelExample, Split
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.training import reward
+from pe_rlhf_jax.training.reward_kinds import Labels
+from pe_rlhf_jax.training.statistics import accuracy_by, area_under_curve, bootstrap_auc_ci, label_calibration
+
+END = 1
+
+
+def rows(count: int, positive_every: int) -> list[LabelExample]:
+    """Positive rows hold token 7, negative ones token 9."""
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(count):
+        label = float(i % positive_every == 0)
+        words = np.append(rng.integers(10, 31, 2 + i % 3), [7 if label else 9, END]).astype(np.int32)
+        found.append(LabelExample(words, label))
+    return found
+
+
+@pytest.fixture
+def labelled(make_context):
+    def make(positive_every: int = 2, **fields):
+        context = make_context(reward={"kind": "labels", **fields}, rl={"roles": "separate"})
+        examples = rows(24, positive_every)
+        return dataclasses.replace(context, data=dataclasses.replace(context.data, label=Split(examples, examples)))
+
+    return make
+
+
+def test_logistic_by_hand():
+    scores, labels = jnp.array([0.0, 2.0, -1.0]), jnp.array([1.0, 0.0, 0.0])
+    loss, statistics = logistic(scores, labels)
+    expected = (np.log(2) + np.log1p(np.exp(2)) + np.log1p(np.exp(-1))) / 3
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    assert float(statistics["accuracy"]) == pytest.approx((0.5 + 0 + 1) / 3)
+    weighted, _ = logistic(scores, labels, weight=jnp.array([3.0, 0.0, 1.0]))
+    assert float(weighted) == pytest.approx((3 * np.log(2) + np.log1p(np.exp(-1))) / 4, rel=1e-6)
+    junk, _ = logistic(jnp.array([0.0, np.nan, -1.0]), labels, weight=jnp.array([3.0, 0.0, 1.0]))
+    assert float(junk) == float(weighted)
+
+
+def test_logistic_of_large_scores_keeps_its_slope():
+    """At 60 a probability is 1 to the last bit; the loss of a wrong label is still 60, and no NaN appears."""
+    loss, _ = logistic(jnp.array([60.0]), jnp.array([0.0]))
+    assert float(loss) == pytest.approx(60.0)
+    loss, _ = logistic(jnp.array([-200.0]), jnp.array([0.0]))
+    assert float(loss) == pytest.approx(0.0, abs=1e-30)
+
+
+def test_micro_batches_of_labels_add_up():
+    scores, labels, weight = (jnp.asarray(x) for x in np.random.default_rng(1).uniform(0.1, 1, (3, 8)).astype(np.float32))
+    labels = jnp.round(labels)
+    whole, _ = logistic(scores, labels, weight=weight)
+    parts = [logistic(scores[i : i + 4], labels[i : i + 4], weight=weight[i : i + 4], total=jnp.sum(weight))[0] for i in (0, 4)]
+    assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_area_under_curve_counts_pairs():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 6, 40), rng.integers(0, 2, 40)  # integers: many ties
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    wins = np.mean([(p > n) + 0.5 * (p == n) for p in positive for n in negative])
+    assert area_under_curve(scores, labels) == pytest.approx(wins)
+    assert area_under_curve(np.array([1.0, 2.0, 3.0]), np.array([0, 0, 1])) == 1.0
+    assert area_under_curve(np.array([1.0, 2.0]), np.array([1, 1])) == 0.5
+    low, high = bootstrap_auc_ci(scores.astype(float), labels, 400)
+    assert low < wins < high and 0.05 < high - low < 0.5
+
+
+def test_bins_of_calibration_and_accuracy():
+    labels = np.array([0, 0, 0, 1, 1, 1, 1, 1])
+    logits = np.array([-2.0, -2, -2, -2, 2, 2, 2, 2])
+    first, second = label_calibration(logits, labels, bins=2)
+    assert first == {"predicted": pytest.approx(1 / (1 + np.exp(2))), "observed": 0.25, "count": 4}
+    assert second["observed"] == 1.0
+    short, long = accuracy_by(np.array([5, 1, 7, 2]), np.array([1, 0, 1, 0.5]), bins=2)
+    assert short == {"low": 1.0, "high": 2.0, "accuracy": 0.25, "count": 2}
+    assert long == {"low": 5.0, "high": 7.0, "accuracy": 1.0, "count": 2}
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_model_of_labels_learns_them(labelled, tuning):
+    context = labelled(tuning=tuning, steps=40, batch_size=8, evaluate_every=40, optimizer={"learning_rate": 1e-2})
+    *_, (state, metrics) = reward.run(context, Role(), reward.init(context, Role()))
+    assert metrics["eval/auc"] > 0.99
+    trained, figures = reward.finish(context, Role(), state)
+    np.testing.assert_array_equal(trained.head["bias"], state.trainable.head["bias"])  # its 0 is the boundary between the classes
+    assert "bias" not in figures
+    found = reward.evaluate(context, reward.whole(context, Role(), trained))
+    assert found["auc_ci"][0] <= found["auc"] <= found["auc_ci"][1]
+    assert found["rows"] == 24 and found["positive_share"] == 0.5
+
+
+def test_balanced_classes_weigh_alike(labelled):
+    context = labelled(positive_every=6, balance_classes=True)
+    batch = Labels().collate(context, context.data.label.train)
+    label, weight = np.asarray(batch.label), np.asarray(batch.weight)
+    assert label.sum() == 4
+    assert weight[label == 1].sum() == pytest.approx(weight[label == 0].sum()) == pytest.approx(12)
+    plain = Labels().collate(labelled(positive_every=6), context.data.label.train)
+    np.testing.assert_array_equal(plain.weight, 1.0)
+
+
+def test_label_scores_do_not_depend_on_padding_or_batch(labelled):
+    context = labelled()
+    role = reward.init(context, Role()).trainable
+    role = role.replace(head={**role.head, "bias": jnp.array([0.25])})
+    one = Labels().scores(context, role, context.data.label.train)[0]
+    alone = np.concatenate([Labels().scores(context, role, [row])[0] for row in context.data.label.train[:5]])
+    np.testing.assert_allclose(one[:5], alone, rtol=1e-5, atol=1e-6)
