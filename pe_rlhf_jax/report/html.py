@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from pe_rlhf_jax.files import write_atomically
 from pe_rlhf_jax.report import headline, metrics, samples, sections
 from pe_rlhf_jax.report.progress import duration
 
@@ -66,7 +67,7 @@ def build(run_folder: Path) -> Path:
         samples_shown=SAMPLES_SHOWN,
     )
     path = folder / "report.html"
-    metrics.write_atomically(path, page.encode("utf-8", errors="replace"))
+    write_atomically(path, page.encode("utf-8", errors="replace"))
     return path
 
 
