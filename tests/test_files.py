@@ -1,5 +1,7 @@
 """A file is there as a whole or not at all."""
 
+import contextlib
+import errno
 import os
 
 import pytest
@@ -45,6 +47,19 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path, monkeypatch):
     files.write_atomically(path, b"first, and longer")
     assert path.read_bytes() == b"first, and longer"
     assert os.listdir(tmp_path) == ["report.html"]
+
+
+@pytest.mark.parametrize(("number", "fatal_for_folders"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_folders_is_no_error_but_a_failing_disk_is(tmp_path, monkeypatch, number, fatal_for_folders):
+    def fail(_):
+        raise OSError(number, "no")
+
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match="no"):
+        files.sync(tmp_path / "file")
+    with pytest.raises(OSError, match="no") if fatal_for_folders else contextlib.nullcontext():
+        files.sync(tmp_path)
 
 
 def test_everything_in_a_folder_is_synced_before_the_folder(tmp_path, monkeypatch):
