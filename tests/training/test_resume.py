@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.sharding import place
 from pe_rlhf_jax.training import loop, reward, rl, sft
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -56,7 +56,7 @@ def test_continued_from_the_first_state_it_is_the_same(make_context, stage):
     )
     whole = history(STAGES[stage](context))
     assert [int(state.step) for state, _ in whole] == [1, 2, 3]
-    rest = history(STAGES[stage](context, jax.tree.map(jnp.asarray, whole[0][0])))
+    rest = history(STAGES[stage](context, place(whole[0][0], context.mesh)))
     assert [metrics for _, metrics in rest] == [metrics for _, metrics in whole[1:]]
     jax.tree.map(np.testing.assert_array_equal, rest[-1][0], whole[-1][0])
     assert whole[0][1] != whole[1][1]
