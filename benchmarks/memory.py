@@ -39,7 +39,7 @@ from pe_rlhf_jax.training import reward, rl
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.optimizer import make_optimizer
 from pe_rlhf_jax.training.step import make_step
-from pe_rlhf_jax.types import Experience, PreferenceBatch, PyTree, Rollout
+from pe_rlhf_jax.types import Experience, PreferenceBatch, PyTree, Rollout, TrainState
 
 STAGES = ("reward", "rl")
 
@@ -89,7 +89,9 @@ def _reward(context: Context) -> tuple[Any, PyTree, PyTree, PyTree]:
     config = context.config.reward
     state = jax.eval_shape(lambda params: reward.init(dataclasses.replace(context, backbone=params), Role()), context.backbone)
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
-    step = make_step(reward._loss(context), lambda b: jnp.sum(b.weight), optimizer, config.batch_size, config.micro_batch_size)
+    step = make_step(
+        reward._loss(context, reward.kind_of(config)), lambda b: jnp.sum(b.weight), optimizer, config.batch_size, config.micro_batch_size
+    )
     width = _rounded(context, context.config.data.max_prompt_length + context.config.data.max_response_length)
     tokens, mask = _ints(config.batch_size, width), _flags(config.batch_size, width)
     one = _floats(config.batch_size)
@@ -99,10 +101,11 @@ def _reward(context: Context) -> tuple[Any, PyTree, PyTree, PyTree]:
 def _rl(context: Context) -> tuple[Any, PyTree, PyTree, PyTree]:
     config = context.config.rl
 
-    def start(params: PyTree) -> tuple[rl.RLState, rl.Frozen]:
+    def start(params: PyTree) -> tuple[TrainState, rl.Frozen]:
         inside = dataclasses.replace(context, backbone=params)
         model = reward.init(inside, Role()).trainable
-        return rl.init(inside, Role(), model), rl._frozen(inside, Role(), model)
+        state = rl.init(inside, Role(), model)
+        return state.train, rl.Frozen(params, rl._frozen(inside, Role(), model), state.kl_coef)
 
     state, frozen = jax.eval_shape(start, context.backbone)
     rows = config.batch_size // rl._mini_batches(config)
@@ -117,7 +120,8 @@ def _rl(context: Context) -> tuple[Any, PyTree, PyTree, PyTree]:
         logprobs=numbers,
         ended=_flags(rows),
     )
-    return step, state.train, frozen, Experience(rollout, numbers, numbers, numbers, numbers)
+    experience = Experience(rollout, old_logprobs=numbers, ref_logprobs=numbers, values=numbers, advantages=numbers, returns=numbers)
+    return step, state, frozen, experience
 
 
 def _rounded(context: Context, length: int) -> int:

@@ -21,6 +21,8 @@ from pydantic import Field, field_validator, model_validator
 StageName = Literal["sft", "reward", "rl", "evaluate", "export"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
 
+FormatName = Literal["anthropic-hh", "bolt", "openai-tldr-comparisons", "openai-tldr-sft", "shp", "taskmaster"]
+
 PRESETS = ("attention", "all-linear")
 
 
@@ -53,6 +55,9 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(None, description="Revision of an `hf:` source (branch, tag or commit).")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Expected SHA-256 of the weight file of a `package:` source.")
+    any_backbone: bool = Field(
+        False, description="Load adapters onto these weights even if they were trained on others (same shapes, another file)."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Computation and backbone storage; `auto` is bfloat16 on accelerators and float32 on CPU."
     )
@@ -120,10 +125,15 @@ class OptimizerConfig(Section):
 
 
 class FilesConfig(Section):
-    """Data files."""
+    """Where rows of one kind are read from."""
 
-    train: list[str] = Field(description="Files with the training rows: `.jsonl` (UTF-8) or `.parquet`.")
-    validation: list[str] = Field([], description="Files with held-out rows; empty takes `validation_share` of the training rows.")
+    train: list[str] = Field(
+        description="Where the training rows are: files (`.jsonl`, `.jsonl.gz`, `.json` or `.parquet`; UTF-8), "
+        "`tfds:NAME[/CONFIG][:VERSION]:SPLIT` (TensorFlow Datasets), or `hf:OWNER/NAME[/FOLDER][:CONFIG]:SPLIT` (Hugging Face, extra "
+        "`datasets`)."
+    )
+    validation: list[str] = Field([], description="Where held-out rows are; empty takes `validation_share` of the training rows.")
+    format: FormatName | None = Field(None, description="Original format to convert rows from; null where rows have this kind's keys.")
 
 
 class DataConfig(Section):
@@ -134,14 +144,22 @@ class DataConfig(Section):
     preference: FilesConfig | None = Field(
         None, description="Rows with `prompt`, `chosen`, `rejected` and optionally `margin`; without `prompt`, each side is a whole text."
     )
+    label: FilesConfig | None = Field(
+        None, description="Rows with `prompt` and `completion`, or `messages`, and `label`: 1 or true for good, 0 or false for bad."
+    )
     prompts: FilesConfig | None = Field(None, description="Rows with `prompt` (text or chat turns) for RL and evaluation.")
+    group_by: str | None = Field(
+        None, description="Key of each row, such as `conversation`, by whose value rows are held out; null holds out by the prompt's text."
+    )
     max_prompt_length: int = Field(512, ge=1, description="Longest prompt, in tokens.")
-    max_response_length: int = Field(512, ge=1, description="Longest response in SFT and preference data, in tokens, end included.")
+    max_response_length: int = Field(512, ge=1, description="Longest response in SFT, preference and label data, in tokens, end included.")
     too_long: Literal["error", "skip"] = Field(
         "skip", description="What to do with a row over the length limits; skipped rows are counted."
     )
     on_error: Literal["error", "skip"] = Field("error", description="What to do with a bad row; skipped rows are counted and reported.")
-    validation_share: float = Field(0.1, gt=0, lt=1, description="Held-out share, by a hash of the text, where no file is given.")
+    validation_share: float = Field(
+        0.1, gt=0, lt=1, description="Held-out share, by a hash of the prompt or group, where no file is given."
+    )
     length_multiple: int = Field(16, ge=1, description="Batches are padded to a multiple of this, so that few programs are compiled.")
     train_pairs: int = Field(2048, ge=1, description="movie-reviews: number of training pairs.")
     validation_pairs: int = Field(512, ge=1, description="movie-reviews: number of held-out pairs.")
@@ -160,6 +178,9 @@ class SFTConfig(Section):
 
 
 class RewardConfig(Section):
+    kind: Literal["pairs", "labels"] = Field(
+        "pairs", description="Learn from preference pairs (Bradley-Terry), or from responses labelled 0 or 1 (logistic)."
+    )
     tuning: Literal["lora", "full"] = Field("lora", description="Train an adapter and the score head, or backbone and head.")
     start_from: Literal["base", "sft"] = Field("base", description="Start the adapter fresh on the backbone, or from the SFT adapter.")
     steps: int = Field(100, ge=1, description="Updates.")
@@ -167,8 +188,14 @@ class RewardConfig(Section):
     micro_batch_size: int | None = Field(None, ge=1, description="Pairs computed at once (gradient accumulation); null for all.")
     use_margin: bool = Field(False, description="Subtract the row's margin inside the Bradley-Terry loss (Llama 2).")
     center_rewards_coefficient: float = Field(0.0, ge=0, description="Weight of the squared sum of a pair's scores.")
-    evaluate_every: int = Field(50, ge=1, description="Updates between evaluations; the best one's checkpoint is kept and used.")
-    evaluation_pairs: int = Field(256, ge=1, description="Held-out pairs used at an evaluation during training.")
+    balance_classes: bool = Field(False, description="labels: weigh both classes alike, however rare one of them is.")
+    evaluate_every: int = Field(
+        50, ge=1, description="Updates between evaluations; the checkpoint of the best one (accuracy; labels: AUC) is kept and used."
+    )
+    evaluation_pairs: int = Field(256, ge=1, description="Held-out pairs, or labelled rows, used at an evaluation during training.")
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop after this many evaluations in a row that are no better than the best before; null never does."
+    )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="Optimizer.")
 
 
@@ -179,17 +206,63 @@ class SamplingConfig(Section):
     temperature: float = Field(1.0, ge=0, description="0 is greedy. Divides the logits in every log-probability of RL as well.")
     top_k: int = Field(0, ge=0, description="Sample among the k most likely tokens; 0 for all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample among the fewest tokens that hold this probability; 1 for all.")
+    stop_strings: tuple[str, ...] = Field(
+        (), strict=False, description="A response ends with the token that completes one of these; what was sampled after it is dropped."
+    )
+
+    @field_validator("stop_strings")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value):
+            raise ValueError("a stop string must not be empty")
+        return value
+
+
+class RewardTermConfig(Section):
+    """One of the rewards whose weighted sum RL maximises: a reward model or a function."""
+
+    model: str | None = Field(
+        None, description="`run` for this run's reward model, or the folder of another run, whose reward model is used as it is."
+    )
+    function: str | None = Field(
+        None, description="`module:function`, called as f(prompts, completions, **columns) -> list of float, one for each completion."
+    )
+    weight: float = Field(1.0, description="Factor in the sum; 0 only watches it: logged, but never trained on.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RewardTermConfig:
+        if (self.model is None) == (self.function is None):
+            raise ValueError("a reward needs either `model` or `function`")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Under which it is logged."""
+        if self.function is not None:
+            return self.function.rpartition(":")[2]
+        return "model" if self.model == "run" else Path(str(self.model)).name
 
 
 class RLConfig(Section):
-    algorithm: Literal["ppo", "reinforce"] = Field(
-        "ppo", description="PPO with GAE and clipping, or the paper's REINFORCE with a learned value baseline, one update a batch."
+    algorithm: Literal["ppo", "reinforce", "rloo", "grpo"] = Field(
+        "ppo",
+        description="PPO with GAE and clipping; the paper's REINFORCE with a learned value baseline, one update a batch; or, without a "
+        "value model, RLOO or GRPO, whose baselines are the other responses to the same prompt.",
     )
     tuning: Literal["lora", "full"] = Field("lora", description="Train adapters on the shared backbone, or a copy of the backbone.")
+    roles: Literal["shared", "separate"] = Field(
+        "shared",
+        description="`shared`: policy, reference, reward and value are adapters on one backbone in memory. `separate`: the reward model "
+        "has a backbone of its own (its adapter merged into it), which may be another, larger one; needed where anything is fully tuned.",
+    )
+    rewards: tuple[RewardTermConfig, ...] = Field(
+        (RewardTermConfig(model="run"),), strict=False, min_length=1, description="What is maximised: the weighted sum of these."
+    )
     steps: int = Field(100, ge=1, description="Rollout batches.")
     batch_size: int = Field(32, ge=1, description="Episodes in a rollout batch.")
-    num_ppo_epochs: int = Field(4, ge=1, description="PPO: passes over a rollout batch.")
-    num_mini_batches: int = Field(1, ge=1, description="PPO: updates per pass; must divide the batch.")
+    group_size: int = Field(4, ge=2, description="RLOO, GRPO: responses to each prompt; must divide batch_size.")
+    num_ppo_epochs: int = Field(4, ge=1, description="Passes over a rollout batch; REINFORCE makes one update a batch instead.")
+    num_mini_batches: int = Field(1, ge=1, description="Updates per pass; must divide the batch.")
     micro_batch_size: int | None = Field(None, ge=1, description="Episodes computed at once (gradient accumulation); null for all.")
     sampling: SamplingConfig = Field(SamplingConfig(), description="How responses are sampled.")
     kl_coef: float = Field(0.05, ge=0, description="Weight of the KL penalty; the paper's beta, whose objective is (1 - beta) r - beta KL.")
@@ -197,14 +270,23 @@ class RLConfig(Section):
     kl_horizon: float = Field(10_000, gt=0, description="Episodes over which an adaptive coefficient moves.")
     gamma: float = Field(1.0, ge=0, le=1, description="Discount.")
     lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda.")
-    cliprange: float = Field(0.2, gt=0, description="PPO: clip of the probability ratio.")
+    cliprange: float = Field(0.2, gt=0, description="PPO, RLOO, GRPO: clip of the probability ratio.")
     cliprange_value: float = Field(0.2, gt=0, description="PPO: clip of the value change.")
     vf_coef: float = Field(0.1, ge=0, description="PPO: weight of the value loss.")
-    whiten_rewards: bool = Field(False, description="Scale rewards to unit variance, keeping their mean.")
+    scale_rewards: bool = Field(True, description="GRPO: divide a group's advantages by its standard deviation.")
+    whiten_rewards: bool = Field(False, description="PPO, REINFORCE: scale token rewards to unit variance, keeping their mean.")
     whiten_advantages: bool = Field(True, description="PPO: whiten advantages under the mask.")
     missing_eos_penalty: float | None = Field(
-        None, description="Score of a response without an end token, in place of the reward model's; null keeps the model's."
+        None, description="Score of a response without an end token, in place of the rewards'; null keeps theirs."
     )
+    length_penalty: float = Field(0.0, ge=0, description="Taken off the score for each response token beyond `length_target`.")
+    length_target: int = Field(0, ge=0, description="Tokens of a response that cost nothing.")
+    normalize_rewards: bool = Field(False, description="Scale scores by the running mean and standard deviation of all so far.")
+    reward_clip: float | None = Field(None, gt=0, description="Keep scores between minus this and this, after `normalize_rewards`.")
+    value_model: Literal["adapter", "trunk"] = Field(
+        "adapter", description="The value model has its own adapter and head (the paper), or is a head on the policy's hidden states."
+    )
+    value_tuning: Literal["lora", "full"] | None = Field(None, description="Tuning of the value model, where not the policy's.")
     value_init: Literal["reward", "zero"] = Field(
         "reward", description="Value adapter and head start from the reward model, or from the backbone with a zero head."
     )
@@ -215,6 +297,14 @@ class RLConfig(Section):
     def _batches_nest(self) -> RLConfig:
         if self.batch_size % self.num_mini_batches:
             raise ValueError(f"num_mini_batches {self.num_mini_batches} does not divide batch_size {self.batch_size}")
+        if not self.has_critic and self.batch_size % self.group_size:
+            raise ValueError(f"group_size {self.group_size} does not divide batch_size {self.batch_size}")
+        if self.value_model == "trunk" and self.value_tuning is not None:
+            raise ValueError("value_model trunk is a head on the policy and has no tuning of its own; leave value_tuning out")
+        if len({term.name for term in self.rewards}) < len(self.rewards):
+            raise ValueError(f"two rewards are called alike: {', '.join(term.name for term in self.rewards)}")
+        if not any(term.weight for term in self.rewards):
+            raise ValueError("all rewards have weight 0, so there is nothing to maximise")
         if self.algorithm == "reinforce" and (self.kl_coef > 1 or self.kl_target is not None):
             raise ValueError(
                 "reinforce maximises (1 - kl_coef) r - kl_coef KL: kl_coef must be a fixed number of at most 1, without kl_target"
@@ -222,6 +312,25 @@ class RLConfig(Section):
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0 in RL: a greedy policy has no log-probability to learn from")
         return self
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the algorithm learns a value model."""
+        return self.algorithm in ("ppo", "reinforce")
+
+    @property
+    def uses_reward_stage(self) -> bool:
+        """Whether one of the rewards is this run's reward model."""
+        return any(term.model == "run" for term in self.rewards)
+
+    @property
+    def value_from_reward(self) -> bool:
+        """Whether a value model starts from this run's reward model."""
+        return self.has_critic and self.value_init == "reward"
+
+    def tuning_of(self, role: str) -> Literal["lora", "full"]:
+        """How `policy` or `value` is tuned."""
+        return self.value_tuning or self.tuning if role == "value" else self.tuning
 
 
 class EvaluateConfig(Section):
@@ -260,11 +369,28 @@ class Config(Section):
         for name, section, size in (
             ("sft", self.sft, self.sft.batch_size),
             ("reward", self.reward, self.reward.batch_size),
-            ("rl", self.rl, self.rl.batch_size // (self.rl.num_mini_batches if self.rl.algorithm == "ppo" else 1)),
+            ("rl", self.rl, self.rl.batch_size // (1 if self.rl.algorithm == "reinforce" else self.rl.num_mini_batches)),
         ):
             if section.micro_batch_size and size % section.micro_batch_size:
                 raise ValueError(f"{name}.micro_batch_size {section.micro_batch_size} does not divide the update's {size} rows")
         return self
+
+    @model_validator(mode="after")
+    def _one_backbone_where_shared(self) -> Config:
+        full = [name for name, tuning in self._tunings().items() if tuning == "full"]
+        if full and self.rl.roles == "shared" and "rl" in self.run.stages:
+            raise ValueError(
+                f"rl.roles shared keeps one backbone in memory, but {', '.join(full)} full makes another; set rl.roles: separate"
+            )
+        return self
+
+    def _tunings(self) -> dict[str, str]:
+        tunings: dict[str, str] = {
+            "rl.tuning": self.rl.tuning,
+            "rl.value_tuning": self.rl.tuning_of("value") if self.rl.has_critic else "lora",
+        }
+        tunings |= {f"{name}.tuning": getattr(self, name).tuning for name in ("sft", "reward") if name in self.run.stages}
+        return tunings
 
     @property
     def run_folder(self) -> Path:
@@ -358,13 +484,15 @@ def _explain(error: Mapping[str, Any]) -> str:
 def _section_at(path: Sequence[Any]) -> type[Section] | None:
     section: type[Section] | None = Config
     for name in path:
+        if isinstance(name, int):
+            continue  # an item of a list, whose section is already found
         field = section.model_fields.get(str(name)) if section else None
         section = _section_type(field.annotation) if field else None
     return section
 
 
 def _section_type(annotation: Any) -> type[Section] | None:
-    candidates = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    candidates = typing.get_args(annotation) or (annotation,)  # of unions and lists, what they hold
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
@@ -409,7 +537,7 @@ def _type_name(annotation: Any) -> str:
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
-    if typing.get_origin(annotation) is list:
+    if typing.get_origin(annotation) in (list, tuple):
         item = _type_name(arguments[0])
         return f"list of ({item})" if " or " in item else f"list of {item}"
     if arguments:
@@ -428,7 +556,8 @@ def _default_of(field: pydantic.fields.FieldInfo) -> str:
         own = type(field.default).model_fields
         changed = {name: value for name, value in field.default.model_dump().items() if value != own[name].default}
         return ", ".join(f"`{name}: {value}`" for name, value in changed.items()) or "its defaults"
-    return f"`{yaml.safe_dump(field.default, default_flow_style=True).splitlines()[0]}`"
+    values = pydantic.TypeAdapter(Any).dump_python(field.default, mode="json", exclude_defaults=True)  # sections inside lists as mappings
+    return f"`{yaml.safe_dump(values, default_flow_style=True).splitlines()[0]}`"
 
 
 if __name__ == "__main__":

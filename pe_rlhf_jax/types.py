@@ -36,6 +36,17 @@ class PreferenceBatch(flax.struct.PyTreeNode):
     """1 for a real row, 0 for one that only fills the last batch of an evaluation."""
 
 
+class LabelBatch(flax.struct.PyTreeNode):
+    """Responses with 0/1 labels, right-padded; each row ends with the end token."""
+
+    tokens: Int[jax.Array, "B T"]
+    mask: Bool[jax.Array, "B T"]
+    label: Float[jax.Array, " B"]
+    """1 for a good response, 0 for a bad one."""
+    weight: Float[jax.Array, " B"]
+    """As in `PreferenceBatch`; in training it may hold class weights too."""
+
+
 class PromptBatch(flax.struct.PyTreeNode):
     """Prompts, left-padded."""
 
@@ -62,6 +73,7 @@ class Experience(flax.struct.PyTreeNode):
 
     rollout: Rollout
     old_logprobs: Float[jax.Array, "B R"]
+    ref_logprobs: Float[jax.Array, "B R"]
     values: Float[jax.Array, "B R"]
     advantages: Float[jax.Array, "B R"]
     returns: Float[jax.Array, "B R"]

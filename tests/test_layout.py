@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "pe_rlhf_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 GROUND = {"config", "files", "package", "types", "sharding"}
+PARTS = GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint", "plan", "report"}
 MAY_IMPORT = {
     "config": set(),
     "files": set(),
@@ -28,7 +29,10 @@ MAY_IMPORT = {
     "plan": GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint"},
     "report": {"config", "files", "types"},
     "run_folder": {"config", "files"},
-    "main": GROUND | {"run_folder"} | {"data", "models", "rollout", "algorithms", "training", "checkpoint", "plan", "report"},
+    "loading": PARTS,
+    "outcomes": PARTS | {"loading", "run_folder"},
+    "run": PARTS | {"loading", "outcomes", "run_folder"},
+    "main": PARTS | {"loading", "outcomes", "run_folder", "run"},
 }
 """What each part of the package may import besides itself."""
 

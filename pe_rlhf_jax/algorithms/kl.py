@@ -25,6 +25,8 @@ def kl_per_token(logprobs: Float[Array, "B R"], ref_logprobs: Float[Array, "B R"
     Only k1 is right *as a reward*, though. A policy gradient follows E[k grad log policy]: for k1 that is the gradient
     of KL(policy || reference), for k3 it is the gradient of KL(policy || reference) minus that of
     KL(reference || policy), which vanishes to second order at the reference: k3 hardly holds a nearby policy back.
+    As a term *of the loss*, differentiated through `logprobs`, it is the other way round: k1's expected gradient is 0, and
+    k3's is that of KL(reference || policy), which is how GRPO uses it (Shao et al. 2024, eq. 4).
 
     Both log-probabilities must be of one temperature. Masked positions give junk, which `token_rewards` drops.
     Raises ValueError for another estimator.

@@ -1,4 +1,4 @@
-"""Reward modelling on preference pairs. Letter: B pairs."""
+"""Reward modelling on preference pairs and on 0/1 labels. Letter: B pairs, or labelled rows."""
 
 from __future__ import annotations
 
@@ -45,3 +45,30 @@ def bradley_terry(
         "margin": mean(difference),
         "mean_reward": mean(0.5 * (chosen + rejected)),
     }
+
+
+def logistic(
+    scores: Float[Array, " B"],
+    labels: Float[Array, " B"],
+    *,
+    weight: Float[Array, " B"] | None = None,
+    total: ArrayLike | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Weighted mean of -[y log sigmoid(s) + (1 - y) log sigmoid(-s)], binary cross-entropy on the logit s, and statistics.
+
+    The paper's reward models of single actions (arXiv 2403.10704, section 4.2). RL is fed the logit itself: sigmoid(s) saturates, and
+    with it the difference between a good and a better response. `weight` and `total` as in `bradley_terry`; `weight` may hold class
+    weights too. Statistics, weighted means: `accuracy`, the share of rows on the right side of 0 (a score of 0 counts 0.5), and
+    `mean_reward`.
+    """
+    weight = jnp.ones_like(scores, jnp.float32) if weight is None else jnp.asarray(weight, jnp.float32)
+    real = weight > 0
+    scores, labels = select(scores, real), select(labels, real)
+    total = jnp.sum(weight) if total is None else total
+    sign = 2.0 * labels - 1.0
+
+    def mean(x: Float[Array, " B"]) -> Float[Array, ""]:
+        return divide(masked_sum(weight * x, real), total)
+
+    loss = mean(-(labels * jax.nn.log_sigmoid(scores) + (1.0 - labels) * jax.nn.log_sigmoid(-scores)))
+    return loss, {"accuracy": mean(0.5 * (1.0 + jnp.sign(scores * sign))), "mean_reward": mean(scores)}

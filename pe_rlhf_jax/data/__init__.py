@@ -1,7 +1,7 @@
-"""Data: rows out of files or the embedded data set, examples, batches."""
+"""Data: rows out of files, catalogs or the embedded data set, examples, batches."""
 
-from pe_rlhf_jax.data.batches import BatchOrder, pad_preferences, pad_prompts, pad_sft
-from pe_rlhf_jax.data.formats import PreferenceExample, PromptExample, SFTExample
+from pe_rlhf_jax.data.batches import BatchOrder, pad_labels, pad_preferences, pad_prompts, pad_sft
+from pe_rlhf_jax.data.formats import LabelExample, PreferenceExample, PromptExample, SFTExample
 from pe_rlhf_jax.data.loading import Data, Split, load
 from pe_rlhf_jax.data.sources import DataError
 
@@ -9,11 +9,13 @@ __all__ = [
     "BatchOrder",
     "Data",
     "DataError",
+    "LabelExample",
     "PreferenceExample",
     "PromptExample",
     "SFTExample",
     "Split",
     "load",
+    "pad_labels",
     "pad_preferences",
     "pad_prompts",
     "pad_sft",

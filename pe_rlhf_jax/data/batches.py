@@ -8,8 +8,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from pe_rlhf_jax.data.formats import PreferenceExample, PromptExample, SFTExample
-from pe_rlhf_jax.types import Batch, PreferenceBatch, PromptBatch
+from pe_rlhf_jax.data.formats import LabelExample, PreferenceExample, PromptExample, SFTExample
+from pe_rlhf_jax.types import Batch, LabelBatch, PreferenceBatch, PromptBatch
 
 # The batch types speak of JAX arrays; what is made here stays NumPy until a step's shardings place it on devices.
 HostArray = Any
@@ -54,15 +54,23 @@ def pad_preferences(examples: Sequence[PreferenceExample], pad_id: int, multiple
     chosen, chosen_mask = _pad([example.chosen for example in filled], pad_id, length)
     rejected, rejected_mask = _pad([example.rejected for example in filled], pad_id, length)
     margin: HostArray = np.array([example.margin for example in filled], np.float32)
-    weight: HostArray = (np.arange(len(filled)) < len(examples)).astype(np.float32)
     return PreferenceBatch(
         chosen=chosen,
         chosen_mask=chosen_mask,
         rejected=rejected,
         rejected_mask=rejected_mask,
         margin=margin,
-        weight=weight,
+        weight=_weight(examples, filled),
     )
+
+
+def pad_labels(examples: Sequence[LabelExample], pad_id: int, multiple: int, rows: int | None = None) -> LabelBatch:
+    """Right-padded rows with their labels; `multiple` and `rows` as in `pad_preferences`."""
+    filled = _fill(examples, rows)
+    texts = [example.tokens for example in filled]
+    tokens, mask = _pad(texts, pad_id, _rounded(texts, multiple))
+    label: HostArray = np.array([example.label for example in filled], np.float32)
+    return LabelBatch(tokens=tokens, mask=mask, label=label, weight=_weight(examples, filled))
 
 
 def pad_prompts(examples: Sequence[PromptExample], pad_id: int, multiple: int, rows: int | None = None) -> PromptBatch:
@@ -76,6 +84,10 @@ def _fill(examples: Sequence, rows: int | None) -> list:
     if not examples or (rows is not None and rows < len(examples)):
         raise ValueError(f"expected between 1 and {rows or 'any number of'} examples, found {len(examples)}")
     return [*examples, *[examples[0]] * ((rows or len(examples)) - len(examples))]
+
+
+def _weight(examples: Sequence, filled: Sequence) -> HostArray:
+    return (np.arange(len(filled)) < len(examples)).astype(np.float32)
 
 
 def _rounded(rows: Sequence[np.ndarray], multiple: int) -> int:

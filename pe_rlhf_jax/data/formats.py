@@ -1,28 +1,30 @@
 """From rows to examples: which keys a row may have, and how its texts become tokens.
 
-Conventions (those of TRL): `prompt` + `completion`; `messages`; `prompt` + `chosen` + `rejected` (+ `margin`); `chosen` + `rejected`
-alone, each a whole text; `prompt` alone. A text is a plain string, used as it stands, or a list of turns `{"role", "content"}`, which
-goes through the tokenizer's chat template. Tokens of prompt and response are made apart and joined, because that is how a policy meets
-its own response; a response ends with one end token.
+Conventions (those of TRL): `prompt` + `completion`, or `messages`, for SFT, and with `label` for judged responses; `prompt` + `chosen` +
+`rejected` (+ `margin`); `chosen` + `rejected` alone, each a whole text; `prompt` alone. A text is a plain string, used as it stands, or
+a list of turns `{"role", "content"}`, which goes through the tokenizer's chat template. Tokens of prompt and response are made apart and
+joined, because that is how a policy meets its own response; a response ends with one end token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
 from jaxtyping import Int
 
 from pe_rlhf_jax.config import DataConfig
-from pe_rlhf_jax.data.sources import DataError, Row, Skipped
+from pe_rlhf_jax.data.sources import BadRow, DataError, Row, Skipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Kind = Literal["sft", "preference", "label", "prompts"]
+"""What rows are for."""
 Tokens = Int[np.ndarray, " T"]
 Sides = tuple[Tokens, Tokens]
 """Tokens of a prompt and of a response."""
@@ -47,6 +49,15 @@ class PreferenceExample:
 
 
 @dataclass(frozen=True)
+class LabelExample:
+    """A whole sequence, prompt included, with its end token, and how its response was judged."""
+
+    tokens: Tokens
+    label: float
+    """1 for a good response, 0 for a bad one."""
+
+
+@dataclass(frozen=True)
 class PromptExample:
     """A prompt to be answered."""
 
@@ -66,33 +77,38 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class TextRow:
-    """A row as text: what all three kinds of data are read into."""
+    """A row as text: what all kinds of data are read into."""
 
     place: str
     texts: tuple[Text, ...]
-    """One for SFT; chosen and rejected for preferences; for prompts one with an empty response."""
+    """One for SFT and labels; chosen and rejected for preferences; for prompts one with an empty response."""
     margin: float = 0.0
+    label: float = 0.0
+    group: str | None = None
+    """The value by which rows are held out, where the configuration names one."""
     columns: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def keys(self) -> set[str]:
-        """What must not be both in training and in validation: the prompts, or where there are none the whole texts."""
+    def prompts(self) -> set[str]:
+        """The prompts, or where there are none the whole texts."""
         return {text.prompt or text.response for text in self.texts}
 
-
-class _BadRow(Exception):
-    """What was expected and what was found; the caller knows the place."""
+    @property
+    def keys(self) -> set[str]:
+        """What must not be both in training and in validation: the group, or else the prompts."""
+        return self.prompts if self.group is None else {self.group}
 
 
 class Reader:
     """Reads rows of one kind into `TextRow`s with a tokenizer's chat template.
 
-    Bad rows go to `skipped`, which raises DataError or counts them.
+    Bad rows go to `skipped`, which raises DataError or counts them. With `group_by`, every row must have that key.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, skipped: Skipped):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, skipped: Skipped, group_by: str | None = None):
         self.tokenizer = tokenizer
         self.skipped = skipped
+        self.group_by = group_by
 
     def sft(self, rows: Iterable[Row]) -> list[TextRow]:
         """Rows with `prompt` and `completion`, or with `messages` whose last turn is the assistant's."""
@@ -102,6 +118,10 @@ class Reader:
         """Rows with `chosen` and `rejected`, perhaps with `prompt`, perhaps with `margin`."""
         return self._read(rows, self._preference)
 
+    def label(self, rows: Iterable[Row]) -> list[TextRow]:
+        """Rows as for SFT, with `label`: 0 or 1, false or true."""
+        return self._read(rows, self._label)
+
     def prompts(self, rows: Iterable[Row]) -> list[TextRow]:
         """Rows with `prompt`; all other keys travel along as columns."""
         return self._read(rows, self._prompt)
@@ -110,10 +130,19 @@ class Reader:
         read = []
         for row in rows:
             try:
-                read.append(parse(row))
-            except _BadRow as problem:
+                read.append(replace(parse(row), group=self._group(row)))
+            except BadRow as problem:
                 self.skipped.bad(row.place, str(problem))
         return read
+
+    def _group(self, row: Row) -> str | None:
+        if self.group_by is None:
+            return None
+        value = row.values.get(self.group_by)
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+            found = _shown(value) if self.group_by in row.values else _keys(row)
+            raise BadRow(f"expected the key `{self.group_by}` (data.group_by) with a text or a whole number, found {found}")
+        return str(value)
 
     def _sft(self, row: Row) -> TextRow:
         if row.values.get("messages") is not None:
@@ -123,11 +152,17 @@ class Reader:
     def _preference(self, row: Row) -> TextRow:
         chosen, rejected = self._answer(row, "chosen", whole=True), self._answer(row, "rejected", whole=True)
         if chosen == rejected:
-            raise _BadRow("expected `chosen` and `rejected` to differ, found the same text twice")
+            raise BadRow("expected `chosen` and `rejected` to differ, found the same text twice")
         margin = 0.0 if row.values.get("margin") is None else row.values["margin"]
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin) or margin < 0:
-            raise _BadRow(f"expected `margin` to be a number of at least 0, found {_shown(margin)}")
+            raise BadRow(f"expected `margin` to be a number of at least 0, found {_shown(margin)}")
         return TextRow(row.place, (chosen, rejected), float(margin))
+
+    def _label(self, row: Row) -> TextRow:
+        label = _require(row, "label")
+        if not isinstance(label, (bool, int, float)) or label not in (0, 1):
+            raise BadRow(f"expected `label` to be 0 or 1, or false or true, found {_shown(label)}")
+        return replace(self._sft(row), label=float(label))
 
     def _prompt(self, row: Row) -> TextRow:
         prompt = _require(row, "prompt")
@@ -143,7 +178,7 @@ class Reader:
         prompt = _require(row, "prompt")
         if isinstance(prompt, str):
             if not isinstance(answer, str):
-                raise _BadRow(f"expected `{key}` to be text because `prompt` is, found {_shown(answer)}")
+                raise BadRow(f"expected `{key}` to be text because `prompt` is, found {_shown(answer)}")
             return Text(_text("prompt", prompt), _text(key, answer))
         turns = _turns("prompt", prompt)
         answer_turns = [{"role": "assistant", "content": _text(key, answer)}] if isinstance(answer, str) else _turns(key, answer)
@@ -155,20 +190,20 @@ class Reader:
     def _split(self, prompt_key: str, key: str, turns: list[dict[str, str]]) -> Text:
         *prompt, last = turns
         if last["role"] != "assistant":
-            raise _BadRow(f"expected the last turn of `{key}` to be the assistant's, found role {last['role']!r}")
+            raise BadRow(f"expected the last turn of `{key}` to be the assistant's, found role {last['role']!r}")
         if not prompt:
-            raise _BadRow(f"expected a turn before the assistant's in `{key}`, found none")
+            raise BadRow(f"expected a turn before the assistant's in `{key}`, found none")
         return Text(self._render(prompt_key, prompt), last["content"])
 
     def _render(self, key: str, turns: list[dict[str, str]]) -> str:
         if turns[-1]["role"] == "assistant":
-            raise _BadRow(f"expected the turns of `{key}` before the response to end with another role than the assistant's")
+            raise BadRow(f"expected the turns of `{key}` before the response to end with another role than the assistant's")
         if not self.tokenizer.chat_template:
             raise DataError("the data has chat turns, but the model's tokenizer has no chat template; give `prompt` as plain text instead")
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except jinja2.TemplateError as error:
-            raise _BadRow(f"the model's chat template refuses the turns of `{key}`: {error}") from error
+            raise BadRow(f"the model's chat template refuses the turns of `{key}`: {error}") from error
 
 
 class Encoder:
@@ -192,6 +227,9 @@ class Encoder:
             PreferenceExample(np.concatenate(chosen), np.concatenate(rejected), row.margin)
             for row, [chosen, rejected] in self._encode(rows)
         ]
+
+    def label(self, rows: Sequence[TextRow]) -> list[LabelExample]:
+        return [LabelExample(np.concatenate(sides), row.label) for row, [sides] in self._encode(rows)]
 
     def prompts(self, rows: Sequence[TextRow]) -> list[PromptExample]:
         return [PromptExample(tokens, row.texts[0].prompt, row.columns) for row, [(tokens, _)] in self._encode(rows)]
@@ -239,33 +277,36 @@ class Encoder:
 
 def _require(row: Row, key: str) -> Any:
     if row.values.get(key) is None:
-        keys = ", ".join(f"`{k}`" for k in row.values) or "no keys"
-        raise _BadRow(f"expected the key `{key}`, found {'null there' if key in row.values else keys}")
+        raise BadRow(f"expected the key `{key}`, found {'null there' if key in row.values else _keys(row)}")
     return row.values[key]
+
+
+def _keys(row: Row) -> str:
+    return ", ".join(f"`{key}`" for key in row.values) or "no keys"
 
 
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise _BadRow(f"expected `{key}` to be text, found {_shown(value)}")
+        raise BadRow(f"expected `{key}` to be text, found {_shown(value)}")
     if not value.strip():
-        raise _BadRow(f"expected `{key}` to be text, found only white space" if value else f"expected `{key}` to be text, found none")
+        raise BadRow(f"expected `{key}` to be text, found only white space" if value else f"expected `{key}` to be text, found none")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _BadRow(f"expected `{key}` to be valid Unicode, found half of a surrogate pair at character {error.start + 1}") from error
+        raise BadRow(f"expected `{key}` to be valid Unicode, found half of a surrogate pair at character {error.start + 1}") from error
     return value
 
 
 def _turns(key: str, value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list):
-        raise _BadRow(f"expected `{key}` to be text or a list of turns, found {_shown(value)}")
+        raise BadRow(f"expected `{key}` to be text or a list of turns, found {_shown(value)}")
     if not value:
-        raise _BadRow(f"expected at least one turn in `{key}`, found none")
+        raise BadRow(f"expected at least one turn in `{key}`, found none")
     turns = []
     for number, turn in enumerate(value, start=1):
         where = f"turn {number} of {key}"
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise _BadRow(f"expected {where} to be an object with `role` and `content`, found {_shown(turn)}")
+            raise BadRow(f"expected {where} to be an object with `role` and `content`, found {_shown(turn)}")
         turns.append({"role": _text(f"role of {where}", turn["role"]), "content": _text(f"content of {where}", turn["content"])})
     return turns
 

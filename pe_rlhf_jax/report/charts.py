@@ -133,8 +133,8 @@ def calibration(title: str, bins: Rows) -> Markup | None:
     return _svg(title, draw)
 
 
-def accuracy_by_margin(title: str, bins: Rows) -> Markup | None:
-    """Accuracy on pairs that people rated close together, up to those they rated far apart, with 95% intervals (Wilson)."""
+def accuracy_by(title: str, bins: Rows, xlabel: str) -> Markup | None:
+    """Accuracy in bins of something that the rows differ in, such as length, with 95% intervals (Wilson)."""
     low, high, accuracy, count = (_numbers(bins, key) for key in ("low", "high", "accuracy", "count"))
     use = np.isfinite(accuracy) & (count > 0)
     if not use.any():
@@ -151,7 +151,7 @@ def accuracy_by_margin(title: str, bins: Rows) -> Markup | None:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
         names = [f"{a:.2g} to {b:.2g}" for a, b in zip(low[use], high[use], strict=True)]
         axes.set_xticks(x, [f"{name}\nn = {int(k)}" for name, k in zip(names, n, strict=True)])
-        axes.set(xlabel="difference between people's ratings of the two sides", ylabel="accuracy", ylim=(0, 1.02))
+        axes.set(xlabel=xlabel, ylabel="accuracy", ylim=(0, 1.02))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(False, axis="x")
 

@@ -73,6 +73,16 @@ def _judge(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile | None:
 def _reward_model(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile | None:
     accuracy = number(summary, "reward_model", "accuracy")
     label = "Reward model accuracy"
+    auc = number(summary, "reward_model", "auc")
+    if auc is not None:
+        interval = _interval({"ci": summary["reward_model"].get("auc_ci")})
+        count = number(summary, "reward_model", "rows") or 0
+        above = interval[0] > 0.5 if interval else auc > 0.5
+        reading = (
+            f"On {count:,.0f} held-out rows: the share of (good, bad) pairs in which the good one scores higher; guessing reaches 0.5. "
+            f"{accuracy or 0:.1%} of the rows are on the right side of 0."
+        )
+        return Tile("Reward model AUC", f"{auc:.3f}", _show(interval, ".3f"), reading, "good" if above else "bad")
     if accuracy is not None:
         interval = _interval(summary["reward_model"])
         pairs = number(summary, "reward_model", "pairs")

@@ -14,8 +14,9 @@ from typing import Any
 
 import jinja2
 
+from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.files import write_atomically
-from pe_rlhf_jax.report import headline, metrics, samples, sections
+from pe_rlhf_jax.report import headline, health, metrics, samples, sections
 from pe_rlhf_jax.report.progress import duration
 
 SAMPLES_SHOWN = 50
@@ -37,6 +38,7 @@ class Run:
     rows: dict[str, list[dict]] = field(default_factory=dict)
     samples: list[tuple[str, list[dict]]] = field(default_factory=list)
     config: str = ""
+    warnings: list[health.Finding] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -90,6 +92,8 @@ def load(folder: Path) -> Run:
         if not run.rows:
             run.problems.append("metrics.jsonl is missing or empty: no stage has trained yet, so there are no curves.")
 
+    run.warnings = health.findings(run.rows.get("rl", []), _parsed(run.config))
+
     summary = folder / "summary.json"
     if not summary.exists():
         interim = " Figures come from training, not from held-out data." if run.rows else ""
@@ -115,6 +119,14 @@ def load(folder: Path) -> Run:
     if not any(rows for _, rows in run.samples):
         run.problems.append("samples/ has no samples: `evaluate` writes them.")
     return run
+
+
+def _parsed(text: str) -> configuration.Config | None:
+    """The configuration; None if this version cannot read it."""
+    try:
+        return configuration.parse(text)
+    except configuration.ConfigError:
+        return None
 
 
 def _stage_times(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

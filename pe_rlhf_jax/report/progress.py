@@ -31,6 +31,7 @@ FIGURES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("loss", "loss", ".3f"),
         ("accuracy", "accuracy", ".1%"),
         ("eval/accuracy", "held-out accuracy", ".1%"),
+        ("eval/auc", "held-out AUC", ".3f"),
         ("margin", "margin", ".2f"),
     ),
     "rl": (

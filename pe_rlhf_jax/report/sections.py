@@ -55,6 +55,7 @@ def _learning(rl: Rows) -> list[Chart | None]:
             {"objective/scores": "reward", "objective/rlhf_reward": "reward minus KL penalty"},
             "reward",
         ),
+        _rewards(rl),
         _curve(
             "KL to the reference",
             "Summed over a response: how far the policy has moved.",
@@ -96,18 +97,27 @@ def _learning(rl: Rows) -> list[Chart | None]:
     ]
 
 
+def _rewards(rl: Rows) -> Chart | None:
+    """The rewards one by one, where there are several."""
+    names = sorted({key for row in rl for key in row if key.startswith("rewards/")})
+    if len(names) < 2:
+        return None
+    caption = "Mean of each reward as it came, before its weight. One of weight 0 is only watched."
+    return _curve("Rewards", caption, rl, {name: name.removeprefix("rewards/") for name in names}, "reward")
+
+
 def _scoring(reward: Rows, measured: Any) -> list[Chart | None]:
     return [
         _curve(
             "Reward model loss",
-            "Bradley-Terry loss; 0.69 is guessing.",
+            "Loss on pairs (Bradley-Terry) or labels (logistic); 0.69 is guessing.",
             reward,
             {"loss": "training", "eval/loss": "held-out"},
             "loss",
         ),
         _curve(
             "Reward model accuracy",
-            "Share of pairs on which the preferred side scores higher.",
+            "Share of pairs on which the preferred side scores higher, or of labelled rows on the right side of 0.",
             reward,
             {"accuracy": "training", "eval/accuracy": "held-out"},
             "accuracy",
@@ -116,12 +126,25 @@ def _scoring(reward: Rows, measured: Any) -> list[Chart | None]:
         _chart(
             "Accuracy by margin",
             "Pairs on which people clearly differ should be easier. Whiskers are 95% intervals.",
-            charts.accuracy_by_margin("Accuracy by margin", _listed(measured, "by_margin")),
+            charts.accuracy_by("Accuracy by margin", _listed(measured, "by_margin"), "difference of the ratings"),
+        ),
+        _chart(
+            "Accuracy by length",
+            "A model that only looks at length does well on one side. Whiskers are 95% intervals.",
+            charts.accuracy_by("Accuracy by length", _listed(measured, "by_length"), "tokens"),
         ),
         _chart(
             "Calibration",
             "On the dashed line, a predicted 70% comes true 70% of the time. Larger points hold more pairs.",
             charts.calibration("Calibration", _listed(measured, "calibration")),
+        ),
+        _curve(
+            "Area under the curve",
+            "Share of (good, bad) pairs of labelled rows in which the good one scores higher; 50% is guessing.",
+            reward,
+            {"eval/auc": "held-out"},
+            "AUC",
+            percent=True,
         ),
         _curve(
             "Score margin",

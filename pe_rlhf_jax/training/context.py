@@ -35,7 +35,7 @@ class Context:
     def pad_token(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
-    def split(self, kind: Literal["sft", "preference", "prompts"]) -> Split:
+    def split(self, kind: Literal["sft", "preference", "label", "prompts"]) -> Split:
         """The training and held-out rows of one kind. Raises ConfigError if the configuration names none."""
         split = getattr(self.data, kind)
         if split is None:

@@ -1,4 +1,4 @@
-"""Evaluation on held-out data: the reward model's accuracy, and the policy beside its reference.
+"""Evaluation of a policy beside its reference on held-out prompts.
 
 Both answer the same prompts; differences are taken prompt by prompt, and intervals are bootstrapped over prompts.
 """
@@ -9,58 +9,40 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from pe_rlhf_jax.algorithms.masked import masked_sum
-from pe_rlhf_jax.algorithms.reward import bradley_terry
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.data import PromptExample, pad_prompts
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_logprobs
-from pe_rlhf_jax.training import reward as reward_stage
 from pe_rlhf_jax.training.context import Context
-from pe_rlhf_jax.training.functions import call_function, load_function
-from pe_rlhf_jax.training.rl import respond, response_tokens, rollout_scores
-from pe_rlhf_jax.training.statistics import accuracy_by_margin, bootstrap_ci, calibration, distinct_n, pairwise_right
+from pe_rlhf_jax.training.functions import call_function, columns_of, load_function
+from pe_rlhf_jax.training.rewards import Rewards
+from pe_rlhf_jax.training.rollouts import respond, response_tokens, texts
+from pe_rlhf_jax.training.statistics import bootstrap_ci, distinct_n
 from pe_rlhf_jax.types import PyTree, Rollout
 
 STAGE = "evaluate"
 
 
-def reward_model(context: Context, role: Role) -> dict[str, Any]:
-    """Accuracy with a 95% interval, loss, calibration and accuracy by margin on held-out pairs."""
-    pairs = context.split("preference").validation[: context.config.evaluate.pairs]
-    chosen, rejected = reward_stage.scores(context, role, pairs)
-    right = pairwise_right(chosen, rejected)
-    margins = np.asarray([pair.margin for pair in pairs])
-    return {
-        "accuracy": float(np.mean(right)),
-        "ci": bootstrap_ci(right, context.config.evaluate.bootstrap),
-        "pairs": len(pairs),
-        "loss": float(bradley_terry(jnp.asarray(chosen), jnp.asarray(rejected))[0]),
-        "calibration": calibration(chosen, rejected),
-        "by_margin": accuracy_by_margin(chosen, rejected, margins),
-    }
-
-
-def policy(context: Context, roles: dict[str, Role]) -> Iterator[tuple[int, dict[str, Any]]]:
+def policy(context: Context, roles: dict[str, Role], rewards: Rewards) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the number of prompts done and, with the last of them, the figures and samples.
 
-    `roles` holds `reference`, `policy` and, where there is one, `reward`.
+    `roles` holds `reference` and `policy`; `rewards` scores both, before any scaling.
     """
     config = context.config.evaluate
     prompts = list(context.split("prompts").validation[: config.prompts])
-    answers: dict[str, _Answers] = {name: _Answers(context) for name in ("reference", "policy")}
+    answers = {name: _Answers(context, rewards) for name in ("reference", "policy")}
     key = context.key(STAGE)
     for at in range(0, len(prompts), config.batch_size):
         rows = prompts[at : at + config.batch_size]
         batch = pad_prompts(rows, context.pad_token, context.config.data.length_multiple, rows=config.batch_size)
         batch = context.rows(batch)
         for name, collected in answers.items():
-            collected.add(roles, name, respond(context, roles[name], batch, jax.random.fold_in(key, at)), len(rows))
+            collected.add(roles, name, respond(context, roles[name], batch, jax.random.fold_in(key, at)), rows)
         done = at + len(rows)
         yield done, _figures(context.config, prompts, answers) if done == len(prompts) else {}
 
@@ -68,23 +50,24 @@ def policy(context: Context, roles: dict[str, Role]) -> Iterator[tuple[int, dict
 class _Answers:
     """One role's answers to all prompts, with scores and log-probability ratios to the reference."""
 
-    def __init__(self, context: Context):
-        self.context = context
+    def __init__(self, context: Context, rewards: Rewards):
+        self.context, self.rewards = context, rewards
         self.texts: list[str] = []
         self.tokens: list[list[int]] = []
         self.ended: list[float] = []
-        self.rewards: list[float] = []
+        self.scores: list[float] = []
+        self.terms: dict[str, list[float]] = {}
         self.kl: list[float] = []
 
-    def add(self, roles: dict[str, Role], name: str, rollout: Rollout, rows: int) -> None:
-        context = self.context
-        kept = response_tokens(rollout)[:rows]
-        self.tokens += kept
-        self.texts += [str(context.tokenizer.decode(row, skip_special_tokens=True)) for row in kept]
+    def add(self, roles: dict[str, Role], name: str, rollout: Rollout, prompts: Sequence[PromptExample]) -> None:
+        context, rows = self.context, len(prompts)
+        self.tokens += response_tokens(rollout)[:rows]
+        self.texts += texts(context, rollout)[:rows]
         self.ended += np.asarray(rollout.ended, np.float64)[:rows].tolist()
-        if "reward" in roles:
-            scores = rollout_scores(context.decoder, context.config.rl, roles["reward"], context.backbone, rollout)
-            self.rewards += np.asarray(scores)[:rows].tolist()
+        scores = self.rewards(rollout, prompts)
+        self.scores += scores.total.tolist()
+        for term, values in scores.terms.items():
+            self.terms.setdefault(term, []).extend(values.tolist())
         if name == "policy":
             temperature, chunk = context.config.rl.sampling.temperature, context.config.model.logprob_chunk
             ratios = _log_ratio(context.decoder, temperature, chunk, roles["policy"], roles["reference"], context.backbone, rollout)
@@ -112,18 +95,20 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
     samples: list[dict[str, Any]] = [
         {"prompt": prompt.text, "reference": a, "policy": b} for prompt, a, b in zip(prompts, before.texts, after.texts, strict=True)
     ]
-    if before.rewards:
-        gain = np.asarray(after.rewards) - np.asarray(before.rewards)
-        spread = float(np.std(before.rewards, ddof=1)) if len(prompts) > 1 else 0.0
-        rl |= {
-            "reward_before": float(np.mean(before.rewards)),
-            "reward_after": float(np.mean(after.rewards)),
-            "reward_std_before": spread,
-            "gain_in_std": float(np.mean(gain)) / spread if spread else 0.0,
-            "ci": [bound / spread if spread else 0.0 for bound in bootstrap_ci(gain, resamples)],
-        }
-        for sample, a, b in zip(samples, before.rewards, after.rewards, strict=True):
-            sample |= {"reward_reference": a, "reward_policy": b}
+    gain = np.asarray(after.scores) - np.asarray(before.scores)
+    spread = float(np.std(before.scores, ddof=1)) if len(prompts) > 1 else 0.0
+    rl |= {
+        "reward_before": float(np.mean(before.scores)),
+        "reward_after": float(np.mean(after.scores)),
+        "reward_std_before": spread,
+        "gain_in_std": float(np.mean(gain)) / spread if spread else 0.0,
+        "ci": [bound / spread if spread else 0.0 for bound in bootstrap_ci(gain, resamples)],
+        "rewards": {
+            name: {"before": float(np.mean(values)), "after": float(np.mean(after.terms[name]))} for name, values in before.terms.items()
+        },
+    }
+    for sample, a, b in zip(samples, before.scores, after.scores, strict=True):
+        sample |= {"reward_reference": a, "reward_policy": b}
     if config.evaluate.judge:
         judged = [_judge(config.evaluate.judge, prompts, collected.texts) for collected in (before, after)]
         delta = np.asarray(judged[1]) - np.asarray(judged[0])
@@ -141,6 +126,5 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
 
 def _judge(spec: str, prompts: Sequence[PromptExample], completions: Sequence[str]) -> list[float]:
     """The judge's verdicts, blind to superfluous white space."""
-    names = {name for prompt in prompts for name in prompt.columns}
-    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in sorted(names)}
-    return call_function(spec, load_function(spec), [prompt.text for prompt in prompts], [text.strip() for text in completions], columns)
+    function = load_function(spec)
+    return call_function(spec, function, [p.text for p in prompts], [text.strip() for text in completions], columns_of(prompts))

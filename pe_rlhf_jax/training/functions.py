@@ -8,6 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pe_rlhf_jax.config import ConfigError
+from pe_rlhf_jax.data import PromptExample
+
+
+class FunctionError(RuntimeError):
+    """A function of the user's failed, or returned something else than one finite number per completion; the message names it."""
+
 
 TextFunction = Callable[..., Sequence[float]]
 """f(prompts, completions, **columns) -> one float per completion."""
@@ -29,6 +35,12 @@ def load_function(spec: str) -> TextFunction:
     return function
 
 
+def columns_of(prompts: Sequence[PromptExample]) -> dict[str, list[Any]]:
+    """The prompts' other keys as columns, None where a row has no such key."""
+    names = sorted({name for prompt in prompts for name in prompt.columns})
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+
+
 def call_function(
     spec: str,
     function: TextFunction,
@@ -36,18 +48,18 @@ def call_function(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
 ) -> list[float]:
-    """Calls it and checks the answer: one finite float per completion. Raises RuntimeError that names the function."""
+    """Calls it and checks the answer: one finite float per completion. Raises FunctionError that names the function."""
     try:
         values = list(function(list(prompts), list(completions), **columns))
     except Exception as error:
-        raise RuntimeError(f"{spec} failed on {len(completions)} completions: {type(error).__name__}: {error}") from error
+        raise FunctionError(f"{spec} failed on {len(completions)} completions: {type(error).__name__}: {error}") from error
     if len(values) != len(completions):
-        raise RuntimeError(f"{spec} returned {len(values)} values for {len(completions)} completions")
+        raise FunctionError(f"{spec} returned {len(values)} values for {len(completions)} completions")
     for index, value in enumerate(values):
         try:
             good = math.isfinite(value)
         except TypeError:
             good = False
         if not good:
-            raise RuntimeError(f"{spec} returned {value!r} for completion {index}: {completions[index][:80]!r}; expected a finite number")
+            raise FunctionError(f"{spec} returned {value!r} for completion {index}: {completions[index][:80]!r}; expected a finite number")
     return [float(value) for value in values]

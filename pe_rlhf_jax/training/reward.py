@@ -1,8 +1,8 @@
-"""Reward modelling on preference pairs (Bradley-Terry)."""
+"""Reward modelling on preference pairs (Bradley-Terry) or 0/1 labels (logistic)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,19 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pe_rlhf_jax.algorithms.reward import bradley_terry
-from pe_rlhf_jax.data import PreferenceExample, pad_preferences
-from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.config import RewardConfig
 from pe_rlhf_jax.models.heads import init_head
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.score import sequence_score
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.loop import Metrics, updates
 from pe_rlhf_jax.training.optimizer import make_optimizer
+from pe_rlhf_jax.training.reward_kinds import KINDS, Kind
 from pe_rlhf_jax.training.step import new_state
-from pe_rlhf_jax.types import PreferenceBatch, PyTree, TrainState
+from pe_rlhf_jax.types import PyTree, TrainState
 
 STAGE = "reward"
+
+
+def kind_of(config: RewardConfig) -> Kind:
+    """The kind of data that the stage learns from."""
+    return KINDS[config.kind]
 
 
 def init(context: Context, sft: Role) -> TrainState:
@@ -34,49 +37,45 @@ def init(context: Context, sft: Role) -> TrainState:
 
 
 def run(context: Context, sft: Role, state: TrainState) -> Iterator[tuple[TrainState, Metrics]]:
-    """Yields the state and its metrics after each update; `eval/accuracy` is there after an evaluation."""
-    config, rest = context.config.reward, _rest(context, sft)
-
-    def evaluate(state: TrainState) -> Metrics:
-        chosen, rejected = scores(context, state.trainable.join(rest), context.split("preference").validation[: config.evaluation_pairs])
-        loss, figures = bradley_terry(jnp.asarray(chosen), jnp.asarray(rejected))
-        return {"loss": float(loss)} | {name: float(value) for name, value in figures.items()}
-
+    """Yields the state and its metrics after each update; `eval/...` is there after an evaluation."""
+    config, rest, kind = context.config.reward, _rest(context, sft), kind_of(context.config.reward)
+    split = context.split(kind.data)
+    held_out = split.validation[: config.evaluation_pairs]
     return updates(
         context,
         STAGE,
         config,
         state,
         frozen=(context.backbone, rest),
-        examples=context.split("preference").train,
-        collate=lambda rows: pad_preferences(rows, context.pad_token, context.config.data.length_multiple),
-        loss=_loss(context),
+        examples=split.train,
+        collate=lambda rows: kind.collate(context, rows),
+        loss=_loss(context, kind),
         total=lambda batch: jnp.sum(batch.weight),
-        evaluate=evaluate,
+        evaluate=lambda state: kind.quick(held_out, *kind.scores(context, state.trainable.join(rest), held_out)),
     )
 
 
 def finish(context: Context, sft: Role, state: TrainState) -> tuple[Role, dict[str, Any]]:
-    """The trained part of the role, its bias set so that what people wrote averages 0, and the stage's figures."""
-    trained = state.trainable
-    pairs = context.split("preference").train[: context.config.reward.evaluation_pairs]
-    mean = float(np.mean(np.concatenate(scores(context, whole(context, sft, trained), pairs))))
+    """The trained part of the role, and the stage's figures.
+
+    The bias of a model of pairs, which the loss leaves open, is set so that what people wrote averages 0. A model of labels keeps its
+    own: its 0 is the boundary between the classes.
+    """
+    config, trained = context.config.reward, state.trainable
+    figures = {"best_step": int(state.step), "skipped_updates": int(state.skipped)}
+    if config.kind == "labels":
+        return trained, figures
+    pairs = context.split("preference").train[: config.evaluation_pairs]
+    mean = float(np.mean(np.concatenate(kind_of(config).scores(context, whole(context, sft, trained), pairs))))
     head = {**trained.head, "bias": trained.head["bias"] - mean}
-    return trained.replace(head=head), {"best_step": int(state.step), "bias": -mean, "skipped_updates": int(state.skipped)}
+    return trained.replace(head=head), figures | {"bias": -mean}
 
 
-def scores(context: Context, role: Role, pairs: Sequence[PreferenceExample]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the chosen and of the rejected sides, float32 [len(pairs)] each."""
-    size = context.config.reward.batch_size
-    chosen: list[np.ndarray] = []
-    rejected: list[np.ndarray] = []
-    for at in range(0, len(pairs), size):
-        rows = pairs[at : at + size]
-        batch = context.rows(pad_preferences(rows, context.pad_token, context.config.data.length_multiple, rows=size))
-        a, b = jax.device_get(_score_pairs(context.decoder, role, context.backbone, batch))
-        chosen.append(a[: len(rows)])
-        rejected.append(b[: len(rows)])
-    return np.concatenate(chosen), np.concatenate(rejected)
+def evaluate(context: Context, role: Role) -> dict[str, Any]:
+    """Figures of the finished model on held-out rows, with 95% intervals."""
+    kind = kind_of(context.config.reward)
+    rows = context.split(kind.data).validation[: context.config.evaluate.pairs]
+    return kind.figures(rows, context.config.evaluate.bootstrap, *kind.scores(context, role, rows))
 
 
 def whole(context: Context, sft: Role, trained: Role) -> Role:
@@ -90,35 +89,11 @@ def _rest(context: Context, sft: Role) -> Role:
     return sft.frozen(config.tuning) if config.start_from == "sft" else Role()
 
 
-def _pair_scores(
-    decoder: Decoder, role: Role, backbone: PyTree, batch: PreferenceBatch, dropout_key: jax.Array | None = None
-) -> tuple[Array, Array]:
-    """Both sides in one pass, [B] each."""
-    tokens = jnp.concatenate([batch.chosen, batch.rejected])
-    mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
-    both = sequence_score(decoder, backbone, role, tokens, mask, dropout_key is None, dropout_key)
-    return both[: len(batch.chosen)], both[len(batch.chosen) :]
-
-
-def _loss(context: Context):
+def _loss(context: Context, kind: Kind):
     config, decoder, dropout = context.config.reward, context.decoder, context.config.lora.lora_dropout > 0
 
-    def loss(
-        trainable: Role, frozen: tuple[PyTree, Role], batch: PreferenceBatch, total: Array, key: jax.Array
-    ) -> tuple[Array, dict[str, Array]]:
+    def loss(trainable: Role, frozen: tuple[PyTree, Role], batch: PyTree, total: Array, key: jax.Array) -> tuple[Array, dict[str, Array]]:
         backbone, rest = frozen
-        chosen, rejected = _pair_scores(decoder, trainable.join(rest), backbone, batch, key if dropout else None)
-        margin = batch.margin if config.use_margin else None
-        return bradley_terry(
-            chosen,
-            rejected,
-            margin=margin,
-            center_coef=config.center_rewards_coefficient,
-            weight=batch.weight,
-            total=total,
-        )
+        return kind.loss(config, decoder, trainable.join(rest), backbone, batch, total, key if dropout else None)
 
     return loss
-
-
-_score_pairs = jax.jit(_pair_scores, static_argnums=0)

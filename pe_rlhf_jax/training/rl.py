@@ -1,7 +1,9 @@
-"""Reinforcement learning from a reward model: PPO, or the paper's REINFORCE with a learned value baseline.
+"""Reinforcement learning from rewards: PPO, the paper's REINFORCE with a learned value baseline, RLOO or GRPO.
 
-Policy, reference, reward and value are roles on one backbone. Differences from textbook PPO: the KL penalty is part of the token
-rewards; old, new and reference log-probabilities are all taken at the sampling temperature; the value model is its own adapter.
+Policy, reference, reward and value are roles on one backbone. Differences from the textbooks: old, new and reference
+log-probabilities are all taken at the sampling temperature; the KL penalty is part of the rewards (GRPO: of the loss); the value
+model is its own adapter, or a head on the policy; losses are means over the tokens of the whole update, so that micro-batches and
+devices change nothing.
 """
 
 from __future__ import annotations
@@ -17,31 +19,32 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from pe_rlhf_jax.algorithms import advantages, kl, ppo, reinforce
-from pe_rlhf_jax.algorithms.masked import masked_mean, masked_sum, masked_whiten
-from pe_rlhf_jax.config import RLConfig
+from pe_rlhf_jax.algorithms import kl, ppo, reinforce
+from pe_rlhf_jax.algorithms.masked import masked_mean
+from pe_rlhf_jax.config import ConfigError, RLConfig
 from pe_rlhf_jax.data import BatchOrder, pad_prompts
-from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.heads import zero_head
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.generate import generate
-from pe_rlhf_jax.rollout.score import response_logprobs, response_values, sequence, sequence_score
 from pe_rlhf_jax.training.context import Context, peak_memory_gib
+from pe_rlhf_jax.training.experience import make_experience, predict
 from pe_rlhf_jax.training.loop import Metrics
 from pe_rlhf_jax.training.optimizer import learning_rate, make_optimizer
+from pe_rlhf_jax.training.rewards import Rewards, RewardStatistics, Scores, for_learning
+from pe_rlhf_jax.training.rollouts import respond, response_tokens
 from pe_rlhf_jax.training.statistics import distinct_n
 from pe_rlhf_jax.training.step import Step, make_step, new_state, stop_if_not_finite
-from pe_rlhf_jax.types import Experience, PromptBatch, PyTree, Rollout, TrainState
+from pe_rlhf_jax.types import Experience, PyTree, Rollout, TrainState
 
 STAGE = "rl"
 
 
 class RLState(flax.struct.PyTreeNode):
-    """Training state of policy and value, and of the KL controller."""
+    """Training state of policy and value, of the KL controller, and of the scores' scale."""
 
     train: TrainState
-    """`trainable` is {"policy": Role, "value": Role}; `step` counts rollout batches."""
+    """`trainable` is {"policy": Role} and, where the algorithm has a critic, "value": Role; `step` counts rollout batches."""
     kl_coef: Float[Array, ""]
+    statistics: RewardStatistics
 
     @property
     def step(self) -> Array:
@@ -52,43 +55,60 @@ class Frozen(NamedTuple):
     """What the learning step reads and never changes."""
 
     backbone: PyTree
-    policy: Role
-    value: Role
+    roles: dict[str, Role]
+    """By the names of `trainable`: the parts that are not trained."""
+    kl_coef: Float[Array, ""]
 
 
-def init(context: Context, reference: Role, reward: Role) -> RLState:
-    """Policy from the reference; value from the reward model, or from the backbone with a head that says 0."""
-    tuning = context.config.rl.tuning
-    value = reward if context.config.rl.value_init == "reward" else Role(head=zero_head(context.decoder.config.hidden_size))
-    starts = {"policy": reference, "value": value}
-    trainable = {name: context.start(role, tuning, f"{STAGE}/{name}").trained(tuning) for name, role in starts.items()}
-    state = new_state(trainable, _optimizer(context.config.rl))
-    return RLState(state, jnp.asarray(context.config.rl.kl_coef, jnp.float32))
+def init(context: Context, reference: Role, reward: Role | None) -> RLState:
+    """Policy from the reference; value from the reward model, or from the backbone with a head that says 0.
+
+    Raises ConfigError if the value model is to start from a reward model that the run does not have.
+    """
+    config = context.config.rl
+    starts = {"policy": reference}
+    if config.has_critic:
+        starts["value"] = _value_start(context, reward)
+    trainable = {}
+    for name, role in starts.items():
+        if name == "value" and config.value_model == "trunk":
+            trainable[name] = Role(head=jax.tree.map(jnp.copy, role.head))
+        else:
+            tuning = config.tuning_of(name)
+            trainable[name] = context.start(role, tuning, f"{STAGE}/{name}").trained(tuning)
+    state = new_state(trainable, _optimizer(config))
+    return RLState(state, jnp.asarray(config.kl_coef, jnp.float32), RewardStatistics.new())
 
 
-def run(context: Context, reference: Role, reward: Role, state: RLState) -> Iterator[tuple[RLState, Metrics]]:
+def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards, state: RLState) -> Iterator[tuple[RLState, Metrics]]:
     """Yields the state and its metrics after each rollout batch is learned, from where `state` stands."""
     config, prompts = context.config.rl, context.split("prompts").train
-    frozen = _frozen(context, reference, reward)
+    repeats = 1 if config.has_critic else config.group_size
     rows = config.batch_size // _mini_batches(config)
     learn = make_step(_loss(context), _tokens, _optimizer(config), rows, config.micro_batch_size)
     rate = learning_rate(config.optimizer, _updates(config))
-    order, key = BatchOrder(len(prompts), config.batch_size, context.config.run.seed), context.key(STAGE)
+    order, key = BatchOrder(len(prompts), config.batch_size // repeats, context.config.run.seed), context.key(STAGE)
+    frozen_roles = _frozen(context, reference, reward)
     for index in range(int(state.step), config.steps):
         rollout_key, learn_key = jax.random.split(jax.random.fold_in(key, index))
-        examples = [prompts[i] for i in order(index)]
+        examples = [prompts[i] for i in order(index) for _ in range(repeats)]
         batch = context.rows(pad_prompts(examples, context.pad_token, context.config.data.length_multiple))
 
         began = time.perf_counter()
-        roles = whole(context, reference, reward, state.train.trainable)
-        rollout = jax.block_until_ready(respond(context, roles["policy"], batch, rollout_key))
+        roles = _whole(frozen_roles, state.train.trainable)
+        rollout = respond(context, roles["policy"], batch, rollout_key)
         rolled = time.perf_counter()
-        policy, value, chunk = roles["policy"], roles["value"], context.config.model.logprob_chunk
-        experience, metrics = _experience(context.decoder, config, chunk, frozen, policy, reference, reward, value, rollout, state.kl_coef)
+        scores = rewards(rollout, examples)
+        used, statistics = for_learning(config, jnp.asarray(scores.total), state.statistics)
+        chunk, backbone = context.config.model.logprob_chunk, context.backbone
+        policy, value = roles["policy"], roles.get("value")
+        experience, metrics = make_experience(
+            context.decoder, config, chunk, backbone, policy, reference, value, rollout, context.rows(used), state.kl_coef
+        )
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        values |= _of_responses(rollout)
+        values |= _of_responses(rollout) | _of_scores(scores)
         scored = time.perf_counter()
-        train, learned = _learn(config, learn, state.train, frozen, experience, learn_key)
+        train, learned = _learn(config, learn, state.train, Frozen(backbone, frozen_roles, state.kl_coef), experience, learn_key)
         values |= learned
         now = time.perf_counter()
 
@@ -97,7 +117,7 @@ def run(context: Context, reference: Role, reward: Role, state: RLState) -> Iter
         values |= {"time/rollout": rolled - began, "time/score": scored - rolled, "time/learn": now - scored}
         values["perf/tokens_per_s"] = values["objective/length"] * config.batch_size / (now - began)
         values["perf/peak_memory_gib"] = peak_memory_gib()
-        state = RLState(train.replace(step=train.step + 1), _next_kl_coef(config, state.kl_coef, values["objective/kl"]))
+        state = RLState(train.replace(step=train.step + 1), _next_kl_coef(config, state.kl_coef, values["objective/kl"]), statistics)
         stop_if_not_finite(state.train, context.config.run.max_nonfinite, STAGE)
         yield state, values
 
@@ -108,96 +128,31 @@ def finish(state: RLState, config: RLConfig) -> tuple[dict[str, Role], dict[str,
     return state.train.trainable, {"episodes": episodes, "kl_coef": float(state.kl_coef), "skipped_updates": int(state.train.skipped)}
 
 
-def whole(context: Context, reference: Role, reward: Role, trained: dict[str, Role]) -> dict[str, Role]:
-    """Policy and value whose trained parts are given."""
-    frozen = _frozen(context, reference, reward)
-    return {"policy": trained["policy"].join(frozen.policy), "value": trained["value"].join(frozen.value)}
+def whole(context: Context, reference: Role, reward: Role | None, trained: dict[str, Role]) -> dict[str, Role]:
+    """Policy and, where there is one, value, whose trained parts are given."""
+    return _whole(_frozen(context, reference, reward), trained)
 
 
-def respond(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array) -> Rollout:
-    """Samples a response to each prompt as `rl.sampling` says."""
-    return _respond(
-        context.decoder,
-        context.config.rl,
-        context.end_tokens,
-        context.pad_token,
-        policy,
-        context.backbone,
-        prompts,
-        key,
-    )
+def _whole(frozen: dict[str, Role], trained: dict[str, Role]) -> dict[str, Role]:
+    return {name: role.join(frozen[name]) for name, role in trained.items()}
 
 
-@jax.jit(static_argnums=(0, 1, 2, 3))
-def _respond(
-    decoder: Decoder,
-    config: RLConfig,
-    end_tokens: tuple[int, ...],
-    pad_token: int,
-    policy: Role,
-    backbone: PyTree,
-    prompts: PromptBatch,
-    key: jax.Array,
-) -> Rollout:
-    return generate(decoder, policy.variables(backbone), prompts, key, config.sampling, end_tokens, pad_token)
+def _value_start(context: Context, reward: Role | None) -> Role:
+    config = context.config.rl
+    if config.value_init == "zero":
+        return Role(head=zero_head(context.decoder.config.hidden_size))
+    if reward is None:
+        raise ConfigError("rl.value_init reward starts the value model from this run's reward model, and there is none; set it to zero")
+    return reward
 
 
-@jax.jit(static_argnums=(0, 1))
-def rollout_scores(decoder: Decoder, config: RLConfig, reward: Role, backbone: PyTree, rollout: Rollout) -> Float[Array, " B"]:
-    """The reward model's score at the last real token; `missing_eos_penalty` where a response has no end token."""
-    scores = sequence_score(decoder, backbone, reward, *sequence(rollout))
-    return scores if config.missing_eos_penalty is None else jnp.where(rollout.ended, scores, config.missing_eos_penalty)
-
-
-@jax.jit(static_argnums=(0, 1, 2))
-def _experience(
-    decoder: Decoder,
-    config: RLConfig,
-    chunk: int,
-    frozen: Frozen,
-    policy: Role,
-    reference: Role,
-    reward: Role,
-    value: Role,
-    rollout: Rollout,
-    kl_coef: Float[Array, ""],
-) -> tuple[Experience, dict[str, Array]]:
-    """Scores a rollout with all four roles, and shapes rewards, advantages and returns."""
-    mask, backbone, temperature = rollout.response_mask, frozen.backbone, config.sampling.temperature
-    old_logprobs, entropy = response_logprobs(decoder, backbone, policy, rollout, temperature, chunk)
-    ref_logprobs, _ = response_logprobs(decoder, backbone, reference, rollout, temperature, chunk)
-    values = jnp.where(mask, response_values(decoder, backbone, value, rollout), 0.0)
-    scores = rollout_scores(decoder, config, reward, backbone, rollout)
-
-    kl_BR = kl.kl_per_token(old_logprobs, ref_logprobs, "k1")  # k3 as a reward has another optimum
-    score_coef = 1.0 if config.algorithm == "ppo" else 1.0 - kl_coef
-    rewards = kl.token_rewards(scores, kl_BR, mask, kl_coef, score_coef)
-    if config.whiten_rewards:
-        rewards = masked_whiten(rewards, mask, shift_mean=False)
-    if config.algorithm == "ppo":
-        advantage, returns = advantages.gae(rewards, values, mask, config.gamma, config.lam)
-        if config.whiten_advantages:
-            advantage = masked_whiten(advantage, mask)
-    else:
-        returns = advantages.returns_to_go(rewards, mask, config.gamma)
-        advantage = jnp.where(mask, returns - values, 0.0)
-
-    per_sequence = jnp.sum(jnp.where(mask, kl_BR, 0.0), axis=1)
-    sampler = jnp.where(mask, old_logprobs - rollout.logprobs, 0.0)
-    episode = masked_sum(rewards, mask) / len(scores)
-    metrics = {
-        "objective/kl": jnp.mean(per_sequence),
-        "objective/kl_per_token": masked_mean(kl_BR, mask),
-        "objective/entropy": jnp.mean(jnp.sum(jnp.where(mask, -old_logprobs, 0.0), axis=1)),
-        "objective/scores": jnp.mean(scores),
-        "objective/scores_std": jnp.std(scores),
-        "objective/rlhf_reward": episode,
-        "objective/non_score_reward": -kl_coef * jnp.mean(per_sequence),
-        "policy/entropy_avg": masked_mean(entropy, mask),
-        "val/sampler_kl": masked_mean(jnp.expm1(sampler) - sampler, mask),
-        "critic/explained_variance": advantages.explained_variance(values, returns, mask),
-    }
-    return Experience(rollout, old_logprobs, values, advantage, returns), metrics
+def _frozen(context: Context, reference: Role, reward: Role | None) -> dict[str, Role]:
+    config = context.config.rl
+    frozen = {"policy": reference.frozen(config.tuning)}
+    if config.has_critic:
+        from_reward = config.value_from_reward and config.value_model == "adapter" and reward is not None
+        frozen["value"] = reward.frozen(config.tuning_of("value")) if from_reward and reward is not None else Role()
+    return frozen
 
 
 def _loss(context: Context):
@@ -205,20 +160,28 @@ def _loss(context: Context):
 
     def loss(trainable: dict[str, Role], frozen: Frozen, rows: Experience, total: Array, key: jax.Array) -> tuple[Array, dict[str, Array]]:
         mask = rows.rollout.response_mask
-        policy, value = trainable["policy"].join(frozen.policy), trainable["value"].join(frozen.value)
-        logprobs, _ = response_logprobs(decoder, frozen.backbone, policy, rows.rollout, config.sampling.temperature, chunk)
-        values = response_values(decoder, frozen.backbone, value, rows.rollout)
-        if config.algorithm == "ppo":
+        roles = _whole(frozen.roles, trainable)
+        logprobs, _, values = predict(decoder, config, chunk, frozen.backbone, roles["policy"], roles.get("value"), rows.rollout)
+        statistics: dict[str, Array] = {}
+        if config.algorithm == "reinforce":
+            policy_loss = reinforce.policy_loss(logprobs, rows.returns, rows.values, mask, total)
+        else:
             policy_loss, statistics = ppo.policy_loss(logprobs, rows.old_logprobs, rows.advantages, mask, config.cliprange, total)
+        whole_loss = policy_loss
+        if config.algorithm == "grpo":
+            penalty = masked_mean(kl.kl_per_token(logprobs, rows.ref_logprobs, "k3"), mask, total)
+            statistics["loss/kl_avg"] = penalty
+            whole_loss += frozen.kl_coef * penalty
+        if config.algorithm == "ppo":
             value_loss, more = ppo.value_loss(values, rows.values, rows.returns, mask, config.cliprange_value, total)
             statistics |= more
-            coefficient = config.vf_coef
-        else:
-            policy_loss = reinforce.policy_loss(logprobs, rows.returns, rows.values, mask, total)
+            whole_loss += config.vf_coef * value_loss
+        elif config.algorithm == "reinforce":
             value_loss = reinforce.value_loss(values, rows.returns, mask, total)
-            statistics, coefficient = {}, 1.0
-        statistics |= {"loss/policy_avg": policy_loss, "loss/value_avg": value_loss}
-        return policy_loss + coefficient * value_loss, statistics
+            whole_loss += value_loss
+        if config.has_critic:
+            statistics["loss/value_avg"] = value_loss
+        return whole_loss, statistics | {"loss/policy_avg": policy_loss}
 
     return loss
 
@@ -226,9 +189,9 @@ def _loss(context: Context):
 def _learn(
     config: RLConfig, step: Step, state: TrainState, frozen: Frozen, experience: Experience, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
-    """Epochs of mini-batches in fresh orders (PPO), or the one update (REINFORCE); metrics are means over the updates."""
+    """Epochs of mini-batches in fresh orders, or REINFORCE's one update; metrics are means over the updates."""
     collected: list[dict[str, Array]] = []
-    for epoch in range(config.num_ppo_epochs if config.algorithm == "ppo" else 1):
+    for epoch in range(_epochs(config)):
         epoch_key = jax.random.fold_in(key, epoch)
         order = np.asarray(jax.random.permutation(epoch_key, config.batch_size))
         for number, rows in enumerate(np.split(order, _mini_batches(config))):
@@ -245,12 +208,6 @@ def _take(experience: Experience, rows: Array) -> Experience:
     return jax.tree.map(lambda x: x[rows], experience)
 
 
-def response_tokens(rollout: Rollout) -> list[list[int]]:
-    """The responses' real tokens, end token included."""
-    tokens, mask = jax.device_get((rollout.response, rollout.response_mask))
-    return [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
-
-
 def _of_responses(rollout: Rollout) -> Metrics:
     """Length, endings and variety of a rollout's responses."""
     responses, ended = response_tokens(rollout), np.asarray(rollout.ended)
@@ -262,37 +219,40 @@ def _of_responses(rollout: Rollout) -> Metrics:
     }
 
 
+def _of_scores(scores: Scores) -> Metrics:
+    """Mean and spread of the scores before they are scaled, and of each reward."""
+    values = {"objective/scores": float(np.mean(scores.total)), "objective/scores_std": float(np.std(scores.total))}
+    return values | {f"rewards/{name}": float(np.mean(term)) for name, term in scores.terms.items()}
+
+
 def _next_kl_coef(config: RLConfig, kl_coef: Array, observed_kl: float) -> Array:
     if config.kl_target is None:
         return kl_coef
     return kl.adaptive_kl_coef(kl_coef, jnp.float32(observed_kl), config.kl_target, config.kl_horizon, config.batch_size)
 
 
-def _frozen(context: Context, reference: Role, reward: Role) -> Frozen:
-    config = context.config.rl
-    value = reward if config.value_init == "reward" else Role()
-    return Frozen(context.backbone, reference.frozen(config.tuning), value.frozen(config.tuning))
-
-
 def _optimizer(config: RLConfig) -> optax.GradientTransformation:
     """Separate update rules for policy and value, each clipped by its own norm."""
-    rates = {
-        "policy": config.optimizer.learning_rate,
-        "value": config.value_learning_rate or config.optimizer.learning_rate,
-    }
+    rates = {"policy": config.optimizer.learning_rate}
+    if config.has_critic:
+        rates["value"] = config.value_learning_rate or config.optimizer.learning_rate
     rules = {
-        name: make_optimizer(config.optimizer.model_copy(update={"learning_rate": rate}), _updates(config), config.tuning)
+        name: make_optimizer(config.optimizer.model_copy(update={"learning_rate": rate}), _updates(config), config.tuning_of(name))
         for name, rate in rates.items()
     }
     return optax.partition(rules, lambda tree: {name: jax.tree.map(lambda _, name=name: name, role) for name, role in tree.items()})
 
 
+def _epochs(config: RLConfig) -> int:
+    return 1 if config.algorithm == "reinforce" else config.num_ppo_epochs
+
+
 def _mini_batches(config: RLConfig) -> int:
-    return config.num_mini_batches if config.algorithm == "ppo" else 1
+    return 1 if config.algorithm == "reinforce" else config.num_mini_batches
 
 
 def _updates_per_batch(config: RLConfig) -> int:
-    return config.num_ppo_epochs * config.num_mini_batches if config.algorithm == "ppo" else 1
+    return _epochs(config) * _mini_batches(config)
 
 
 def _updates(config: RLConfig) -> int:

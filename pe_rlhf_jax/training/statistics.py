@@ -34,20 +34,44 @@ def calibration(chosen: np.ndarray, rejected: np.ndarray, bins: int = 5) -> list
     ]
 
 
-def accuracy_by_margin(chosen: np.ndarray, rejected: np.ndarray, margin: np.ndarray, bins: int = 4) -> list[dict[str, Any]]:
-    """Pairwise accuracy in bins of equal count by how far apart people rated the two sides; empty if no pair has a margin."""
-    margin = np.asarray(margin, np.float64)
-    if not np.any(margin):
-        return []
-    right = _right(np.asarray(chosen) - np.asarray(rejected))
-    parts = np.array_split(np.argsort(margin, kind="stable"), bins)
+def label_calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 5) -> list[dict[str, Any]]:
+    """Predicted against observed share of positive rows: rows sorted by sigmoid(logit) into bins of equal count."""
+    predicted = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    parts = np.array_split(np.argsort(predicted, kind="stable"), bins)
+    return [{"predicted": float(np.mean(predicted[i])), "observed": float(np.mean(labels[i])), "count": len(i)} for i in parts if len(i)]
+
+
+def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve: the share of (positive, negative) pairs in which the positive row scores higher, ties counting half
+    (Mann and Whitney 1947). 0.5 where a class is missing.
+    """
+    labels = np.asarray(labels) == 1
+    positives, negatives = int(np.sum(labels)), int(np.sum(~labels))
+    if not positives or not negatives:
+        return 0.5
+    _, place, counts = np.unique(np.asarray(scores, np.float64), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # of ties the middle one
+    return float((np.sum(ranks[labels]) - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def bootstrap_auc_ci(scores: np.ndarray, labels: np.ndarray, resamples: int, seed: int = 0) -> list[float]:
+    """95% percentile bootstrap interval of `area_under_curve`; classes are resampled apart, so that neither goes missing."""
+    generator = np.random.default_rng(seed)
+    labels = np.asarray(labels) == 1
+    groups = [np.flatnonzero(labels), np.flatnonzero(~labels)]
+    areas = []
+    for _ in range(resamples):
+        rows = np.concatenate([generator.choice(group, len(group)) for group in groups if len(group)])
+        areas.append(area_under_curve(scores[rows], labels[rows]))
+    return [float(bound) for bound in np.quantile(areas, [0.025, 0.975])]
+
+
+def accuracy_by(values: np.ndarray, right: np.ndarray, bins: int = 4) -> list[dict[str, Any]]:
+    """Accuracy in bins of equal count by a value of each row, such as its margin or its length; `right` is 1, 0.5 or 0."""
+    values = np.asarray(values, np.float64)
+    parts = np.array_split(np.argsort(values, kind="stable"), bins)
     return [
-        {
-            "low": float(margin[i].min()),
-            "high": float(margin[i].max()),
-            "accuracy": float(np.mean(right[i])),
-            "count": len(i),
-        }
+        {"low": float(values[i].min()), "high": float(values[i].max()), "accuracy": float(np.mean(right[i])), "count": len(i)}
         for i in parts
         if len(i)
     ]

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from pe_rlhf_jax.algorithms import ppo, reinforce
+from pe_rlhf_jax.algorithms import group, ppo, reinforce
 from pe_rlhf_jax.algorithms.advantages import gae, returns_to_go
 from pe_rlhf_jax.algorithms.kl import kl_per_token, token_rewards
 from pe_rlhf_jax.algorithms.masked import masked_sum
@@ -154,6 +154,17 @@ def ppo_update(parameters, old, rows, shaped):
     return jax.grad(loss)(parameters)
 
 
+def rloo_update(parameters, old, rows, shaped):
+    """Groups of four; without a prompt, any rows make a group."""
+    mask = MASK[rows]
+    advantages = group.to_tokens(group.leave_one_out(masked_sum(shaped, MASK, axis=1)[rows], 4), mask)
+
+    def loss(p):
+        return ppo.policy_loss(logprobs(p["logits"])[rows], logprobs(old["logits"])[rows], advantages, mask, 0.2)[0]
+
+    return jax.grad(loss)(parameters)
+
+
 def train(update, epochs, estimator, seed, steps=400, episodes=64):
     """Trains on sampled responses, from the reference; the policy's distribution over responses at the end."""
     optimizer = optax.adam(optax.linear_schedule(0.05, 0.0, steps * epochs))
@@ -186,7 +197,7 @@ def total_variation(p, q):
 TOLERANCE = 0.02
 
 
-@pytest.mark.parametrize(("update", "epochs"), [(reinforce_update, 1), (ppo_update, 2)], ids=["reinforce", "ppo"])
+@pytest.mark.parametrize(("update", "epochs"), [(reinforce_update, 1), (ppo_update, 2), (rloo_update, 2)], ids=["reinforce", "ppo", "rloo"])
 def test_learning_reaches_the_optimum(update, epochs):
     """From 64 sampled responses a step. TOLERANCE is a small share of how far the reference, and the optimum of
     rewards that were rounded to integers, are from the target."""

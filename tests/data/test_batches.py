@@ -7,9 +7,11 @@ import pytest
 
 from pe_rlhf_jax.data import (
     BatchOrder,
+    LabelExample,
     PreferenceExample,
     PromptExample,
     SFTExample,
+    pad_labels,
     pad_preferences,
     pad_prompts,
     pad_sft,
@@ -66,6 +68,14 @@ def test_pad_preferences_to_one_length_and_fill():
     assert batch.margin.tolist() == [0.5, 1.5, 0.5, 0.5] and batch.weight.tolist() == [1, 1, 0, 0]
     assert batch.margin.dtype == batch.weight.dtype == np.float32
     assert pad_preferences(examples, PAD, 5).weight.tolist() == [1, 1]
+
+
+def test_pad_labels_and_fill():
+    batch = pad_labels([LabelExample(ids(1, 2, 3), 0.0), LabelExample(ids(4), 1.0)], PAD, 2, rows=3)
+    assert batch.tokens.tolist() == [[1, 2, 3, 9], [4, 9, 9, 9], [1, 2, 3, 9]]
+    assert batch.mask.tolist() == [[True, True, True, False], [True, False, False, False], [True, True, True, False]]
+    assert batch.label.tolist() == [0, 1, 0] and batch.weight.tolist() == [1, 1, 0]
+    assert batch.tokens.dtype == np.int32 and batch.label.dtype == batch.weight.dtype == np.float32
 
 
 def test_pad_prompts_on_the_left():

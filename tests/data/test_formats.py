@@ -53,6 +53,26 @@ def test_preference_forms_agree(tokenizer):
     assert [example.margin for example in made] == [0.0, 0.0, 2.0, 0.0]
 
 
+def test_labels_are_zero_or_one_however_written(tokenizer):
+    rows = [{"prompt": "Q", "completion": " A", "label": label} for label in (1, 0, True, False, 1.0, 0.0)]
+    made = examples("label", *rows, {"messages": [*TURNS, ANSWER], "label": 1})
+    assert [example.label for example in made] == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
+    assert all(type(example.label) is float for example in made)
+    assert tokenizer.decode(made[0].tokens) == "Q A<|end|>"
+    assert list(made[-1].tokens) == tokenizer.apply_chat_template([*TURNS, ANSWER], tokenize=True, return_dict=False)
+
+
+def test_groups_are_read_where_the_configuration_names_them(tokenizer):
+    rows = [Row({"prompt": "a", "topic": value}, f"x.jsonl:{i}") for i, value in enumerate(["t", 3, "3"], start=1)]
+    assert [row.group for row in Reader(tokenizer, Skipped(), "topic").prompts(rows)] == ["t", "3", "3"]
+    assert [row.group for row in Reader(tokenizer, Skipped()).prompts(rows)] == [None] * 3
+    for value, found in ((None, "found None"), (True, "found True"), (1.5, "found 1.5"), ("", "found ''")):
+        with pytest.raises(DataError, match=f"y.jsonl:7: expected the key `topic` .data.group_by. with a text .*{found}"):
+            Reader(tokenizer, Skipped(), "topic").prompts([Row({"prompt": "a", "topic": value}, "y.jsonl:7")])
+    with pytest.raises(DataError, match="found `prompt`"):
+        Reader(tokenizer, Skipped(), "topic").prompts([Row({"prompt": "a"}, "y.jsonl:7")])
+
+
 def test_prompts_keep_text_and_columns(tokenizer):
     plain, chat = examples("prompts", {"prompt": "Say", "answer": 3, "prompt_id": None}, {"prompt": TURNS})
     assert (plain.text, plain.columns) == ("Say", {"answer": 3, "prompt_id": None})
@@ -92,6 +112,12 @@ BAD_ROWS = [
     ("sft", {"messages": [{"role": "tool", "content": "x"}, ANSWER]}, "chat template refuses the turns of `messages`: no tools here"),
     ("prompts", {"prompt": [*TURNS, ANSWER]}, "to end with another role than the assistant's"),
     ("prompts", {"text": "a"}, "expected the key `prompt`, found `text`"),
+    ("label", {"prompt": "a", "completion": "b"}, "expected the key `label`, found `prompt`, `completion`"),
+    ("label", {"prompt": "a", "completion": "b", "label": None}, "expected the key `label`, found null there"),
+    ("label", {"prompt": "a", "completion": "b", "label": "1"}, "expected `label` to be 0 or 1, or false or true, found '1'"),
+    ("label", {"prompt": "a", "completion": "b", "label": 0.5}, "or true, found 0.5"),
+    ("label", {"prompt": "a", "completion": "b", "label": 2}, "or true, found 2"),
+    ("label", {"prompt": "a", "label": 1}, "expected the key `completion`"),
     ("preference", {"prompt": "a", "chosen": "b"}, "expected the key `rejected`"),
     ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "found the same text twice"),
     ("preference", {"chosen": "b", "rejected": "c", "margin": "2"}, "expected `margin` to be a number of at least 0, found '2'"),
@@ -104,7 +130,7 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("kind", "row", "message"), BAD_ROWS, ids=[message[-30:] for _, _, message in BAD_ROWS])
 def test_bad_row_is_named(kind, row, message):
-    good = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    good = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d", "label": 1}
     with pytest.raises(DataError) as error:
         examples(kind, good, row)
     assert str(error.value).startswith("x.jsonl:2: ") and message in str(error.value)

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from pe_rlhf_jax.config import DataConfig, FilesConfig
-from pe_rlhf_jax.data import DataError, load, movie_reviews
+from pe_rlhf_jax.data import DataError, catalogs, load, movie_reviews
+from pe_rlhf_jax.data.sources import Row
 
 ROWS = [{"prompt": f"Question {i % 60}", "completion": f"answer {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(120)]
 
@@ -90,6 +91,68 @@ def test_nothing_left(jsonl, tokenizer):
     config = DataConfig(sft=FilesConfig(train=[jsonl([b"no json"])]), on_error="skip")
     with pytest.raises(DataError, match=r"data.sft: no training row is left. 1 row skipped as bad in .*:1: expected a JSON object"):
         load(config, tokenizer, needs={"sft"})
+
+
+LABELED = [
+    {"prompt": f"q{i}", "completion": f"a{i}", "label": i % 2, "talk": f"talk {i // 6}", "chosen": "y", "rejected": "n"} for i in range(120)
+]
+
+
+def test_rows_of_a_group_are_on_one_side_in_every_kind(jsonl, tokenizer):
+    files = FilesConfig(train=[jsonl(random.Random(2).sample(LABELED, len(LABELED)))])
+    config = DataConfig(sft=files, preference=files, label=files, prompts=files, group_by="talk", validation_share=0.3)
+    data = load(config, tokenizer, needs={"sft", "preference", "label", "prompts"})
+    digests = {row["talk"]: hashlib.sha256(row["talk"].encode()).hexdigest() for row in LABELED}
+    held_out = {talk for talk, digest in digests.items() if int(digest, 16) < 0.3 * 2**256}
+    prompts = {row["prompt"] for row in LABELED if row["talk"] in held_out}
+    assert {example.text for example in data.prompts.validation} == set(prompts_of(data.sft.validation, tokenizer)) == prompts
+    assert {tokenizer.decode(example.tokens).split("a")[0] for example in data.label.validation} == prompts
+    assert len(data.preference.validation) == len(data.label.validation) == 6 * len(held_out) > 0
+    assert len(data.label.train) == 120 - len(data.label.validation)
+    assert {example.label for example in data.label.validation} == {0.0, 1.0}
+
+
+def test_a_prompt_that_two_groups_share_is_noted(jsonl, tokenizer):
+    rows = [{"prompt": "Hello", "completion": "b", "talk": i} for i in range(50)]
+    config = DataConfig(sft=FilesConfig(train=[jsonl(rows)]), group_by="talk", validation_share=0.3)
+    data = load(config, tokenizer, needs={"sft"})
+    count = len(data.sft.validation)
+    assert 0 < count < 50 and data.notes == [f"{count} of {count} rows of data.sft.validation have a prompt that is also in training"]
+    one = FilesConfig(train=[jsonl([{**row, "talk": "t"} for row in rows])])
+    with pytest.raises(DataError, match=r"all rows \(50\) have the same group 't'"):
+        load(DataConfig(sft=one, group_by="talk"), tokenizer, needs={"sft"})
+
+
+def test_labels_of_one_kind_are_refused(jsonl, tokenizer):
+    good = [{**row, "label": 1} for row in LABELED]
+    with pytest.raises(DataError, match=r"data.label: all \d+ training rows have label 1"):
+        load(DataConfig(label=FilesConfig(train=[jsonl(good)])), tokenizer, needs={"label"})
+    files = FilesConfig(train=[jsonl(LABELED, "a.jsonl")], validation=[jsonl(good[:9], "b.jsonl")])
+    with pytest.raises(DataError, match=r"data.label: all 9 validation rows have label 1"):
+        load(DataConfig(label=files), tokenizer, needs={"label"})
+    with pytest.raises(DataError, match=r"needs data.label; give data.label.train a list of files$"):
+        load(DataConfig(source="movie-reviews"), tokenizer, needs={"label"})
+
+
+def test_files_of_an_original_format_are_converted(jsonl, tokenizer):
+    rows = [{"id": str(i), "subreddit": "s", "title": "t", "post": f"p{i}", "summary": f"s{i}"} for i in range(30)]
+    path = jsonl([*rows, {"post": "no summary"}])
+    files = FilesConfig(train=[path], format="openai-tldr-sft")
+    with pytest.raises(DataError, match=r"rows.jsonl:31: expected `summary` with text, found `post` \(format openai-tldr-sft\)"):
+        load(DataConfig(sft=files), tokenizer, needs={"sft"})
+    data = load(DataConfig(sft=files, prompts=files, group_by="post_id", on_error="skip"), tokenizer, needs={"sft", "prompts"})
+    assert len(data.sft.train) + len(data.sft.validation) == 30 and "1 row skipped as bad" in data.notes[0]
+    assert {example.text for example in data.prompts.validation} == set(prompts_of(data.sft.validation, tokenizer))
+    with pytest.raises(DataError, match=r"data.preference.format: openai-tldr-sft gives rows for sft and prompts, not for preference"):
+        load(DataConfig(preference=files), tokenizer, needs={"preference"})
+
+
+def test_several_places_are_read_in_order(jsonl, tokenizer, monkeypatch):
+    monkeypatch.setattr(catalogs, "read", lambda place: iter([Row({"prompt": "c", "completion": place}, f"{place}:1")]))
+    files = FilesConfig(train=[jsonl(ROWS[:2], "a.jsonl"), "hf:o/n:train", jsonl(ROWS[2:3], "b.jsonl")], validation=["tfds:x:test"])
+    split = load(DataConfig(sft=files), tokenizer, needs={"sft"}).sft
+    assert prompts_of(split.train, tokenizer) == ["Question 0", "Question 1", "c", "Question 2"]
+    assert tokenizer.decode(split.validation[0].response) == "tfds:x:test<|end|>"
 
 
 def test_no_source(tokenizer):

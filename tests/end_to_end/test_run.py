@@ -20,12 +20,12 @@ KILLS = 8
 WATCHED = """
 import hashlib, sys
 import jax, numpy as np
-from pe_rlhf_jax import main
+from pe_rlhf_jax import main, run
 
 def digests(tree):
     return {jax.tree_util.keystr(path): hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for path, x in jax.tree.leaves_with_path(tree)}
 
-def execute(run, original=main.Run.execute):
+def execute(run, original=run.Run.execute):
     before, held = digests(run.context.backbone), run.context.backbone
     summary = original(run)
     loaded = run.backbone.load_params(jax.tree.leaves(held)[0].dtype)
@@ -33,7 +33,7 @@ def execute(run, original=main.Run.execute):
     print(f"{len(before)} leaves, the same bits")
     return summary
 
-main.Run.execute = execute
+run.Run.execute = execute
 sys.exit(main.cli(sys.argv[1:]))
 """
 

@@ -14,6 +14,7 @@ import pytest
 from pe_rlhf_jax.data import PromptExample
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import evaluate
+from pe_rlhf_jax.training.rewards import RewardModel, Rewards
 from pe_rlhf_jax.training.statistics import bootstrap_ci
 
 PROMPTS = [PromptExample(np.array([2]), text, {"topic": topic}) for text, topic in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
@@ -29,10 +30,20 @@ def test_before_is_the_reference_and_after_the_policy(make_context, monkeypatch)
     monkeypatch.setattr(evaluate, "load_function", lambda spec: judge)
     config = make_context(evaluate={"judge": "somewhere:judge", "bootstrap": 500}).config
     before = SimpleNamespace(
-        texts=["bad", "bad ", "good"], tokens=[[1, 2, 1, 2], [1], [3]], ended=[1.0, 0.0, 0.0], rewards=[1.0, 3.0, 5.0], kl=[]
+        texts=["bad", "bad ", "good"],
+        tokens=[[1, 2, 1, 2], [1], [3]],
+        ended=[1.0, 0.0, 0.0],
+        terms={"a": [1.0, 2.0, 6.0]},
+        scores=[1.0, 3.0, 5.0],
+        kl=[],
     )
     after = SimpleNamespace(
-        texts=[" good", "good ", "bad"], tokens=[[1, 2, 3], [4], [5, 6]], ended=[1.0, 1.0, 0.0], rewards=[2.0, 7.0, 9.0], kl=[0.5, 0.1, 0.6]
+        texts=[" good", "good ", "bad"],
+        tokens=[[1, 2, 3], [4], [5, 6]],
+        ended=[1.0, 1.0, 0.0],
+        terms={"a": [0.0, 1.0, 2.0]},
+        scores=[2.0, 7.0, 9.0],
+        kl=[0.5, 0.1, 0.6],
     )
     found = evaluate._figures(config, PROMPTS, {"reference": before, "policy": after})
     figures = found["rl"]
@@ -41,6 +52,7 @@ def test_before_is_the_reference_and_after_the_policy(make_context, monkeypatch)
     expected |= {"gain_in_std": 1.5, "distinct_2_before": 2 / 3, "distinct_2_after": 1.0}
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
     assert figures["ci"] == pytest.approx([bound / 2.0 for bound in bootstrap_ci(np.array([1.0, 4.0, 4.0]), 500)])
+    assert figures["rewards"] == {"a": {"before": 3.0, "after": 1.0}}
     expected = {"before": 2.0, "after": 2.0, "delta": 0.0}
     assert {name: found["judge"][name] for name in expected} == pytest.approx(expected)
     assert found["judge"]["ci"] == bootstrap_ci(np.array([2.0, 4.0, -6.0]), 500)
@@ -75,21 +87,22 @@ def test_divergence_is_of_the_policy_from_its_reference_at_the_sampling_temperat
         return rollouts[-1]
 
     monkeypatch.setattr(evaluate, "respond", kept)
-    *_, (done, figures) = evaluate.policy(context, roles)
+    rewards = Rewards(context, {"run": RewardModel(context.decoder, context.backbone, roles["reward"])})
+    *_, (done, figures) = evaluate.policy(context, roles, rewards)
     assert done == 3 and len(figures["samples"]) == 3
-    ratios, rewards, tokens = [], {"reference": [], "policy": []}, 0
+    ratios, scores, tokens = [], {"reference": [], "policy": []}, 0
     for index, rollout in enumerate(rollouts):  # reference and policy of the first batch, then of the second
         name = ("reference", "policy")[index % 2]
         for row in range(2 if index < 2 else 1):
             prompt = np.asarray(rollout.prompt[row])[np.asarray(rollout.prompt_mask[row])]
             response = np.asarray(rollout.response[row])[np.asarray(rollout.response_mask[row])]
             whole = np.concatenate([prompt, response])
-            rewards[name].append(by_hand.head(context, roles["reward"], whole)[-1])
+            scores[name].append(by_hand.head(context, roles["reward"], whole)[-1])
             if name == "policy":
                 ours, theirs = (by_hand.logprobs(context, roles[role], whole, 0.7) for role in ("policy", "reference"))
                 ratios.append(np.sum((ours - theirs)[len(prompt) - 1 :]))
                 tokens += len(response)
     assert figures["rl"]["kl_per_response"] == pytest.approx(np.mean(ratios), rel=1e-3)
     assert figures["rl"]["kl_per_token"] == pytest.approx(np.sum(ratios) / tokens, rel=1e-3)
-    assert figures["rl"]["reward_before"] == pytest.approx(np.mean(rewards["reference"]), rel=1e-3)
-    assert figures["rl"]["reward_after"] == pytest.approx(np.mean(rewards["policy"]), rel=1e-3)
+    assert figures["rl"]["reward_before"] == pytest.approx(np.mean(scores["reference"]), rel=1e-3)
+    assert figures["rl"]["reward_after"] == pytest.approx(np.mean(scores["policy"]), rel=1e-3)

@@ -13,6 +13,7 @@ import pytest
 from pe_rlhf_jax.data import Split, pad_preferences, pad_sft
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import loop, reward, sft
+from pe_rlhf_jax.training.reward_kinds import Pairs
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -57,12 +58,12 @@ def test_reward_learns_that_the_chosen_side_is_better(make_context, role, use_ma
     chosen, rejected = (
         np.array([by_hand.head(context, role, getattr(pair, side))[-1] for pair in pairs]) for side in ("chosen", "rejected")
     )
-    for found, expected in zip(reward.scores(context, role, pairs), (chosen, rejected), strict=True):
+    for found, expected in zip(Pairs().scores(context, role, pairs), (chosen, rejected), strict=True):
         np.testing.assert_allclose(found, expected, **by_hand.TOLERANCE)
     needed = np.array([pair.margin for pair in pairs]) if use_margin else 0.0
     expected = np.mean(np.log1p(np.exp(-(chosen - rejected - needed))) + center * (chosen + rejected) ** 2)
     batch = pad_preferences(pairs, 0, 8)
-    loss, _ = reward._loss(context)(role, (context.backbone, Role()), batch, jnp.float32(len(pairs)), jax.random.key(0))
+    loss, _ = reward._loss(context, Pairs())(role, (context.backbone, Role()), batch, jnp.float32(len(pairs)), jax.random.key(0))
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -73,11 +74,11 @@ def test_adapters_drop_out_in_training_and_not_in_evaluation(make_context, role)
     batches = {reward: pad_preferences(pairs, 0, 8), sft: pad_sft(rows, 0, 8)}
     frozen = {reward: (context.backbone, Role()), sft: context.backbone}
     for stage, batch in batches.items():
-        loss = jax.jit(stage._loss(context))
+        loss = jax.jit(reward._loss(context, Pairs()) if stage is reward else sft._loss(context))
         a, b, again = (loss(role, frozen[stage], batch, jnp.float32(4), jax.random.key(key))[0] for key in (0, 1, 0))
         assert a != b and a == again
     assert sft.evaluate(context, role) == sft.evaluate(plain, role)
-    np.testing.assert_array_equal(reward.scores(context, role, pairs), reward.scores(plain, role, pairs))
+    np.testing.assert_array_equal(Pairs().scores(context, role, pairs), Pairs().scores(plain, role, pairs))
 
 
 def test_every_update_has_a_key_of_its_own(make_context, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.sharding import place
 from pe_rlhf_jax.training import loop, reward, rl, sft
+from pe_rlhf_jax.training.rewards import RewardModel, Rewards
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -28,7 +29,8 @@ def compiled_once(monkeypatch):
 
 def rl_stage(context, state=None):
     model = reward.init(context, Role()).trainable
-    return rl.run(context, Role(), model, rl.init(context, Role(), model) if state is None else state)
+    rewards = Rewards(context, {"run": RewardModel(context.decoder, context.backbone, model)})
+    return rl.run(context, Role(), model, rewards, rl.init(context, Role(), model) if state is None else state)
 
 
 # Reward modelling runs in the same loop as SFT.
@@ -48,11 +50,11 @@ def history(rows):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_continued_from_the_first_state_it_is_the_same(make_context, stage):
-    """With dropout, two epochs, a batch that does not divide the rows, and a KL coefficient that moves."""
+    """With dropout, a batch that does not divide the rows, a KL coefficient that moves, and rewards scaled by all that were seen."""
     context = make_context(
         lora={"lora_dropout": 0.1},
         sft={"batch_size": 3, "evaluate_every": 2},
-        rl={"steps": 3, "batch_size": 6, "kl_target": 0.01, "kl_horizon": 20.0, "num_mini_batches": 2},
+        rl={"steps": 3, "batch_size": 6, "kl_target": 0.01, "kl_horizon": 20.0, "normalize_rewards": True, "num_mini_batches": 2},
     )
     whole = history(STAGES[stage](context))
     assert [int(state.step) for state, _ in whole] == [1, 2, 3]

@@ -14,6 +14,9 @@ from pe_rlhf_jax.config import OptimizerConfig, RLConfig
 from pe_rlhf_jax.data import pad_prompts
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import rl
+from pe_rlhf_jax.training.experience import make_experience
+from pe_rlhf_jax.training.rewards import RewardModel, Rewards
+from pe_rlhf_jax.training.rollouts import respond
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -35,12 +38,20 @@ def roles(tiny):
 def scored(context, roles):
     """A rollout of the policy and what `_experience` makes of it; some responses end, others do not."""
     context = dataclasses.replace(context, end_tokens=(1, 2, 3, 4))
-    rollout = rl.respond(context, roles["policy"], context.rows(pad_prompts(context.data.prompts.train, 0, 8)), jax.random.key(1))
-    frozen = rl.Frozen(context.backbone, Role(), Role())
-    kept = (roles[name] for name in ("policy", "reference", "reward", "value"))
-    experience, metrics = rl._experience(context.decoder, context.config.rl, 16, frozen, *kept, rollout, jnp.float32(KL))
+    prompts = context.data.prompts.train
+    rollout = respond(context, roles["policy"], context.rows(pad_prompts(prompts, 0, 8)), jax.random.key(1))
+    scores = judged_by(context, roles["reward"])(rollout, prompts)
+    kept = (roles[name] for name in ("policy", "reference", "value"))
+    experience, metrics = make_experience(
+        context.decoder, context.config.rl, 16, context.backbone, *kept, rollout, jnp.asarray(scores.total), jnp.float32(KL)
+    )
+    metrics |= rl._of_scores(scores)
     assert 0 < np.sum(rollout.ended) < len(rollout.ended)
     return rollout, experience, metrics
+
+
+def judged_by(context, model):
+    return Rewards(context, {"run": RewardModel(context.decoder, context.backbone, model)})
 
 
 def rows_of(rollout):
@@ -115,7 +126,7 @@ def test_the_loss_is_what_its_definition_says(make_context, roles, algorithm):
     context = make_context(rl={"algorithm": algorithm, "vf_coef": 0.7, "sampling": sampling})
     rollout, experience, _ = scored(context, roles)
     moved = {name: roles[name].replace(lora=jax.tree.map(lambda x: x * 1.6, roles[name].lora)) for name in ("policy", "value")}
-    frozen = rl.Frozen(context.backbone, Role(), Role())
+    frozen = rl.Frozen(context.backbone, {"policy": Role(), "value": Role()}, jnp.float32(KL))
     loss, _ = jax.jit(rl._loss(context))(moved, frozen, experience, rl._tokens(experience), jax.random.key(0))
 
     terms, clipped = [], 0
@@ -154,7 +165,6 @@ def test_every_epoch_visits_every_episode_in_an_order_of_its_own(monkeypatch):
 
 def test_every_batch_has_keys_of_its_own(make_context, roles, monkeypatch):
     context, keys = make_context(rl={"steps": 4}), []
-    respond = rl.respond
     monkeypatch.setattr(rl, "respond", lambda c, policy, batch, key: (keys.append(key), respond(c, policy, batch, key))[1])
 
     def learn(config, step, state, frozen, experience, key):
@@ -163,7 +173,8 @@ def test_every_batch_has_keys_of_its_own(make_context, roles, monkeypatch):
 
     monkeypatch.setattr(rl, "_learn", learn)
     state = rl.init(context, roles["reference"], roles["reward"])
-    assert len(list(rl.run(context, roles["reference"], roles["reward"], state))) == 4
+    rewards = judged_by(context, roles["reward"])
+    assert len(list(rl.run(context, roles["reference"], roles["reward"], rewards, state))) == 4
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 8
 
 

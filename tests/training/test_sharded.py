@@ -19,12 +19,13 @@ from tiny_context import tiny_context
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import reward, rl
+from pe_rlhf_jax.training.rewards import RewardModel, Rewards
 
 assert jax.device_count() == 8
 jax.config.update("jax_disable_most_optimizations", True)
 model = conftest.make_model(conftest.TINY, LoRAConfig(r=3, lora_alpha=6.0))
 section = dict(steps=3, batch_size=8, num_mini_batches=2, micro_batch_size=4, optimizer=dict(learning_rate=1e-2))
-section |= dict(sampling=dict(max_new_tokens=6, temperature=0.8), missing_eos_penalty=-1.0, kl_target=1.0)
+section |= dict(sampling=dict(max_new_tokens=6, temperature=0.8), missing_eos_penalty=-1.0, kl_target=1.0, normalize_rewards=True)
 
 
 def trained(devices, mesh):
@@ -32,7 +33,8 @@ def trained(devices, mesh):
     with jax.set_mesh(context.mesh):
         start = reward.init(context, Role()).trainable
         state, rows = rl.init(context, Role(), start), []
-        for state, metrics in rl.run(context, Role(), start, state):
+        rewards = Rewards(context, {{"run": RewardModel(context.decoder, context.backbone, start)}})
+        for state, metrics in rl.run(context, Role(), start, rewards, state):
             rows.append(metrics)
     return state, rows
 

@@ -10,6 +10,12 @@ import pytest
 from pe_rlhf_jax.data import pad_preferences, pad_prompts
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import evaluate, reward, rl, sft
+from pe_rlhf_jax.training.experience import make_experience
+from pe_rlhf_jax.training.reward_kinds import Pairs, pair_scores
+from pe_rlhf_jax.training.rewards import RewardModel, Rewards
+from pe_rlhf_jax.training.rollouts import respond
+
+ROLES = {"lora": "shared", "full": "separate"}
 
 
 def copy_of(tree):
@@ -20,6 +26,10 @@ def assert_same_bits(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8)), a, b)
 
 
+def judged_by(context, model: Role) -> Rewards:
+    return Rewards(context, {"run": RewardModel(context.decoder, context.backbone, model)})
+
+
 def reward_role(context, bias: float = 0.0) -> Role:
     role = reward.init(context, Role()).trainable
     return role.replace(head={**role.head, "bias": jnp.asarray([bias], jnp.float32)})
@@ -27,7 +37,7 @@ def reward_role(context, bias: float = 0.0) -> Role:
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_every_stage_learns_and_the_backbone_keeps_its_bits(make_context, tuning):
-    context = make_context(sft={"tuning": tuning}, reward={"tuning": tuning}, rl={"tuning": tuning})
+    context = make_context(sft={"tuning": tuning}, reward={"tuning": tuning}, rl={"tuning": tuning, "roles": ROLES[tuning]})
     backbone = copy_of(context.backbone)
     state = sft.init(context)
     start = copy_of(state.trainable)
@@ -41,11 +51,11 @@ def test_every_stage_learns_and_the_backbone_keeps_its_bits(make_context, tuning
     *_, (state, metrics) = reward.run(context, reference, reward.init(context, reference))
     trained, _ = reward.finish(context, reference, state)
     model = reward.whole(context, reference, trained)
-    people = np.concatenate(reward.scores(context, model, context.data.preference.train))
+    people = np.concatenate(Pairs().scores(context, model, context.data.preference.train))
     assert abs(float(np.mean(people))) < 1e-5  # the bias is set so that what people wrote averages 0
 
     kept = copy_of((reference, model))
-    *_, (state, metrics) = rl.run(context, reference, model, rl.init(context, reference, model))
+    *_, (state, metrics) = rl.run(context, reference, model, judged_by(context, model), rl.init(context, reference, model))
     assert all(np.isfinite(value) for value in metrics.values())
     assert_same_bits(copy_of((reference, model)), kept)
     assert_same_bits(copy_of(context.backbone), backbone)
@@ -64,7 +74,7 @@ def test_optimizer_state_and_gradients_are_of_adapters_and_heads_only(make_conte
 def test_before_an_update_policy_and_reference_agree_exactly(make_context, algorithm):
     context = make_context(rl={"algorithm": algorithm})
     model = reward_role(context)
-    _, metrics = next(rl.run(context, Role(), model, rl.init(context, Role(), model)))
+    _, metrics = next(rl.run(context, Role(), model, judged_by(context, model), rl.init(context, Role(), model)))
     assert metrics["objective/kl"] == 0.0
     assert metrics["objective/non_score_reward"] == 0.0
     assert metrics["val/sampler_kl"] < 1e-6
@@ -82,7 +92,6 @@ def test_fractional_rewards_arrive_whole(make_context, score, algorithm):
     mask = np.asarray(rollout.response_mask)
     np.testing.assert_allclose(np.asarray(experience.returns)[mask], share * score, rtol=1e-6)
     np.testing.assert_allclose(np.asarray(experience.advantages)[mask], share * score, rtol=1e-6)
-    assert float(metrics["objective/scores"]) == pytest.approx(score)
     assert float(metrics["objective/rlhf_reward"]) == pytest.approx(share * score)
 
 
@@ -90,7 +99,7 @@ def test_a_response_without_an_end_gets_the_penalty_instead(make_context):
     context = make_context(rl={"missing_eos_penalty": -3.0, "sampling": {"max_new_tokens": 2}})
     model = reward_role(context, bias=0.25)
     rollout, *_ = experience_of(context, model)
-    scores = rl.rollout_scores(context.decoder, context.config.rl, model, context.backbone, rollout)
+    scores = judged_by(context, model)(rollout, context.data.prompts.train[:4]).total
     ended = np.asarray(rollout.ended)
     assert not ended.all()
     np.testing.assert_array_equal(np.asarray(scores)[~ended], -3.0)
@@ -102,10 +111,19 @@ def experience_of(context, model):
     state = rl.init(context, Role(), model)
     roles = rl.whole(context, Role(), model, state.train.trainable)
     batch = context.rows(pad_prompts(context.data.prompts.train[:4], 0, 8))
-    rollout = rl.respond(context, roles["policy"], batch, jax.random.key(3))
-    frozen = rl.Frozen(context.backbone, Role(), Role())
-    experience, metrics = rl._experience(
-        context.decoder, config, 16, frozen, roles["policy"], Role(), model, roles["value"], rollout, state.kl_coef
+    rollout = respond(context, roles["policy"], batch, jax.random.key(3))
+    scores = jnp.asarray(judged_by(context, model)(rollout, context.data.prompts.train[:4]).total)
+    experience, metrics = make_experience(
+        context.decoder,
+        config,
+        16,
+        context.backbone,
+        roles["policy"],
+        Role(),
+        roles.get("value"),
+        rollout,
+        scores,
+        state.kl_coef,
     )
     return rollout, experience, metrics
 
@@ -114,7 +132,7 @@ def test_reward_model_score_does_not_depend_on_padding(make_context):
     context = make_context()
     model, pairs = reward_role(context), context.data.preference.train[:4]
     narrow, wide = (pad_preferences(pairs, 0, multiple) for multiple in (8, 32))
-    a, b = (reward._pair_scores(context.decoder, model, context.backbone, context.rows(batch)) for batch in (narrow, wide))
+    a, b = (pair_scores(context.decoder, model, context.backbone, context.rows(batch)) for batch in (narrow, wide))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-5)
 
 
@@ -132,7 +150,10 @@ def test_the_policy_learns_to_please_its_reward_model(make_context, algorithm):
         }
     )
     model = reward_role(context)
-    seen = [metrics["objective/scores"] for _, metrics in rl.run(context, Role(), model, rl.init(context, Role(), model))]
+    seen = [
+        metrics["objective/scores"]
+        for _, metrics in rl.run(context, Role(), model, judged_by(context, model), rl.init(context, Role(), model))
+    ]
     spread = np.std(seen[:10])
     assert np.mean(seen[-5:]) > np.mean(seen[:5]) + 3 * spread / np.sqrt(5)
 
@@ -140,7 +161,7 @@ def test_the_policy_learns_to_please_its_reward_model(make_context, algorithm):
 def test_adaptive_coefficient_rises_with_too_much_divergence(make_context):
     context = make_context(rl={"kl_target": 0.01, "kl_horizon": 10.0, "optimizer": {"learning_rate": 5e-2}, "steps": 4})
     model = reward_role(context)
-    states = [state for state, _ in rl.run(context, Role(), model, rl.init(context, Role(), model))]
+    states = [state for state, _ in rl.run(context, Role(), model, judged_by(context, model), rl.init(context, Role(), model))]
     assert float(states[0].kl_coef) < context.config.rl.kl_coef  # no divergence yet: below the target
     assert float(states[-1].kl_coef) > float(states[0].kl_coef)
 
@@ -151,7 +172,7 @@ def test_learning_rates_of_policy_and_value_are_their_own(make_context):
     model = reward_role(context)
     start = rl.init(context, Role(), model)
     before = copy_of(start.train.trainable)
-    *_, (state, _) = rl.run(context, Role(), model, start)
+    *_, (state, _) = rl.run(context, Role(), model, judged_by(context, model), start)
     after = copy_of(state.train.trainable)
     # A fresh B is zero, so even 1e-30 shows in its bits; anything but the rate's own size would be far larger.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-25), before["policy"], after["policy"])
@@ -160,8 +181,8 @@ def test_learning_rates_of_policy_and_value_are_their_own(make_context):
 
 def test_evaluation_of_equal_policies_finds_no_difference_in_divergence(make_context):
     context = make_context(evaluate={"prompts": 6, "batch_size": 4, "bootstrap": 100})
-    roles = {"reference": Role(), "policy": Role(), "reward": reward_role(context)}
-    *_, (done, figures) = evaluate.policy(context, roles)
+    roles = {"reference": Role(), "policy": Role()}
+    *_, (done, figures) = evaluate.policy(context, roles, judged_by(context, reward_role(context)))
     assert done == 6
     assert figures["rl"]["kl_per_response"] == 0.0
     assert figures["rl"]["gain_in_std"] == 0.0  # the same keys draw the same answers

@@ -1,0 +1,95 @@
+"""From a configuration to what a run works with: backbone, data and devices, all checked before anything is trained."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pe_rlhf_jax import data
+from pe_rlhf_jax.checkpoint.source import Backbone, resolve
+from pe_rlhf_jax.config import Config, ConfigError
+from pe_rlhf_jax.data.formats import Kind
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.report.progress import Progress
+from pe_rlhf_jax.sharding import make_mesh, row_multiple, shardings
+from pe_rlhf_jax.training.context import Context
+from pe_rlhf_jax.training.functions import load_function
+from pe_rlhf_jax.training.reward import kind_of
+from pe_rlhf_jax.types import PyTree
+
+
+def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone, Context]:
+    """Backbone, data and devices. Raises one of this package's errors, with what to do, before anything is trained."""
+    mesh = make_mesh(config.mesh)
+    _check_batches(config, row_multiple(mesh))
+    _check_functions(config)
+    backbone = resolve(config.model)
+    _check_lengths(config, backbone.config.max_position_embeddings)
+    decoder, params = load_decoder(config, backbone, mesh)
+    progress.note(
+        f"{backbone.source}: {size(params) / 1e6:.1f}M parameters, {jnp.dtype(decoder.dtype).name}, on {jax.device_count()} "
+        f"{jax.default_backend()}"
+    )
+    loaded = data.load(config.data, backbone.tokenizer, needs=needs)
+    for note in loaded.notes:
+        progress.note(f"data: {note}")
+    return backbone, Context(config, decoder, params, backbone.tokenizer, backbone.eos_token_ids, loaded, mesh)
+
+
+def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) -> tuple[Decoder, PyTree]:
+    """The decoder and its parameters, on the devices."""
+    name = config.model.dtype
+    dtype = jnp.dtype(("float32" if jax.default_backend() == "cpu" else "bfloat16") if name == "auto" else name)
+    decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat)
+    return decoder, backbone.load_params(dtype, shardings(jax.eval_shape(decoder.init_params, jax.random.key(0)), mesh))
+
+
+def needed(config: Config) -> set[Kind]:
+    """The kinds of data that the run's stages use. An evaluation takes what is there."""
+    judged = kind_of(config.reward).data
+    needs: set[Kind] = set()
+    for stage in config.run.stages:
+        if stage == "sft":
+            needs.add("sft")
+        elif stage == "reward":
+            needs.add(judged)
+        elif stage == "rl":
+            needs.add("prompts")
+        elif stage == "evaluate":
+            needs |= {kind for kind in (judged, "prompts") if _has(config, kind)}
+    return needs
+
+
+def size(tree: PyTree) -> int:
+    """Numbers in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _has(config: Config, kind: Kind) -> bool:
+    embedded = config.data.source is not None and kind != "label"
+    return embedded or getattr(config.data, kind) is not None
+
+
+def _check_functions(config: Config) -> None:
+    if config.evaluate.judge and "evaluate" in config.run.stages:
+        load_function(config.evaluate.judge)
+    if {"rl", "evaluate"} & set(config.run.stages):
+        for term in config.rl.rewards:
+            if term.function is not None:
+                load_function(term.function)
+
+
+def _check_batches(config: Config, multiple: int) -> None:
+    for section in ("sft", "reward", "rl", "evaluate"):
+        batch = getattr(config, section).batch_size
+        if batch % multiple:
+            raise ConfigError(f"{section}.batch_size {batch} must be a multiple of {multiple}, the devices along mesh axes data and fsdp")
+
+
+def _check_lengths(config: Config, positions: int) -> None:
+    response = max(config.data.max_response_length, config.rl.sampling.max_new_tokens)
+    if config.data.max_prompt_length + response > positions:
+        raise ConfigError(
+            f"data.max_prompt_length {config.data.max_prompt_length} and the longest response, {response} tokens "
+            f"(data.max_response_length, rl.sampling.max_new_tokens), exceed the model's {positions} positions"
+        )

@@ -1,0 +1,128 @@
+"""What the finished stages of a run folder left, as roles on a loaded backbone; and the reward models that RL is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pe_rlhf_jax import run_folder
+from pe_rlhf_jax.checkpoint.source import Backbone, resolve
+from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
+from pe_rlhf_jax.config import ConfigError
+from pe_rlhf_jax.loading import load_decoder
+from pe_rlhf_jax.models.lora import merge
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.sharding import shardings
+from pe_rlhf_jax.training import reward, rl, sft
+from pe_rlhf_jax.training.context import Context
+from pe_rlhf_jax.training.rewards import RewardModel
+from pe_rlhf_jax.types import PyTree
+
+ROLE_OF = {sft.STAGE: "reference", reward.STAGE: "reward_model", rl.STAGE: "policy"}
+"""Under which name the outcome of a training stage is kept among the checkpoints."""
+
+
+class Outcomes:
+    """The roles that a run folder's finished stages left, each read once."""
+
+    def __init__(self, store: Store, backbone: Backbone, context: Context):
+        self.store, self.backbone, self.context = store, backbone, context
+        self._read: dict[str, Any] = {}
+
+    def reference(self) -> Role:
+        """The SFT model where there is one, else the backbone itself."""
+        return self._outcome(sft.STAGE, lambda: sft.init(self.context).trainable) or Role()
+
+    def reward_model(self) -> Role | None:
+        """This run's reward model."""
+        start = self.reference()
+        trained = self._outcome(reward.STAGE, lambda: reward.init(self.context, start).trainable)
+        return trained and reward.whole(self.context, start, trained)
+
+    def policy(self) -> Role | None:
+        """The policy that RL left."""
+        reference, model = self.reference(), self.reward_model()
+        trained = self._outcome(rl.STAGE, lambda: rl.init(self.context, reference, model).train.trainable)
+        return trained and rl.whole(self.context, reference, model, trained)["policy"]
+
+    def reward_models(self) -> dict[str, RewardModel]:
+        """The reward models that `rl.rewards` names, ready to score.
+
+        Raises:
+            ConfigError: one is missing, does not fit, or needs `rl.roles: separate`.
+            CheckpointError: its checkpoint cannot be used.
+        """
+        names = {term.model for term in self.context.config.rl.rewards if term.model is not None}
+        return {name: self._own() if name == "run" else self._of_another_run(Path(name)) for name in sorted(names)}
+
+    def _own(self) -> RewardModel:
+        role, context = self.reward_model(), self.context
+        if role is None:
+            raise ConfigError(f"stage rl needs a reward model, and {self.store.folder.parent} has none; run the stage `reward` first")
+        if context.config.rl.roles == "separate" and role.lora is not None:
+            return _merged(context, role)
+        return RewardModel(context.decoder, context.backbone, role)
+
+    def _of_another_run(self, folder: Path) -> RewardModel:
+        config, mine = run_folder.read_config(folder), self.context
+        backbone = resolve(config.model)
+        decoder, params = dataclasses.replace(mine.decoder, lora=config.lora), mine.backbone
+        if backbone.sha256 != self.backbone.sha256:
+            if mine.config.rl.roles == "shared":
+                raise ConfigError(
+                    f"rl.rewards: the reward model of {folder} stands on {backbone.source}, this run on {self.backbone.source}; "
+                    "set rl.roles: separate to load that backbone too"
+                )
+            if backbone.tokenizer.get_vocab() != self.backbone.tokenizer.get_vocab():
+                raise ConfigError(
+                    f"rl.rewards: the reward model of {folder} reads other tokens than this run's model writes "
+                    f"({backbone.source}, {self.backbone.source}); their vocabularies must be the same"
+                )
+            decoder, params = load_decoder(config, backbone, mine.mesh)
+        theirs = dataclasses.replace(mine, config=config, decoder=decoder, backbone=params)
+        role = Outcomes(Store(folder / "checkpoints"), backbone, theirs).reward_model()
+        if role is None:
+            raise ConfigError(f"rl.rewards: {folder} has no finished reward model; run its stage `reward` first")
+        if mine.config.rl.roles == "separate" and role.lora is not None:
+            return _merged(theirs, role)
+        return RewardModel(decoder, params, role)
+
+    def trained(self) -> dict[str, PyTree]:
+        """What each finished training stage trained, by the name of its outcome."""
+        return {ROLE_OF[stage]: self._read[stage] for stage in ROLE_OF if stage in self._read}
+
+    def _outcome(self, stage: str, init: Callable[[], PyTree]) -> Any:
+        """What a finished training stage left, read once, or None. Training works on copies, so it stays as it is."""
+        if stage not in self._read:
+            if self.store.latest(ROLE_OF[stage]) is None:
+                return None
+            outcome, meta = self.store.restore(ROLE_OF[stage], self.like(init))
+            self.check(meta)
+            self._read[stage] = outcome
+        return self._read[stage]
+
+    def like(self, init: Callable[[], PyTree]) -> PyTree:
+        """Shapes and shardings of what `init` makes, without making it."""
+        shapes = jax.eval_shape(init)
+        places = shardings(shapes, self.context.mesh)
+        return jax.tree.map(lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, places)
+
+    def check(self, meta: dict[str, Any]) -> None:
+        """Raises CheckpointError if a checkpoint was made on another backbone, unless `model.any_backbone` allows it."""
+        if meta["backbone"]["sha256"] != self.backbone.sha256 and not self.context.config.model.any_backbone:
+            raise CheckpointError(
+                f"{self.store.folder}: trained on {meta['backbone']['source']} ({meta['backbone']['sha256'][:12]}...), but model.source "
+                f"{self.backbone.source} is {self.backbone.sha256[:12]}...; adapters fit only the backbone they were trained on. "
+                "If you know better, set model.any_backbone: true"
+            )
+
+
+def _merged(context: Context, role: Role) -> RewardModel:
+    """A reward model on a backbone of its own, its adapter merged in: more memory, and scoring without the adapter's cost."""
+    base = context.backbone if role.params is None else role.params
+    params = jax.jit(lambda params, lora: merge(params, lora, context.config.lora))(base, role.lora)
+    return RewardModel(context.decoder, params, Role(head=role.head))

@@ -1,0 +1,238 @@
+"""One run: the stages composed over a loaded context and a run folder's state."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from pe_rlhf_jax import run_folder
+from pe_rlhf_jax.checkpoint import export
+from pe_rlhf_jax.checkpoint.store import Store
+from pe_rlhf_jax.config import Config
+from pe_rlhf_jax.loading import load, needed, size
+from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes
+from pe_rlhf_jax.report import health, html, samples
+from pe_rlhf_jax.report.metrics import MetricsLog
+from pe_rlhf_jax.report.progress import Progress
+from pe_rlhf_jax.training import evaluate, reward, rl, sft
+from pe_rlhf_jax.training.context import peak_memory_gib
+from pe_rlhf_jax.training.rewards import Rewards
+from pe_rlhf_jax.types import PyTree
+
+_OUTCOMES = {**ROLE_OF, "evaluate": "evaluate", "export": "export"}
+
+
+class Stop(Protocol):
+    """Whether somebody asked for the run to stop."""
+
+    received: str | None
+
+    def check(self) -> None:
+        """Raises if so."""
+
+
+class Run:
+    """One run. `execute` continues it from wherever its folder stands."""
+
+    def __init__(self, config: Config, folder: Path, progress: Progress, stop: Stop):
+        self.config, self.folder, self.progress, self.stop = config, folder, progress, stop
+        self.store = Store(folder / "checkpoints")
+        self.backbone, self.context = load(config, progress, needs=needed(config))
+        self.outcomes = Outcomes(self.store, self.backbone, self.context)
+        self.log = MetricsLog(
+            folder,
+            tensorboard=config.run.tensorboard,
+            wandb_project=config.run.wandb_project,
+            name=config.run.name,
+            config=config.model_dump(mode="json"),
+        )
+
+    def execute(self) -> dict[str, Any]:
+        """Runs the configured stages and returns the summary."""
+        actions: dict[str, Callable[[], None]] = {
+            "sft": self._sft,
+            "reward": self._reward,
+            "rl": self._rl,
+            "evaluate": self._evaluate,
+            "export": self._export,
+        }
+        summary: dict[str, Any] = {}
+        for stage in self.config.run.stages:
+            self.stop.check()
+            actions[stage]()
+            summary = self.summary()
+            run_folder.write_summary(self.folder, summary)
+        html.build(self.folder)
+        return summary
+
+    def _sft(self) -> None:
+        context = self.context
+        self._train(sft.STAGE, lambda: sft.init(context), lambda s: sft.run(context, s), lambda s: sft.finish(context, s))
+
+    def _reward(self) -> None:
+        context, start, config = self.context, self.outcomes.reference(), self.config.reward
+        self._train(
+            reward.STAGE,
+            lambda: reward.init(context, start),
+            lambda s: reward.run(context, start, s),
+            lambda s: reward.finish(context, start, s),
+            select=f"eval/{reward.kind_of(config).select}",
+            patience=config.early_stopping,
+        )
+
+    def _rl(self) -> None:
+        if self._finished(rl.STAGE):
+            return
+        context, reference = self.context, self.outcomes.reference()
+        rewards, model = Rewards(context, self.outcomes.reward_models()), self.outcomes.reward_model()
+        self._train(
+            rl.STAGE,
+            lambda: rl.init(context, reference, model),
+            lambda s: rl.run(context, reference, model, rewards, s),
+            lambda s: rl.finish(s, context.config.rl),
+        )
+
+    def _finished(self, stage: str) -> bool:
+        done = self.store.latest(_OUTCOMES[stage]) is not None
+        if done:
+            self.progress.note(f"{stage}: finished before")
+        return done
+
+    def _train(
+        self,
+        stage: str,
+        init: Callable[[], PyTree],
+        advance: Callable[[PyTree], Iterator[tuple[PyTree, dict[str, float]]]],
+        finish: Callable[[PyTree], tuple[PyTree, dict[str, Any]]],
+        select: str | None = None,
+        patience: int | None = None,
+    ) -> None:
+        """Runs a training stage to its end from wherever the run folder stands, saving as configured.
+
+        `select` names the metric whose best checkpoint is the stage's outcome; the last one is, otherwise. The stage ends early when
+        the metric has not risen `patience` times in a row.
+        """
+        if self._finished(stage):
+            return
+        total, every = getattr(self.config, stage).steps, self.config.run.checkpoint_every
+        if self.store.latest(stage) is None:
+            state, meta = init(), self._meta()
+        else:
+            state, meta = self.store.restore(stage, self.outcomes.like(init))
+            self.outcomes.check(meta)
+        self.log.rewind(stage, int(state.step))
+        before, began = meta["elapsed_s"], time.perf_counter()
+        watch = health.Watch(self.config, self.log.rows(stage)) if stage == rl.STAGE else None
+        with self.progress.stage(stage, total, int(state.step)) as shown:
+            # What was seen before a kill counts as well: a continued run stops where an undisturbed one does.
+            for current, values in () if self._stalled(stage, select, patience) else advance(state):
+                state, step = current, int(current.step)
+                self.log.write(stage, step, values)
+                shown.update(step, values)
+                for warning in watch.after(values) if watch else ():
+                    self.progress.warn(warning)
+                metric = values.get(select) if select else None
+                if step % every == 0 or step == total or metric is not None or self.stop.received:
+                    meta |= {"elapsed_s": before + time.perf_counter() - began, "peak_memory_gib": self._peak(meta)}
+                    self.store.save(stage, step, state, meta, metric)
+                self.stop.check()
+                if metric is not None and self._stalled(stage, select, patience):
+                    self.progress.note(f"{stage}: stopped at step {step}, {select} has not risen in {patience} evaluations")
+                    break
+        if select:
+            state, _ = self.store.restore(stage, self.outcomes.like(init), self.store.best(stage))
+        outcome, figures = finish(state)
+        meta |= {"elapsed_s": before + time.perf_counter() - began, "peak_memory_gib": self._peak(meta), "figures": figures}
+        self.store.save(ROLE_OF[stage], int(state.step), outcome, meta)
+
+    def _stalled(self, stage: str, select: str | None, patience: int | None) -> bool:
+        if select is None or patience is None:
+            return False
+        seen = [row[select] for row in self.log.rows(stage) if row.get(select) is not None]
+        return len(seen) > patience and max(seen[-patience:]) <= max(seen[:-patience])
+
+    def _evaluate(self) -> None:
+        if self._finished(evaluate.STAGE):
+            return
+        began = time.perf_counter()
+        figures: dict[str, Any] = {}
+        reward_model, policy, data = self.outcomes.reward_model(), self.outcomes.policy(), self.context.data
+        if reward_model is not None and getattr(data, reward.kind_of(self.config.reward).data) is not None:
+            figures["reward_model"] = reward.evaluate(self.context, reward_model)
+        if policy is not None and data.prompts is not None:
+            roles = {"reference": self.outcomes.reference(), "policy": policy}
+            rewards = Rewards(self.context, self.outcomes.reward_models())
+            with self.progress.stage(evaluate.STAGE, min(self.config.evaluate.prompts, len(data.prompts.validation))) as shown:
+                for done, result in evaluate.policy(self.context, roles, rewards):
+                    shown.update(done, {})
+                    figures |= result
+                    self.stop.check()
+            rows = figures.pop("samples")
+            samples.write(self.folder / "samples" / "evaluation.jsonl", rows)
+            samples.show(self.progress.console, rows, self.config.evaluate.samples)
+        meta = self._meta() | {"elapsed_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(), "figures": figures}
+        self.store.save(evaluate.STAGE, 0, {}, meta)
+
+    def _export(self) -> None:
+        began = time.perf_counter()
+        recipe = {"run": self.config.run.name, "seed": self.config.run.seed, "stages": ", ".join(self.config.run.stages)}
+        common: dict[str, Any] = {"base_model": self.backbone.source, "sha256": self.backbone.sha256, "recipe": recipe}
+        roles = {"policy": self.outcomes.policy() or self.outcomes.reference(), "reward": self.outcomes.reward_model()}
+        for name in self.config.export.roles:
+            role, folder = roles[name], self.folder / "export" / name
+            if role is None or role.lora is None:
+                reason = "was not trained" if role is None else "was tuned in full; only adapters are exported"
+                self.progress.warn(f"export: the {name} model {reason}")
+            elif name == "policy":
+                export.export_policy(folder, role.lora, self.config.lora, **common)
+            else:
+                export.export_reward(folder, role.lora, role.head, self.config.lora, **common)
+        meta = self._meta() | {"elapsed_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(), "figures": {}}
+        self.store.save("export", 0, {}, meta)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything that is known of the run so far; see the README for its names."""
+        metas = {stage: self.store.meta(name) for stage, name in _OUTCOMES.items() if self.store.latest(name) is not None}
+        figures = {stage: meta["figures"] for stage, meta in metas.items()}
+        evaluated = figures.get("evaluate", {})
+        times = {f"{stage}_s": meta["elapsed_s"] for stage, meta in metas.items()}
+        rows = self.log.rows(rl.STAGE)
+        parts = {f"rl_{part}_s": sum(row.get(f"time/{part}") or 0.0 for row in rows) for part in ("rollout", "score", "learn")}
+        device = jax.devices()[0]
+        return {
+            "name": self.config.run.name,
+            "versions": {name: importlib.metadata.version(name) for name in ("pe_rlhf_jax", "jax", "flax", "optax", "orbax-checkpoint")}
+            | {"python": sys.version.split()[0]},
+            "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count(), "cores": os.cpu_count()},
+            "model": {
+                "source": self.backbone.source,
+                "sha256": self.backbone.sha256,
+                "parameters": size(self.context.backbone),
+                "trainable_parameters": self._trainable(),
+            },
+            **({"sft": figures["sft"]} if "sft" in figures else {}),
+            **({"reward_model": figures["reward"] | evaluated.get("reward_model", {})} if "reward" in figures else {}),
+            **({"rl": figures["rl"] | evaluated.get("rl", {})} if "rl" in figures else {}),
+            **({"judge": evaluated["judge"]} if "judge" in evaluated else {}),
+            "time": times | (parts if rows else {}) | {"total_s": sum(times.values())},
+            "peak_memory_gib": max([meta["peak_memory_gib"] for meta in metas.values()], default=peak_memory_gib()),
+        }
+
+    def _trainable(self) -> int:
+        """Numbers that training changes in one model: the policy, or what has been trained so far."""
+        policy, reward_model = self.outcomes.policy(), self.outcomes.reward_model()
+        role = policy or reward_model or self.outcomes.reference()
+        return size(role.params if role.lora is None and role.params is not None else role.lora)
+
+    def _meta(self) -> dict[str, Any]:
+        return {"backbone": {"source": self.backbone.source, "sha256": self.backbone.sha256}, "elapsed_s": 0.0, "peak_memory_gib": 0.0}
+
+    def _peak(self, meta: dict[str, Any]) -> float:
+        return max(meta["peak_memory_gib"], peak_memory_gib())

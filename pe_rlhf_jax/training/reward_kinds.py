@@ -1,0 +1,189 @@
+"""The two kinds of data that a reward model learns from, preference pairs and 0/1 labels, behind one face. Letter: B rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pe_rlhf_jax.algorithms.reward import bradley_terry, logistic
+from pe_rlhf_jax.config import RewardConfig
+from pe_rlhf_jax.data import LabelExample, PreferenceExample, pad_labels, pad_preferences
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.rollout.score import sequence_score
+from pe_rlhf_jax.training.context import Context
+from pe_rlhf_jax.training.statistics import (
+    accuracy_by,
+    area_under_curve,
+    bootstrap_auc_ci,
+    bootstrap_ci,
+    calibration,
+    label_calibration,
+    pairwise_right,
+)
+from pe_rlhf_jax.types import LabelBatch, PreferenceBatch, PyTree
+
+Statistics = dict[str, Array]
+
+
+class Kind(Protocol):
+    """What the reward stage and its evaluation need to know of a kind of data."""
+
+    data: Literal["preference", "label"]
+    select: str
+    """The held-out figure whose best checkpoint is kept; higher is better."""
+
+    def collate(self, context: Context, rows: Sequence[Any]) -> Any:
+        """A training batch."""
+
+    def loss(
+        self, config: RewardConfig, decoder: Decoder, role: Role, backbone: PyTree, batch: Any, total: Array, key: jax.Array | None
+    ) -> tuple[Float[Array, ""], Statistics]:
+        """Loss and statistics; adapters drop out when a key is given."""
+
+    def scores(self, context: Context, role: Role, rows: Sequence[Any]) -> tuple[np.ndarray, ...]:
+        """The role's scores of the rows, float32 [len(rows)] each: of both sides of pairs, or of labelled responses."""
+
+    def quick(self, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
+        """Held-out figures during training."""
+
+    def figures(self, rows: Sequence[Any], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
+        """The figures of the finished model, with 95% intervals."""
+
+
+class Pairs:
+    """Preference pairs, Bradley-Terry."""
+
+    data: Literal["preference", "label"] = "preference"
+    select = "accuracy"
+
+    def collate(self, context: Context, rows: Sequence[PreferenceExample]) -> PreferenceBatch:
+        return pad_preferences(rows, context.pad_token, context.config.data.length_multiple)
+
+    def loss(
+        self, config: RewardConfig, decoder: Decoder, role: Role, backbone: PyTree, batch: Any, total: Array, key: jax.Array | None
+    ) -> tuple[Float[Array, ""], Statistics]:
+        chosen, rejected = pair_scores(decoder, role, backbone, batch, key)
+        return bradley_terry(
+            chosen,
+            rejected,
+            margin=batch.margin if config.use_margin else None,
+            center_coef=config.center_rewards_coefficient,
+            weight=batch.weight,
+            total=total,
+        )
+
+    def scores(self, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, ...]:
+        def of(part: Sequence[PreferenceExample], size: int) -> tuple[Array, ...]:
+            batch = context.rows(pad_preferences(part, context.pad_token, context.config.data.length_multiple, rows=size))
+            return _score_pairs(context.decoder, role, context.backbone, batch)
+
+        return _in_batches(context, rows, of)
+
+    def quick(self, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
+        loss, figures = bradley_terry(*map(jnp.asarray, scores))
+        return {"loss": float(loss)} | {name: float(value) for name, value in figures.items()}
+
+    def figures(self, rows: Sequence[PreferenceExample], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
+        chosen, rejected = scores
+        right = pairwise_right(chosen, rejected)
+        margins = np.asarray([pair.margin for pair in rows])
+        return {
+            "accuracy": float(np.mean(right)),
+            "ci": bootstrap_ci(right, resamples),
+            "pairs": len(rows),
+            "loss": self.quick(rows, *scores)["loss"],
+            "calibration": calibration(chosen, rejected),
+            "by_margin": accuracy_by(margins, right) if np.any(margins) else [],
+            "by_length": accuracy_by(np.asarray([max(len(pair.chosen), len(pair.rejected)) for pair in rows]), right),
+        }
+
+
+class Labels:
+    """Responses labelled 0 or 1, logistic loss. With `balance_classes` each class weighs half, whatever its share of the rows."""
+
+    data: Literal["preference", "label"] = "label"
+    select = "auc"
+
+    def collate(self, context: Context, rows: Sequence[LabelExample]) -> LabelBatch:
+        batch = pad_labels(rows, context.pad_token, context.config.data.length_multiple)
+        if not context.config.reward.balance_classes:
+            return batch
+        share = np.mean([row.label for row in context.split("label").train])
+        weight: Any = np.where(np.asarray(batch.label) == 1, 0.5 / share, 0.5 / (1 - share)).astype(np.float32)
+        return batch.replace(weight=weight)
+
+    def loss(
+        self, config: RewardConfig, decoder: Decoder, role: Role, backbone: PyTree, batch: Any, total: Array, key: jax.Array | None
+    ) -> tuple[Float[Array, ""], Statistics]:
+        return logistic(label_scores(decoder, role, backbone, batch, key), batch.label, weight=batch.weight, total=total)
+
+    def scores(self, context: Context, role: Role, rows: Sequence[LabelExample]) -> tuple[np.ndarray, ...]:
+        def of(part: Sequence[LabelExample], size: int) -> tuple[Array, ...]:
+            batch = context.rows(pad_labels(part, context.pad_token, context.config.data.length_multiple, rows=size))
+            return (_score_labels(context.decoder, role, context.backbone, batch),)
+
+        return _in_batches(context, rows, of)
+
+    def quick(self, rows: Sequence[LabelExample], *scores: np.ndarray) -> dict[str, float]:
+        labels = _labels(rows)
+        loss, figures = logistic(jnp.asarray(scores[0]), jnp.asarray(labels, jnp.float32))
+        values = {"loss": float(loss)} | {name: float(value) for name, value in figures.items()}
+        return values | {"auc": area_under_curve(scores[0], labels)}
+
+    def figures(self, rows: Sequence[LabelExample], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
+        labels = _labels(rows)
+        right = (np.sign(scores[0] * (2 * labels - 1)) + 1) / 2
+        return {
+            "accuracy": float(np.mean(right)),
+            "ci": bootstrap_ci(right, resamples),
+            "auc": area_under_curve(scores[0], labels),
+            "auc_ci": bootstrap_auc_ci(scores[0], labels, resamples),
+            "rows": len(rows),
+            "positive_share": float(np.mean(labels)),
+            "loss": self.quick(rows, *scores)["loss"],
+            "calibration": label_calibration(scores[0], labels),
+            "by_length": accuracy_by(np.asarray([len(row.tokens) for row in rows]), right),
+        }
+
+
+KINDS: dict[str, Kind] = {"pairs": Pairs(), "labels": Labels()}
+
+
+def pair_scores(
+    decoder: Decoder, role: Role, backbone: PyTree, batch: PreferenceBatch, dropout_key: jax.Array | None = None
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Scores of both sides in one pass."""
+    tokens = jnp.concatenate([batch.chosen, batch.rejected])
+    mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
+    both = sequence_score(decoder, backbone, role, tokens, mask, dropout_key is None, dropout_key)
+    return both[: len(batch.chosen)], both[len(batch.chosen) :]
+
+
+def label_scores(
+    decoder: Decoder, role: Role, backbone: PyTree, batch: LabelBatch, dropout_key: jax.Array | None = None
+) -> Float[Array, " B"]:
+    """The logit of each row."""
+    return sequence_score(decoder, backbone, role, batch.tokens, batch.mask, dropout_key is None, dropout_key)
+
+
+_score_pairs = jax.jit(pair_scores, static_argnums=0)
+_score_labels = jax.jit(label_scores, static_argnums=0)
+
+
+def _in_batches(context: Context, rows: Sequence[Any], of: Any) -> tuple[np.ndarray, ...]:
+    size = context.config.reward.batch_size
+    parts = []
+    for at in range(0, len(rows), size):
+        part = rows[at : at + size]
+        parts.append([np.asarray(x)[: len(part)] for x in jax.device_get(of(part, size))])
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+def _labels(rows: Sequence[LabelExample]) -> np.ndarray:
+    return np.asarray([row.label for row in rows])

@@ -1,0 +1,134 @@
+"""What RL maximises: a weighted sum of reward models and plain functions, with its penalties, scale and clip. Letter: B episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pe_rlhf_jax.config import RLConfig
+from pe_rlhf_jax.data import PromptExample
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.rollout.score import sequence, sequence_score
+from pe_rlhf_jax.training.context import Context
+from pe_rlhf_jax.training.functions import TextFunction, call_function, columns_of, load_function
+from pe_rlhf_jax.training.rollouts import texts
+from pe_rlhf_jax.types import PyTree, Rollout
+
+
+class RewardModel(NamedTuple):
+    """A reward model ready to score: this run's on the shared backbone, or one with a backbone of its own."""
+
+    decoder: Decoder
+    backbone: PyTree
+    role: Role
+
+
+class RewardStatistics(flax.struct.PyTreeNode):
+    """Running mean and variance of all scores so far (Welford's, in the batched form of Chan et al. 1979)."""
+
+    count: Float[Array, ""]
+    mean: Float[Array, ""]
+    squares: Float[Array, ""]
+    """Sum of squared deviations from the mean."""
+
+    @classmethod
+    def new(cls) -> RewardStatistics:
+        zeros = jnp.zeros((3, 1), jnp.float32)
+        return cls(zeros[0][0], zeros[1][0], zeros[2][0])
+
+    def with_batch(self, scores: Float[Array, " B"]) -> RewardStatistics:
+        """The statistics after another batch."""
+        n = self.count + len(scores)
+        mean = jnp.mean(scores)
+        delta = mean - self.mean
+        squares = self.squares + jnp.sum(jnp.square(scores - mean)) + delta**2 * self.count * len(scores) / n
+        return RewardStatistics(n, self.mean + delta * len(scores) / n, squares)
+
+    def scaled(self, scores: Float[Array, " B"]) -> Float[Array, " B"]:
+        """Scores minus the mean, over the standard deviation; scores that never varied only lose their mean."""
+        variance = self.squares / jnp.maximum(self.count, 1.0)
+        return (scores - self.mean) * jnp.where(variance > 0, jax.lax.rsqrt(variance), 1.0)
+
+
+class Scores(NamedTuple):
+    """What a rollout earned."""
+
+    total: Float[np.ndarray, " B"]
+    """The weighted sum, or `missing_eos_penalty`, minus the length penalty."""
+    terms: dict[str, Float[np.ndarray, " B"]]
+    """Each reward by its name, as it came and before its weight."""
+
+
+class Rewards:
+    """Scores rollouts by `rl.rewards`.
+
+    Args:
+        models: the reward models by what `rl.rewards[i].model` says.
+
+    Raises:
+        ConfigError: a function cannot be imported.
+    """
+
+    def __init__(self, context: Context, models: Mapping[str, RewardModel]):
+        self.context, self.config, self.models = context, context.config.rl, dict(models)
+        self.functions: dict[str, TextFunction] = {
+            term.function: load_function(term.function) for term in self.config.rewards if term.function is not None
+        }
+
+    def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scores:
+        """Scores the responses to `prompts`, one for each row that is asked about; further rows of the rollout are fillers.
+
+        Raises:
+            FunctionError: a function failed, or did not return one finite number for each completion; the message names it.
+        """
+        count = len(prompts)
+        completions = texts(self.context, rollout)[:count] if self.functions else []
+        terms: dict[str, np.ndarray] = {}
+        for term in self.config.rewards:
+            if term.function is not None:
+                function, asked = self.functions[term.function], [prompt.text for prompt in prompts]
+                terms[term.name] = np.asarray(call_function(term.function, function, asked, completions, columns_of(prompts)), np.float32)
+            else:
+                terms[term.name] = np.asarray(self._model(str(term.model), rollout), np.float32)[:count]
+        total = sum(
+            (np.float32(term.weight) * terms[term.name] for term in self.config.rewards if term.weight), np.zeros(count, np.float32)
+        )
+        return Scores(penalised(self.config, total, rollout), terms)
+
+    def _model(self, name: str, rollout: Rollout) -> Float[Array, " B"]:
+        model = self.models[name]
+        return _score(model.decoder, model.role, model.backbone, rollout)
+
+
+def penalised(config: RLConfig, total: Float[np.ndarray, " B"], rollout: Rollout) -> Float[np.ndarray, " B"]:
+    """`missing_eos_penalty` in place of the score where a response has no end, and the length penalty off every score."""
+    count = len(total)
+    if config.missing_eos_penalty is not None:
+        total = np.where(np.asarray(rollout.ended)[:count], total, np.float32(config.missing_eos_penalty))
+    if config.length_penalty:
+        lengths = np.sum(np.asarray(rollout.response_mask)[:count], axis=1)
+        total = total - np.float32(config.length_penalty) * np.maximum(lengths - config.length_target, 0).astype(np.float32)
+    return total
+
+
+def for_learning(config: RLConfig, total: Float[Array, " B"], statistics: RewardStatistics) -> tuple[Float[Array, " B"], RewardStatistics]:
+    """Scores as learning sees them, scaled and clipped as configured, and the statistics after this batch."""
+    if config.normalize_rewards:
+        statistics = statistics.with_batch(total)
+        total = statistics.scaled(total)
+    if config.reward_clip is not None:
+        total = jnp.clip(total, -config.reward_clip, config.reward_clip)
+    return total, statistics
+
+
+@jax.jit(static_argnums=0)
+def _score(decoder: Decoder, role: Role, backbone: PyTree, rollout: Rollout) -> Float[Array, " B"]:
+    """The score head at each row's last real token: the logit, never a probability."""
+    return sequence_score(decoder, backbone, role, *sequence(rollout))

@@ -1,0 +1,78 @@
+"""Responses of a policy: sampled, cut at stop strings, read as tokens and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pe_rlhf_jax.config import SamplingConfig
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.rollout.generate import generate
+from pe_rlhf_jax.training.context import Context
+from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
+
+
+def respond(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, sampling: SamplingConfig | None = None) -> Rollout:
+    """Samples a response to each prompt, as `sampling` or else `rl.sampling` says; waits for the result."""
+    sampling = sampling or context.config.rl.sampling
+    sampled = _respond(context.decoder, sampling, context.end_tokens, context.pad_token, policy, context.backbone, prompts, key)
+    sampled = jax.block_until_ready(sampled)
+    return cut_at_stop_strings(context, sampled, sampling.stop_strings) if sampling.stop_strings else sampled
+
+
+@jax.jit(static_argnums=(0, 1, 2, 3))
+def _respond(
+    decoder: Decoder,
+    sampling: SamplingConfig,
+    end_tokens: tuple[int, ...],
+    pad_token: int,
+    policy: Role,
+    backbone: PyTree,
+    prompts: PromptBatch,
+    key: jax.Array,
+) -> Rollout:
+    return generate(decoder, policy.variables(backbone), prompts, key, sampling, end_tokens, pad_token)
+
+
+def cut_at_stop_strings(context: Context, rollout: Rollout, stop_strings: Sequence[str]) -> Rollout:
+    """Ends each response with the token that completes a stop string; such a response counts as ended.
+
+    Strings are looked for in the decoded text, because they may begin or end inside a token; so this happens on the host, after
+    sampling.
+    """
+    tokens, mask, logprobs, ended = (
+        np.array(x) for x in jax.device_get((rollout.response, rollout.response_mask, rollout.logprobs, rollout.ended))
+    )
+    for row, kept in enumerate(response_tokens(rollout)):
+        length = _length_to_stop(context, kept, stop_strings)
+        if length is None:
+            continue
+        tokens[row, length:], mask[row, length:], logprobs[row, length:] = context.pad_token, False, 0.0
+        ended[row] = True
+    cut = rollout.replace(response=tokens, response_mask=mask, logprobs=logprobs, ended=ended)
+    return context.rows(jax.tree.map(jnp.asarray, cut))
+
+
+def _length_to_stop(context: Context, tokens: list[int], stop_strings: Sequence[str]) -> int | None:
+    """How many tokens it takes to complete the first stop string; None if there is none."""
+
+    def stops(count: int) -> bool:
+        text = str(context.tokenizer.decode(tokens[:count], skip_special_tokens=True))
+        return any(string in text for string in stop_strings)
+
+    return next((count for count in range(1, len(tokens) + 1) if stops(count)), None) if stops(len(tokens)) else None
+
+
+def response_tokens(rollout: Rollout) -> list[list[int]]:
+    """The responses' real tokens, end token included."""
+    tokens, mask = jax.device_get((rollout.response, rollout.response_mask))
+    return [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+
+
+def texts(context: Context, rollout: Rollout) -> list[str]:
+    """The responses as text, without special tokens."""
+    return [str(context.tokenizer.decode(row, skip_special_tokens=True)) for row in response_tokens(rollout)]
