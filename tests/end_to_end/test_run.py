@@ -68,7 +68,9 @@ def test_what_is_exported_is_what_was_trained(undisturbed):
 
     def saved(name):
         [step] = (run / "checkpoints" / name).iterdir()
-        return ocp.PyTreeCheckpointer().restore((step / "state").absolute())
+        reader, path = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()), (step / "state").absolute()
+        arguments = {leaf: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in reader.metadata(path).item_metadata.tree}
+        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
     def exported(name):
         return load_file(run / "export" / name / "adapter_model.safetensors")
