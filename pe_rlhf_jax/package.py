@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import importlib.util
+import lzma
 import os
 import re
 import shutil
@@ -26,11 +27,13 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from pe_rlhf_jax.files import sync
+
 WHEELS = (".whl",)
 SDISTS = (".tar.gz", ".zip")
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)\s*==\s*([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
-_UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, ValueError)
+_UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, ValueError)
 
 
 class PackageError(RuntimeError):
@@ -45,7 +48,8 @@ def cache_folder() -> Path:
 def fetch_package(requirement: str, *, sdist: bool = False) -> Path:
     """A package's archive (its wheel, or with `sdist` its source archive), from the cache or else `pip download`.
 
-    Dependencies are not fetched. Proxies, mirrors and credentials are pip's own settings. Once cached, neither pip nor
+    Dependencies are not fetched. For a source archive pip asks its build backend for the metadata, which runs code of
+    that package; nothing of a wheel is run. Proxies, mirrors and credentials are pip's own settings. Once cached, neither pip nor
     a network is needed.
 
     Raises:
@@ -71,6 +75,7 @@ def fetch_package(requirement: str, *, sdist: bool = False) -> Path:
                 )
             target = folder / found[0].name
             if not target.exists():  # another process was faster; its file stays, as others may have read from it
+                sync(found[0])
                 os.replace(found[0], target)
     return target
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import Config, ConfigError
+from pe_rlhf_jax.files import write_atomically
 
 MAY_CHANGE = ("run.stages", "run.tensorboard", "run.wandb_project", "run.compilation_cache")
 """Fields that say which part of a run is done now, or what is written beside it; they may differ when a run is continued."""
@@ -20,20 +22,24 @@ MAY_CHANGE = ("run.stages", "run.tensorboard", "run.wandb_project", "run.compila
 def opened(config: Config, restart: bool) -> Iterator[Path]:
     """The run's folder, made or continued, locked against a second process.
 
-    With `restart` an existing folder is moved aside. Raises ConfigError if another process works in it, or if it was started with
-    another configuration.
+    With `restart` an existing folder is moved aside. Raises ConfigError if another process works in it, if it was started with another
+    configuration, or if it cannot be made or written.
     """
     folder = config.run_folder
-    if restart and folder.exists():
-        folder.rename(_free_name(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with contextlib.ExitStack() as locks:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if restart and folder.exists():
+                # Locked before it is moved, and until the end: a process that works in it would go on in the new folder.
+                locks.enter_context(_locked(folder))
+                folder.rename(_free_name(folder))
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(_locked(folder))
+            _check_configuration(folder, config)
+            write_atomically(folder / "config.yaml", configuration.dump(config).encode())
         except OSError as error:
-            raise ConfigError(f"{folder}: another process is running there; wait for it, or give another run.name") from error
-        _check_configuration(folder, config)
-        write_text(folder / "config.yaml", configuration.dump(config))
+            raise ConfigError(
+                f"{folder} cannot be used as a run folder ({error}); make room or give access, or choose another place with run.folder"
+            ) from error
         yield folder
 
 
@@ -47,14 +53,22 @@ def read_config(folder: Path) -> Config:
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Writes summary.json; readers see the old one or the new one."""
-    write_text(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_atomically(folder / "summary.json", (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file at once, so that a kill leaves the old content or the new."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    path = folder / ".lock"
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever moved the folder aside since it was opened holds the lock of the new one.
+            mine = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise ConfigError(f"{folder}: another process is running there; wait for it, or give another run.name")
+        yield
 
 
 def _check_configuration(folder: Path, config: Config) -> None:

@@ -12,22 +12,23 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pe_rlhf_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"config", "package", "types", "sharding"}
+GROUND = {"config", "files", "package", "types", "sharding"}
 PARTS = GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint", "plan", "report"}
 MAY_IMPORT = {
     "config": set(),
-    "package": set(),
+    "files": set(),
+    "package": {"files"},
     "types": {"config"},
     "sharding": {"config", "types"},
-    "data": {"config", "package", "types"},
+    "data": {"config", "files", "package", "types"},
     "models": GROUND,
     "rollout": GROUND | {"models"},
     "algorithms": {"config", "types"},
     "training": GROUND | {"data", "models", "rollout", "algorithms"},
     "checkpoint": GROUND | {"data", "models"},
     "plan": GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint"},
-    "report": {"config", "types"},
-    "run_folder": {"config"},
+    "report": {"config", "files", "types"},
+    "run_folder": {"config", "files"},
     "loading": PARTS,
     "outcomes": PARTS | {"loading", "run_folder"},
     "run": PARTS | {"loading", "outcomes", "run_folder"},

@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from pe_rlhf_jax.files import sync, sync_tree
 from pe_rlhf_jax.types import PyTree
 
 log = logging.getLogger(__name__)
@@ -76,10 +77,16 @@ class Store:
             content = {"meta": meta, "metric": metric if metric is not None and math.isfinite(metric) else None}
             (unfinished / "meta.json").write_text(json.dumps(content, indent=1))
             (unfinished / MANIFEST).write_text(_manifest(unfinished))
+            # On the disk before it gets its name, and the name before older ones are deleted: a power cut finds one of them whole.
+            local = os.path.isdir(unfinished)
+            if local:
+                sync_tree(Path(unfinished))
             if target.exists():
                 _remove(replaced)
                 target.rename(replaced)
             unfinished.rename(target)
+            if local:
+                sync(Path(parent))
         except Exception as error:
             raise CheckpointError(
                 f"could not save step {step} of stage {stage!r} under {parent}: {error}\n"
@@ -146,7 +153,8 @@ class Store:
             for problem in problems:
                 log.warning("%s; continuing from step %d, the newest good one", problem, candidate)
             return candidate, meta
-        advice = "No good checkpoint is left there: restore the folder from a copy, or start the stage anew."
+        parent = self.folder / stage
+        advice = f"No good checkpoint is left there: restore {parent} from a copy, or delete it, and start again."
         raise CheckpointError("\n".join([*problems, advice]))
 
     def _read_meta(self, stage: str, step: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.files import write_atomically
 from pe_rlhf_jax.report import headline, health, metrics, samples, sections
 from pe_rlhf_jax.report.progress import duration
 
@@ -68,7 +69,7 @@ def build(run_folder: Path) -> Path:
         samples_shown=SAMPLES_SHOWN,
     )
     path = folder / "report.html"
-    metrics.write_atomically(path, page.encode("utf-8", errors="replace"))
+    write_atomically(path, page.encode("utf-8", errors="replace"))
     return path
 
 

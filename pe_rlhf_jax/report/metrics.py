@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pe_rlhf_jax.config import ConfigError
+from pe_rlhf_jax.files import write_atomically
 
 RESERVED = ("stage", "step")
 
@@ -116,21 +116,6 @@ def read(path: Path, stage: str | None = None) -> list[dict]:
         ValueError: a line that is not a row, with its number.
     """
     return [row for row in _parse(Path(path)) if stage is None or row["stage"] == stage]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data` in one move: a reader, or the start after a kill, sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk: give the space back
-        raise
 
 
 def _parse(path: Path) -> list[dict]:

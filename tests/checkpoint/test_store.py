@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 
+from pe_rlhf_jax.checkpoint import store as store_module
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.types import TrainState
 
@@ -159,7 +160,7 @@ def test_a_damaged_checkpoint_makes_way_for_the_next_and_is_the_end_if_none_is_g
     assert sorted(path.name for path in (tmp_path / "rl").iterdir()) == ["1", "3"]
     for step in (1, 3):
         flip(tmp_path / f"rl/{step}/meta.json", 0)
-    with pytest.raises(CheckpointError, match=r"rl/3 is damaged.*\n.*rl/1 is damaged.*\nNo good checkpoint is left"):
+    with pytest.raises(CheckpointError, match=r"rl/3 is damaged.*\n.*rl/1 is damaged.*\nNo good checkpoint is left there: restore"):
         store.restore("rl", state)
 
 
@@ -244,6 +245,27 @@ def test_an_error_at_any_rename_or_write_leaves_the_last_good_one(tmp_path, monk
         assert reader.latest("rl") == 2 and reader.meta("rl") == {"attempt": int(call == 4)}
     store.save("rl", 2, state, {"attempt": 2})
     assert store.meta("rl") == {"attempt": 2}
+
+
+def test_files_are_on_the_disk_before_their_name_and_the_name_before_others_go(tmp_path, monkeypatch):
+    """The order in which a power cut can do no harm."""
+    store, state, order = Store(tmp_path), make_state(), []
+    for step in (1, 2):
+        store.save("rl", step, state, {})
+    cls = type(store.folder)
+
+    def recorded(name, original):
+        def call(*arguments):
+            order.append((name, arguments[0].name))
+            return original(*arguments)
+
+        return call
+
+    for owner, name in [(store_module, "sync_tree"), (store_module, "sync"), (cls, "rename"), (cls, "rmtree")]:
+        monkeypatch.setattr(owner, name, recorded(name, getattr(owner, name)))
+    store.save("rl", 3, state, {})
+    order = [call for call in order if "orbax" not in call[1]]  # Orbax's own renames come before all of these
+    assert order == [("sync_tree", ".saving-3"), ("rename", ".saving-3"), ("sync", "rl"), ("rmtree", "1")]
 
 
 def test_killed_at_any_instant(tmp_path):

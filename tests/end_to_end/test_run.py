@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import signal
 import time
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file
 from tiny_project import finish, result, start, write_config
 
 KILLS = 8
+
+WATCHED = """
+import hashlib, sys
+import jax, numpy as np
+from pe_rlhf_jax import main, run
+
+def digests(tree):
+    return {jax.tree_util.keystr(path): hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for path, x in jax.tree.leaves_with_path(tree)}
+
+def execute(run, original=run.Run.execute):
+    before, held = digests(run.context.backbone), run.context.backbone
+    summary = original(run)
+    loaded = run.backbone.load_params(jax.tree.leaves(held)[0].dtype)
+    assert run.context.backbone is held and digests(held) == before == digests(loaded)
+    print(f"{len(before)} leaves, the same bits")
+    return summary
+
+run.Run.execute = execute
+sys.exit(main.cli(sys.argv[1:]))
+"""
 
 pytestmark = pytest.mark.xdist_group("whole runs")  # they share one undisturbed run and one cache
 
@@ -29,6 +53,38 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert "<svg" in (run / "report.html").read_text()
     assert {path.name for path in (run / "export").iterdir()} == {"policy", "reward"}
     assert len((run / "samples" / "evaluation.jsonl").read_text().splitlines()) == 8
+
+
+def test_the_backbone_in_memory_keeps_its_bits_through_all_stages(undisturbed, project, compiled, tmp_path):
+    """And they are the file's, read anew at the end."""
+    output = finish(start(write_config(project, tmp_path), compiled, script=WATCHED))
+    assert "leaves, the same bits" in output
+    assert result(tmp_path) == result(undisturbed)
+
+
+def test_what_is_exported_is_what_was_trained(undisturbed):
+    """The policy, not its reference; the reward model of the best checkpoint."""
+    run = undisturbed / "runs" / "run"
+
+    def saved(name):
+        [step] = (run / "checkpoints" / name).iterdir()
+        reader, path = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()), (step / "state").absolute()
+        arguments = {leaf: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in reader.metadata(path).item_metadata.tree}
+        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
+
+    def exported(name):
+        return load_file(run / "export" / name / "adapter_model.safetensors")
+
+    module, name = "lora/layers/mlp/up_proj/b", "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    policy, reference, reward = saved("policy"), saved("reference"), saved("reward_model")
+    np.testing.assert_array_equal(exported("policy")[name], np.asarray(policy[f"policy/{module}"])[1].T)
+    np.testing.assert_array_equal(exported("reward")[name], np.asarray(reward[module])[1].T)
+    np.testing.assert_array_equal(exported("reward")["base_model.model.score.weight"], np.asarray(reward["head/kernel"]).T)
+    assert np.any(policy[f"policy/{module}"] != reference[module])
+
+    rows = [row for row in result(undisturbed)[1] if row["stage"] == "reward" and "eval/accuracy" in row]
+    best = max(rows, key=lambda row: (row["eval/accuracy"], -row["step"]))["step"]
+    assert json.loads((run / "summary.json").read_text())["reward_model"]["best_step"] == best < rows[-1]["step"]
 
 
 def test_before_the_first_update_policy_and_reference_are_one(undisturbed):
@@ -66,7 +122,8 @@ def test_rl_without_a_reward_model_says_what_to_run(project, compiled, tmp_path)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_and_continues(undisturbed, project, compiled, tmp_path, number):
-    process = start(write_config(project, tmp_path), compiled)
+    # No step is due for a checkpoint, so that only the one of the stop can be there.
+    process = start(write_config(project, tmp_path, run={"checkpoint_every": 100}), compiled)
     metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
     _wait(lambda: metrics.exists() and '"rl"' in metrics.read_text(), process)
     process.send_signal(number)
@@ -81,25 +138,24 @@ def test_a_stopped_run_saves_and_continues(undisturbed, project, compiled, tmp_p
 
 
 def test_killed_at_random_instants_it_ends_the_same(undisturbed, project, compiled, tmp_path):
-    """Every second kill waits for a save that is under way."""
+    """Every second kill comes in a save that is under way."""
     generator = random.Random(0)
     config, checkpoints = write_config(project, tmp_path), tmp_path / "runs" / "run" / "checkpoints"
-    killed = during_save = 0
+    killed = inside = 0
     while killed < KILLS:
-        process = start(config, compiled)
-        saving = killed % 2 == 1
-        if saving:
-            _wait(lambda: any(checkpoints.glob("*/.saving*")), process, pause=0.0005)
-            during_save += any(checkpoints.glob("*/.saving*"))
+        began, process = time.time_ns(), start(config, compiled)
+        if killed % 2 == 1:
+            _stop_inside_a_save(process, checkpoints, began)
         else:
             _wait(lambda: (tmp_path / "runs" / "run" / "config.yaml").exists(), process)
             time.sleep(generator.uniform(2.0, 9.0))
         process.kill()
         process.communicate()
         killed += 1
+        inside += _unfinished(checkpoints, began)
         if process.returncode == 0:
             break
-    assert killed > 2
+    assert killed > 2 and inside >= 1
     finish(start(config, compiled))
     assert result(tmp_path) == result(undisturbed)
 
@@ -112,6 +168,26 @@ def test_eight_devices_learn_what_one_does(undisturbed, project, compiled, tmp_p
     for row, other in zip([row for row in one if row["stage"] != "rl"], eight, strict=True):
         assert (row["stage"], row["step"]) == (other["stage"], other["step"])
         np.testing.assert_allclose(other["loss"], row["loss"], rtol=1e-4)
+
+
+def _unfinished(checkpoints, since: int) -> bool:
+    """Whether there is an unfinished checkpoint that was worked on since then: others are what an earlier kill left."""
+    for path in checkpoints.glob("*/.saving*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ctime_ns > since:
+                return True
+    return False
+
+
+def _stop_inside_a_save(process, checkpoints, since: int) -> None:
+    """Stops the process where a checkpoint is not finished, as seen while it stands still; or waits for its end."""
+    while process.poll() is None:
+        _wait(lambda: _unfinished(checkpoints, since), process, pause=0.0005)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if _unfinished(checkpoints, since):
+            return
+        process.send_signal(signal.SIGCONT)
 
 
 def _wait(condition, process, pause: float = 0.02, limit: float = 240.0) -> None:

@@ -64,12 +64,13 @@ def write_config(values: dict, folder: Path, **sections: dict) -> Path:
     return path
 
 
-def start(config: Path, cache: Path, *arguments: str, devices: int = 1) -> subprocess.Popen:
-    """The command as a user types it, in a process of its own."""
+def start(config: Path, cache: Path, *arguments: str, devices: int = 1, script: str | None = None) -> subprocess.Popen:
+    """The command as a user types it, in a process of its own; or a script that is given its arguments."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PE_RLHF_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
     if devices > 1:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, "-m", "pe_rlhf_jax.main", "--config", str(config), *arguments]
+    program = ["-m", "pe_rlhf_jax.main"] if script is None else ["-c", script]
+    command = [sys.executable, *program, "--config", str(config), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

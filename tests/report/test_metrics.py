@@ -134,20 +134,6 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     assert [row["step"] for row in log.rows()] == [1, 3]
 
 
-def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    metrics.write_atomically(path, b"old")
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(metrics.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        metrics.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
 def events(folder):
     """Events of all files in TensorBoard's order. Records: length (8 bytes), its checksum (4), data, checksum (4)."""
     for path in sorted(folder.iterdir()):

@@ -1,0 +1,114 @@
+"""How a run saves, stops, continues and chooses, over a stage that only counts: a state is the number of its step."""
+
+from __future__ import annotations
+
+import io
+import json
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.checkpoint.store import Store
+from pe_rlhf_jax.report.metrics import MetricsLog
+from pe_rlhf_jax.report.progress import Progress
+from pe_rlhf_jax.run import Run
+from pe_rlhf_jax.types import TrainState
+
+STEPS = 7
+
+
+class Stopped(Exception):
+    pass
+
+
+class Counting:
+    """A run folder and a stage; each `start` is a new process on it."""
+
+    def __init__(self, folder, every: int = 100, accuracies: dict[int, float] | None = None):
+        self.folder, self.accuracies, self.seen = folder, accuracies or {}, []
+        self.config = configuration.parse(f"{{model: {{source: x}}, run: {{checkpoint_every: {every}}}, reward: {{steps: {STEPS}}}}}")
+
+    def start(self, stop_at: int | None = None, kill_at: int | None = None):
+        """Runs the stage; returns what it left, or None where it was stopped or killed after a step."""
+        run = object.__new__(Run)
+        run.config, run.folder, run.progress = self.config, self.folder, Progress(Console(file=io.StringIO()))
+        run.store, run.log = Store(self.folder / "checkpoints"), MetricsLog(self.folder, tensorboard=False)
+        run.backbone = SimpleNamespace(source="x", sha256="0")
+        run.outcomes = SimpleNamespace(like=lambda init: init(), check=lambda meta: None)
+        run.stop = SimpleNamespace(received=None, check=lambda: None)
+
+        def check():
+            if run.stop.received:
+                raise Stopped
+
+        def advance(state):
+            self.seen.append(int(state.step))
+            for step in range(int(state.step) + 1, STEPS + 1):
+                if step == kill_at:
+                    raise KeyboardInterrupt
+                if step == stop_at:
+                    run.stop.received = "SIGTERM"
+                state = state.replace(step=jnp.int32(step), trainable={"w": jnp.float32(step)})
+                metrics = {"eval/accuracy": self.accuracies[step]} if step in self.accuracies else {}
+                yield state, {"loss": 1.0 / step} | metrics
+
+        run.stop.check = check
+        start = TrainState(jnp.int32(0), {"w": jnp.float32(0)}, {"m": jnp.zeros(1)}, jnp.int32(0), jnp.int32(0))
+        select = "eval/accuracy" if self.accuracies else None
+        try:
+            run._train("reward", lambda: start, advance, lambda s: (s.trainable, {"best_step": int(s.step)}), select=select)
+        except (Stopped, KeyboardInterrupt):
+            return None
+        outcome, meta = run.store.restore("reward_model", {"w": jnp.float32(0)})
+        assert meta["figures"]["best_step"] == float(outcome["w"])
+        return int(outcome["w"])
+
+    @property
+    def rows(self) -> list[int]:
+        return [json.loads(line)["step"] for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def saved(self) -> list[int]:
+        return sorted(int(path.name) for path in (self.folder / "checkpoints" / "reward").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"), [({}, 7), ({2: 0.5, 4: 0.9, 6: 0.7}, 4), ({2: 0.9, 4: 0.9, 7: 0.1}, 2), ({7: float("nan")}, 7)]
+)
+def test_the_best_checkpoint_is_the_outcome_or_else_the_last(tmp_path, accuracies, best):
+    run = Counting(tmp_path, accuracies=accuracies)
+    assert run.start() == best
+    assert run.rows == [1, 2, 3, 4, 5, 6, 7] and run.seen == [0]
+
+
+def test_a_finished_stage_is_not_run_again(tmp_path):
+    run = Counting(tmp_path)
+    assert [run.start(), run.start()] == [7, 7]
+    assert run.seen == [0] and run.rows == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_stop_saves_the_step_that_is_done_and_the_next_start_goes_on_there(tmp_path):
+    run = Counting(tmp_path)
+    assert run.start(stop_at=3) is None
+    assert (run.rows, run.saved) == ([1, 2, 3], [3])
+    assert run.start(stop_at=5) is None
+    assert run.start() == 7
+    assert run.seen == [0, 3, 5] and run.rows == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_after_a_kill_what_the_last_checkpoint_does_not_know_is_done_again(tmp_path):
+    run = Counting(tmp_path, every=2)
+    assert run.start(kill_at=6) is None
+    assert (run.rows, run.saved) == ([1, 2, 3, 4, 5], [2, 4])
+    assert run.start() == 7
+    assert run.seen == [0, 4] and run.rows == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_an_evaluated_step_is_saved_and_kept_while_it_is_the_best(tmp_path):
+    run = Counting(tmp_path, every=2, accuracies={1: 0.9, 3: 0.2})
+    assert run.start(kill_at=7) is None
+    assert run.saved == [1, 4, 6]
+    assert run.start() == 1

@@ -1,0 +1,108 @@
+"""The figures of an evaluation, by hand: what is before and what is after, and in which unit."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import by_hand
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pe_rlhf_jax.data import PromptExample
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.training import evaluate
+from pe_rlhf_jax.training.rewards import RewardModel, Rewards
+from pe_rlhf_jax.training.statistics import bootstrap_ci
+
+PROMPTS = [PromptExample(np.array([2]), text, {"topic": topic}) for text, topic in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+
+
+def judge(prompts, completions, topic):
+    """Twice the topic for a completion that says `good`, else 0; completions come without white space at their ends."""
+    assert prompts == ["a", "b", "c"] and all(text == text.strip() for text in completions)
+    return [2 * t if text == "good" else 0 for text, t in zip(completions, topic, strict=True)]
+
+
+def test_before_is_the_reference_and_after_the_policy(make_context, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_function", lambda spec: judge)
+    config = make_context(evaluate={"judge": "somewhere:judge", "bootstrap": 500}).config
+    before = SimpleNamespace(
+        texts=["bad", "bad ", "good"],
+        tokens=[[1, 2, 1, 2], [1], [3]],
+        ended=[1.0, 0.0, 0.0],
+        terms={"a": [1.0, 2.0, 6.0]},
+        scores=[1.0, 3.0, 5.0],
+        kl=[],
+    )
+    after = SimpleNamespace(
+        texts=[" good", "good ", "bad"],
+        tokens=[[1, 2, 3], [4], [5, 6]],
+        ended=[1.0, 1.0, 0.0],
+        terms={"a": [0.0, 1.0, 2.0]},
+        scores=[2.0, 7.0, 9.0],
+        kl=[0.5, 0.1, 0.6],
+    )
+    found = evaluate._figures(config, PROMPTS, {"reference": before, "policy": after})
+    figures = found["rl"]
+    expected = {"prompts": 3, "kl_per_response": 0.4, "kl_per_token": 1.2 / 6, "length_before": 2.0, "length_after": 2.0}
+    expected |= {"ended_before": 1 / 3, "ended_after": 2 / 3, "reward_before": 3.0, "reward_after": 6.0, "reward_std_before": 2.0}
+    expected |= {"gain_in_std": 1.5, "distinct_2_before": 2 / 3, "distinct_2_after": 1.0}
+    assert {name: figures[name] for name in expected} == pytest.approx(expected)
+    assert figures["ci"] == pytest.approx([bound / 2.0 for bound in bootstrap_ci(np.array([1.0, 4.0, 4.0]), 500)])
+    assert figures["rewards"] == {"a": {"before": 3.0, "after": 1.0}}
+    expected = {"before": 2.0, "after": 2.0, "delta": 0.0}
+    assert {name: found["judge"][name] for name in expected} == pytest.approx(expected)
+    assert found["judge"]["ci"] == bootstrap_ci(np.array([2.0, 4.0, -6.0]), 500)
+    assert found["samples"][1] == {
+        "prompt": "b",
+        "reference": "bad ",
+        "policy": "good ",
+        "reward_reference": 3.0,
+        "reward_policy": 7.0,
+        "judge_reference": 0.0,
+        "judge_policy": 4.0,
+    }
+    after.texts = ["good"] * 3
+    assert evaluate._figures(config, PROMPTS, {"reference": before, "policy": after})["judge"]["delta"] == pytest.approx(2.0)
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_divergence_is_of_the_policy_from_its_reference_at_the_sampling_temperature(make_context, tiny, monkeypatch):
+    """Three prompts in batches of two: the row that fills the last batch counts nowhere."""
+    context = make_context(
+        rl={"sampling": {"max_new_tokens": 6, "temperature": 0.7}}, evaluate={"prompts": 3, "batch_size": 2, "bootstrap": 100}
+    )
+    context = dataclasses.replace(context, end_tokens=(1, 2, 3, 4))
+    roles = {name: Role(lora=jax.tree.map(lambda x, s=s: x * s, tiny.lora)) for name, s in (("policy", 0.3), ("reference", 0.1))}
+    rng = np.random.default_rng(1)
+    head = {"kernel": jnp.asarray(rng.normal(0, 0.3, (16, 1)), jnp.float32), "bias": jnp.zeros(1)}
+    roles["reward"] = Role(lora=jax.tree.map(lambda x: x * -0.3, tiny.lora), head=head)
+    rollouts, respond = [], evaluate.respond
+
+    def kept(context, role, batch, key):
+        rollouts.append(respond(context, role, batch, key))
+        return rollouts[-1]
+
+    monkeypatch.setattr(evaluate, "respond", kept)
+    rewards = Rewards(context, {"run": RewardModel(context.decoder, context.backbone, roles["reward"])})
+    *_, (done, figures) = evaluate.policy(context, roles, rewards)
+    assert done == 3 and len(figures["samples"]) == 3
+    ratios, scores, tokens = [], {"reference": [], "policy": []}, 0
+    for index, rollout in enumerate(rollouts):  # reference and policy of the first batch, then of the second
+        name = ("reference", "policy")[index % 2]
+        for row in range(2 if index < 2 else 1):
+            prompt = np.asarray(rollout.prompt[row])[np.asarray(rollout.prompt_mask[row])]
+            response = np.asarray(rollout.response[row])[np.asarray(rollout.response_mask[row])]
+            whole = np.concatenate([prompt, response])
+            scores[name].append(by_hand.head(context, roles["reward"], whole)[-1])
+            if name == "policy":
+                ours, theirs = (by_hand.logprobs(context, roles[role], whole, 0.7) for role in ("policy", "reference"))
+                ratios.append(np.sum((ours - theirs)[len(prompt) - 1 :]))
+                tokens += len(response)
+    assert figures["rl"]["kl_per_response"] == pytest.approx(np.mean(ratios), rel=1e-3)
+    assert figures["rl"]["kl_per_token"] == pytest.approx(np.sum(ratios) / tokens, rel=1e-3)
+    assert figures["rl"]["reward_before"] == pytest.approx(np.mean(scores["reference"]), rel=1e-3)
+    assert figures["rl"]["reward_after"] == pytest.approx(np.mean(scores["policy"]), rel=1e-3)

@@ -1,0 +1,79 @@
+"""What the compiler reserves for the real steps of reward model and PPO: adapters cost no gradient and no moment of the backbone."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from memory import abstract_context, figures, size
+
+from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.models.decoder import Decoder, DecoderConfig
+
+BACKBONE = DecoderConfig(
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=768,
+    num_layers=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    max_position_embeddings=64,
+)
+ROLES = {"reward": 1, "rl": 2}  # trained at once: the reward model; policy and value
+CONFIG = """
+model: {source: unused, remat: full, logprob_chunk: 16}
+lora: {r: 4}
+data: {max_prompt_length: 8, max_response_length: 8, length_multiple: 8}
+reward: {batch_size: 4, micro_batch_size: %(micro)s}
+rl: {batch_size: 4, micro_batch_size: %(micro)s, sampling: {max_new_tokens: 8}}
+"""
+
+
+@functools.cache
+def context(micro: str):
+    config = configuration.parse(CONFIG % {"micro": micro})
+    return abstract_context(config, Decoder(BACKBONE, config.lora, remat="full"))
+
+
+@functools.cache
+def measured(stage: str, tuning: str, micro: str) -> dict[str, int]:
+    return figures(context(micro), stage, tuning)
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(("stage", "micro"), [("reward", "null"), ("reward", "2"), ("rl", "null")])
+def test_adapters_need_no_buffer_for_gradients_of_the_backbone(stage, micro):
+    """Gradients live among the temporaries; the fully tuned twin, through the same code, has those of each role's whole backbone."""
+    backbone = size(context(micro).backbone)
+    lora, full = (measured(stage, tuning, micro) for tuning in ("lora", "full"))
+    assert lora["temporaries"] < backbone / 2
+    # 0.9: the adapters' own gradients count on one side only, and XLA finds places to reuse.
+    assert full["temporaries"] - lora["temporaries"] > 0.9 * ROLES[stage] * backbone
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("stage", ROLES)
+def test_adapters_need_no_optimizer_state_of_the_backbone(stage):
+    backbone = size(context("null").backbone)
+    lora, full = (measured(stage, tuning, "null") for tuning in ("lora", "full"))
+    for one in (lora, full):  # Adam: two moments a trained leaf, and a few counters
+        assert 2 * one["trained"] <= one["optimizer"] < 2 * one["trained"] + 1000
+        assert one["reused"] > 0.99 * (one["trained"] + one["optimizer"])  # the state is updated in place
+    assert lora["trained"] < 0.1 * ROLES[stage] * backbone
+    assert full["trained"] > ROLES[stage] * backbone
+    assert lora["arguments"] < 1.1 * backbone + 3 * lora["trained"]
+    assert full["arguments"] > 3 * ROLES[stage] * backbone
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("stage", ROLES)
+def test_a_step_with_adapters_fits_where_little_more_than_the_backbone_does(stage):
+    """The twin holds each trained role four times over: parameters, gradients, two moments."""
+    backbone = size(context("null").backbone)
+    lora, full = (measured(stage, tuning, "null") for tuning in ("lora", "full"))
+    assert lora["peak"] < 1.6 * backbone
+    assert full["peak"] > 3.9 * ROLES[stage] * backbone

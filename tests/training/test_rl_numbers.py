@@ -1,0 +1,206 @@
+"""The numbers of RL, against a computation by hand: four roles that all differ, a temperature, a penalty, every switch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import by_hand
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pe_rlhf_jax.config import OptimizerConfig, RLConfig
+from pe_rlhf_jax.data import pad_prompts
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.training import rl
+from pe_rlhf_jax.training.experience import make_experience
+from pe_rlhf_jax.training.rewards import RewardModel, Rewards
+from pe_rlhf_jax.training.rollouts import respond
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+KL, TEMPERATURE, PENALTY, LAM, GAMMA = 0.3, 0.7, -2.5, 0.9, 0.95
+
+
+@pytest.fixture
+def roles(tiny):
+    """Policy, reference, reward and value, far from each other and from the backbone."""
+
+    def role(scale: float, head: int | None = None) -> Role:
+        rng = np.random.default_rng(head)
+        made = {"kernel": jnp.asarray(rng.normal(0, 0.3, (16, 1)), jnp.float32), "bias": jnp.asarray([0.35], jnp.float32)}
+        return Role(lora=jax.tree.map(lambda x: x * scale, tiny.lora), head=None if head is None else made)
+
+    return {"policy": role(0.3), "reference": role(0.1), "reward": role(-0.3, 1), "value": role(0.5, 2)}
+
+
+def scored(context, roles):
+    """A rollout of the policy and what `_experience` makes of it; some responses end, others do not."""
+    context = dataclasses.replace(context, end_tokens=(1, 2, 3, 4))
+    prompts = context.data.prompts.train
+    rollout = respond(context, roles["policy"], context.rows(pad_prompts(prompts, 0, 8)), jax.random.key(1))
+    scores = judged_by(context, roles["reward"])(rollout, prompts)
+    kept = (roles[name] for name in ("policy", "reference", "value"))
+    experience, metrics = make_experience(
+        context.decoder, context.config.rl, 16, context.backbone, *kept, rollout, jnp.asarray(scores.total), jnp.float32(KL)
+    )
+    metrics |= rl._of_scores(scores)
+    assert 0 < np.sum(rollout.ended) < len(rollout.ended)
+    return rollout, experience, metrics
+
+
+def judged_by(context, model):
+    return Rewards(context, {"run": RewardModel(context.decoder, context.backbone, model)})
+
+
+def rows_of(rollout):
+    """Prompt length and real tokens of each row."""
+    for prompt, mask, response, real in zip(rollout.prompt, rollout.prompt_mask, rollout.response, rollout.response_mask, strict=True):
+        prompt = np.asarray(prompt)[np.asarray(mask)]
+        yield len(prompt), np.concatenate([prompt, np.asarray(response)[np.asarray(real)]])
+
+
+def whitened(rows, shift):
+    every = np.concatenate(rows)
+    return [(row - every.mean()) / np.sqrt(every.var() + 1e-8) + (0 if shift else every.mean()) for row in rows]
+
+
+def gae(rewards, values):
+    advantages, after, next_value = [], 0.0, 0.0
+    for reward, value in zip(rewards[::-1], values[::-1], strict=True):
+        after = reward + GAMMA * next_value - value + GAMMA * LAM * after
+        advantages, next_value = [after, *advantages], value
+    return np.array(advantages)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rewards_white", "advantages_white", "penalty"),
+    [("ppo", False, True, PENALTY), ("ppo", True, False, None), ("reinforce", False, False, PENALTY)],
+)
+def test_experience_is_what_its_definition_says(make_context, roles, algorithm, rewards_white, advantages_white, penalty):
+    section = {"algorithm": algorithm, "whiten_rewards": rewards_white, "whiten_advantages": advantages_white, "lam": LAM, "gamma": GAMMA}
+    context = make_context(rl={**section, "missing_eos_penalty": penalty, "sampling": {"max_new_tokens": 8, "temperature": TEMPERATURE}})
+    rollout, experience, metrics = scored(context, roles)
+    share = 1.0 if algorithm == "ppo" else 1.0 - KL
+    old, kl, rewards, values, scores = [], [], [], [], []
+    for (length, tokens), ended in zip(rows_of(rollout), rollout.ended, strict=True):
+        old.append(by_hand.logprobs(context, roles["policy"], tokens, TEMPERATURE)[length - 1 :])
+        kl.append(old[-1] - by_hand.logprobs(context, roles["reference"], tokens, TEMPERATURE)[length - 1 :])
+        values.append(by_hand.head(context, roles["value"], tokens)[length - 1 : -1])
+        scores.append(by_hand.head(context, roles["reward"], tokens)[-1] if ended or penalty is None else penalty)
+        rewards.append(-KL * kl[-1])
+        rewards[-1][-1] += share * scores[-1]
+    if rewards_white:
+        rewards = whitened(rewards, shift=False)
+    if algorithm == "ppo":
+        advantages = [gae(r, v) for r, v in zip(rewards, values, strict=True)]
+        returns = [a + v for a, v in zip(advantages, values, strict=True)]
+        if advantages_white:
+            advantages = whitened(advantages, shift=True)
+    else:
+        returns = [np.array([sum(GAMMA**i * r for i, r in enumerate(row[t:])) for t in range(len(row))]) for row in rewards]
+        advantages = [r - v for r, v in zip(returns, values, strict=True)]
+
+    mask = np.asarray(rollout.response_mask)
+    found = (experience.old_logprobs, experience.values, experience.advantages, experience.returns)
+    for x, expected in zip(found, (old, values, advantages, returns), strict=True):
+        np.testing.assert_allclose(np.asarray(x)[mask], np.concatenate(expected), **by_hand.TOLERANCE)
+    expected = {
+        "objective/kl": np.mean([row.sum() for row in kl]),
+        "objective/kl_per_token": np.mean(np.concatenate(kl)),
+        "objective/scores": np.mean(scores),
+        "objective/scores_std": np.std(scores),
+        "objective/rlhf_reward": np.mean([row.sum() for row in rewards]),
+        "objective/non_score_reward": -KL * np.mean([row.sum() for row in kl]),
+        "objective/entropy": np.mean([-row.sum() for row in old]),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, **by_hand.TOLERANCE, err_msg=name)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
+def test_the_loss_is_what_its_definition_says(make_context, roles, algorithm):
+    """At roles that have moved since the rollout was scored, so that ratios and value changes are clipped here and there."""
+    sampling = {"max_new_tokens": 8, "temperature": TEMPERATURE}
+    context = make_context(rl={"algorithm": algorithm, "vf_coef": 0.7, "sampling": sampling})
+    rollout, experience, _ = scored(context, roles)
+    moved = {name: roles[name].replace(lora=jax.tree.map(lambda x: x * 1.6, roles[name].lora)) for name in ("policy", "value")}
+    frozen = rl.Frozen(context.backbone, {"policy": Role(), "value": Role()}, jnp.float32(KL))
+    loss, _ = jax.jit(rl._loss(context))(moved, frozen, experience, rl._tokens(experience), jax.random.key(0))
+
+    terms, clipped = [], 0
+    for row, (length, tokens) in enumerate(rows_of(rollout)):
+        count = len(tokens) - length
+        kept = (experience.old_logprobs, experience.values, experience.advantages, experience.returns)
+        old, old_value, advantage, target = (np.asarray(x, np.float64)[row, :count] for x in kept)
+        logprob = by_hand.logprobs(context, moved["policy"], tokens, TEMPERATURE)[length - 1 :]
+        value = by_hand.head(context, moved["value"], tokens)[length - 1 : -1]
+        if algorithm == "ppo":
+            ratio, near = np.exp(logprob - old), np.clip(value, old_value - 0.2, old_value + 0.2)
+            policy = np.maximum(-advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.2))
+            terms.append(policy + 0.7 * 0.5 * np.maximum((value - target) ** 2, (near - target) ** 2))
+            clipped += np.sum((ratio > 1.2) | (ratio < 0.8)) * np.sum(near != value)
+        else:
+            terms.append(-logprob * (target - old_value) + (target - value) ** 2)
+    np.testing.assert_allclose(loss, np.mean(np.concatenate(terms)), rtol=1e-4)
+    assert clipped or algorithm == "reinforce"
+
+
+def test_every_epoch_visits_every_episode_in_an_order_of_its_own(monkeypatch):
+    config = RLConfig(batch_size=8, num_ppo_epochs=3, num_mini_batches=2)
+    taken, keys = [], []
+    monkeypatch.setattr(rl, "_take", lambda experience, rows: taken.append(rows.tolist()))
+
+    def step(state, frozen, rows, key):
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return state + 1, {"loss": 0.0, "skipped": 0.0, "x": float(state)}
+
+    state, metrics = rl._learn(config, step, 0, None, None, jax.random.key(0))
+    assert state == 6 and metrics == {"x": 2.5, "skipped": 0.0}
+    orders = [taken[i] + taken[i + 1] for i in (0, 2, 4)]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3 and len(set(keys)) == 6
+
+
+def test_every_batch_has_keys_of_its_own(make_context, roles, monkeypatch):
+    context, keys = make_context(rl={"steps": 4}), []
+    monkeypatch.setattr(rl, "respond", lambda c, policy, batch, key: (keys.append(key), respond(c, policy, batch, key))[1])
+
+    def learn(config, step, state, frozen, experience, key):
+        keys.append(key)
+        return state, {}
+
+    monkeypatch.setattr(rl, "_learn", learn)
+    state = rl.init(context, roles["reference"], roles["reward"])
+    rewards = judged_by(context, roles["reward"])
+    assert len(list(rl.run(context, roles["reference"], roles["reward"], rewards, state))) == 4
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 8
+
+
+@pytest.mark.parametrize(("algorithm", "updates"), [("ppo", 12), ("reinforce", 2)])
+def test_the_learning_rate_reaches_0_with_the_last_update(algorithm, updates):
+    """Of Adam, whose update under a constant gradient is the learning rate: 1 - i / updates of it here."""
+    adam = OptimizerConfig(learning_rate=1.0, schedule="linear", eps=1e-12)
+    config = RLConfig(algorithm=algorithm, steps=2, num_ppo_epochs=3, num_mini_batches=2, batch_size=4, optimizer=adam)
+    optimizer = rl._optimizer(config)
+    tree = {name: Role(lora={"a": jnp.zeros(())}) for name in ("policy", "value")}
+    state, sizes = optimizer.init(tree), []
+    for _ in range(updates):
+        update, state = optimizer.update(jax.tree.map(jnp.ones_like, tree), state, tree)
+        sizes.append(-float(update["policy"].lora["a"]))
+    np.testing.assert_allclose(sizes, 1 - np.arange(updates) / updates, atol=1e-5)
+
+
+def test_where_policy_and_value_start(make_context, roles):
+    """Policy: the reference's adapter. Value: the reward model, or the fresh adapter with a head that says 0."""
+    same = lambda a, b: all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))  # noqa: E731
+    for value_init in ("reward", "zero"):
+        context = make_context(rl={"value_init": value_init})
+        trained = rl.init(context, roles["reference"], roles["reward"]).train.trainable
+        assert same(trained["policy"].lora, roles["reference"].lora)
+        assert same(trained["value"].head, roles["reward"].head) == (value_init == "reward")
+        assert same(trained["value"].lora, roles["reward"].lora) == (value_init == "reward")
+    assert not any(leaf.any() for leaf in jax.tree.leaves(trained["value"].head))
+    b = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trained["value"].lora) if path[-1].key == "b"]
+    assert b and not any(leaf.any() for leaf in b)
