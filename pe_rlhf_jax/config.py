@@ -128,7 +128,7 @@ class FilesConfig(Section):
     """Where rows of one kind are read from."""
 
     train: list[str] = Field(
-        description="Where the training rows are: files (`.jsonl`, `.jsonl.gz`, `.json` or `.parquet`; UTF-8), "
+        description="Where the training rows are: files (`.jsonl`, `.jsonl.gz`, `.json` or `.parquet`; `*` matches several), "
         "`tfds:NAME[/CONFIG][:VERSION]:SPLIT` (TensorFlow Datasets), or `hf:OWNER/NAME[/FOLDER][:CONFIG]:SPLIT` (Hugging Face, extra "
         "`datasets`)."
     )

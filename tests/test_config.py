@@ -218,3 +218,51 @@ def test_the_reference_page_is_current_and_complete():
 def test_every_kept_configuration_is_valid():
     for path in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml")):
         assert c.load(path).model.source
+
+
+def paper_configurations() -> dict[str, c.Config]:
+    return {path.stem: c.load(path) for path in sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.yaml"))}
+
+
+def test_the_papers_configurations_keep_what_the_paper_states():
+    found = paper_configurations()
+    #        reward's and policy's learning rate, RL temperature
+    stated = {
+        "tldr": (1e-4, 1e-5, 0.7),
+        "bolt": (1e-4, 1e-5, 0.7),
+        "harmless": (2e-4, 1e-5, 0.9),
+        "shp": (1e-4, 1e-5, 0.9),
+        "taskmaster_coffee": (1e-4, 1e-5, 0.9),
+        "taskmaster_tickets": (1e-4, 1e-5, 0.9),
+    }
+    assert {
+        name: (config.reward.optimizer.learning_rate, config.rl.optimizer.learning_rate, config.rl.sampling.temperature)
+        for name, config in found.items()
+    } == stated
+    assert found["harmless"].reward.steps == 5000
+    for name, config in found.items():
+        assert (config.rl.algorithm, config.rl.kl_coef, config.rl.gamma) == ("reinforce", 0.05, 1.0), name
+        assert (config.reward.batch_size, config.rl.batch_size) == (128, 128), name
+        assert config.lora.target_modules == "attention" and config.lora.r in (1, 4, 8, 16), name
+        assert {config.sft.optimizer.name, config.reward.optimizer.name, config.rl.optimizer.name} == {"adafactor"}, name
+        assert config.run.stages == list(c.STAGES) and config.run.name == "paper-" + name.replace("_", "-"), name
+
+
+def test_the_papers_configurations_have_data_for_their_stages():
+    from pe_rlhf_jax.data.converters import FORMATS
+
+    for name, config in paper_configurations().items():
+        data = config.data
+        judged = "label" if name.startswith("taskmaster") else "preference"
+        assert getattr(data, judged) and data.sft and data.prompts, name
+        for kind in ("sft", judged, "prompts"):
+            files = getattr(data, kind)
+            assert kind in FORMATS[files.format], f"{name}: {files.format} has no rows of data.{kind}"
+            assert files.validation or data.group_by or kind == "sft", f"{name}: nothing says what data.{kind} holds out"
+
+
+def test_the_papers_configurations_say_how_to_run_them_and_what_is_not_measured():
+    folder = Path(__file__).parents[1] / "configs" / "paper"
+    for path in sorted(folder.glob("*.yaml")):
+        header = "\n".join(line for line in path.read_text(encoding="utf-8").split("\nrun:")[0].splitlines())
+        assert f"--config configs/paper/{path.name}" in header and "not measured" in header and "Hardware:" in header

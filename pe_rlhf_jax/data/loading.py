@@ -106,7 +106,11 @@ def _from_files(
 
 
 def _rows(place: str, skipped: Skipped) -> Iterator[Row]:
-    return catalogs.read(place) if catalogs.is_catalog(place) else sources.read(place, skipped)
+    if catalogs.is_catalog(place):
+        yield from catalogs.read(place)
+        return
+    for file in sources.expand(place):
+        yield from sources.read(file, skipped)
 
 
 def _hold_out(kind: Kind, rows: list[TextRow], share: float) -> tuple[list[TextRow], list[TextRow]]:

@@ -5,6 +5,7 @@ A row is a dict. What a row must hold is the business of `formats`; here it must
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import json
@@ -89,6 +90,20 @@ def read(file: str | Path, skipped: Skipped) -> Iterator[Row]:
         yield from reader(path, skipped)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def expand(pattern: str) -> list[str]:
+    """The files that a pattern such as `ratings/*.json` matches, in the order of their names; a name without `*` stands for itself.
+
+    Raises:
+        DataError: no file matches.
+    """
+    if "*" not in pattern:
+        return [pattern]
+    files = sorted(glob.glob(str(Path(pattern).expanduser())))
+    if not files:
+        raise DataError(f"{pattern}: no file matches this pattern (from {Path.cwd()})")
+    return files
 
 
 def hash_share(text: str) -> float:

@@ -121,11 +121,14 @@ CASES: dict[tuple[str, str], tuple[list, list]] = {
         [{"prompt": CONTEXT_LINES, "conversation": TALK}] * 2,
     ),
     ("taskmaster", "sft"): (
-        [DIALOG, {"prompt": "User: hi\n", "response": "Agent: Hi."}],
         [
-            {"prompt": "User: one mocha\n", "completion": "Agent: Is that all?", "conversation": "one mocha"},
+            {"utterances": [{"speaker": "ASSISTANT", "text": "Welcome"}, *DIALOG["utterances"]]},
+            {"prompt": "User: hi\n", "response": "Agent: Hi."},
+        ],
+        [
+            {"prompt": "Agent: Welcome\nUser: one mocha\n", "completion": "Agent: Is that all?", "conversation": "one mocha"},
             {
-                "prompt": "User: one mocha\nAgent: Is that all?\nUser: yes\n",
+                "prompt": "Agent: Welcome\nUser: one mocha\nAgent: Is that all?\nUser: yes\n",
                 "completion": "Agent: Coming up.",
                 "conversation": "one mocha",
             },

@@ -155,6 +155,17 @@ def test_several_places_are_read_in_order(jsonl, tokenizer, monkeypatch):
     assert tokenizer.decode(split.validation[0].response) == "tfds:x:test<|end|>"
 
 
+def test_a_pattern_stands_for_its_files_in_order(jsonl, tokenizer, tmp_path):
+    for number in (10, 2, 1):
+        jsonl([{"prompt": f"p{number}", "completion": "b"}], f"part-{number:02}.jsonl")
+    jsonl([{"prompt": "other", "completion": "b"}], "rest.jsonl")
+    files = FilesConfig(train=[f"{tmp_path}/part-*.jsonl"], validation=[f"{tmp_path}/rest.jsonl"])
+    split = load(DataConfig(sft=files), tokenizer, needs={"sft"}).sft
+    assert prompts_of(split.train, tokenizer) == ["p1", "p2", "p10"]
+    with pytest.raises(DataError, match=r"part-\*\.json: no file matches this pattern \(from "):
+        load(DataConfig(sft=FilesConfig(train=[f"{tmp_path}/part-*.json"])), tokenizer, needs={"sft"})
+
+
 def test_no_source(tokenizer):
     with pytest.raises(DataError, match=r"needs data.preference; give data.preference.train a list of files"):
         load(DataConfig(), tokenizer, needs={"preference"})
