@@ -159,10 +159,11 @@ def test_the_example_rows_are_valid():
     kinds = []
     for number, line in enumerate(text.splitlines(), start=1):
         values = json.loads(line)
-        kind = "sft" if {"completion", "messages"} & values.keys() else "preference" if "chosen" in values else "prompts"
+        kind = "label" if "label" in values else "sft" if {"completion", "messages"} & values.keys() else ""
+        kind = kind or ("preference" if "chosen" in values else "prompts")
         assert len(getattr(reader, kind)([Row(values, f"README.md:{number}")])) == 1
         kinds.append(kind)
-    assert set(kinds) == {"sft", "preference", "prompts"}
+    assert set(kinds) == {"sft", "preference", "label", "prompts"}
 
 
 def test_the_readme_is_no_wider_than_the_code():

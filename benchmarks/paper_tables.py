@@ -1,0 +1,275 @@
+"""The paper's memory and speed tables with figures of your own: adapters beside full tuning, on your model, batch and device.
+
+    python benchmarks/paper_tables.py --config configs/quickstart.yaml [--ranks 1 4 8 16] [--steps 3] [--output tables.json]
+
+What is compared, per stage:
+
+    reward   the learning step, with adapters and with full tuning
+    rl       one whole step (sampling, scoring, anchor log-probabilities, learning): adapters with all roles on one backbone
+             (`rl.roles: shared`) beside the full twin, whose reference, reward, policy and value models are four sets of parameters
+
+Memory is what the compiler reports: everything resident (parameters, adapters, optimizer) and the largest need of any program of the
+step on top of it. Times are medians of `--steps` runs after one that compiled, the two sides taking turns, with random weights of the
+model's shape (the work is the same) and responses of full length. The paper's own figures stand beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from memory import abstract_context, size
+from transformers import PreTrainedTokenizerBase
+
+from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.checkpoint import source
+from pe_rlhf_jax.config import Config
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.roles import Role, Tuning
+from pe_rlhf_jax.rollout.score import response_logprobs
+from pe_rlhf_jax.training import reward, rl
+from pe_rlhf_jax.training.context import Context
+from pe_rlhf_jax.training.experience import make_experience
+from pe_rlhf_jax.training.optimizer import make_optimizer
+from pe_rlhf_jax.training.rewards import _score
+from pe_rlhf_jax.training.rollouts import _respond
+from pe_rlhf_jax.training.step import make_step
+from pe_rlhf_jax.types import LabelBatch, PreferenceBatch, PromptBatch, PyTree
+
+PAPER = {
+    "reward": {"memory": "43 to 56% (vision 74%)", "speed": "1.5 to 1.9x (vision 1.15x)"},
+    "rl": {"memory": "74 to 80%", "speed": "1.05 to 1.3x"},
+}
+"""Table 1 of arXiv 2403.10704: LoRA's share of the full twin's memory, and its speed-up."""
+
+PARTS = ("sampling", "scoring", "anchor", "learning")
+
+
+@dataclasses.dataclass
+class Twin:
+    """One side of a comparison, ready to run."""
+
+    trained: int
+    """Numbers that are trained."""
+    memory: int
+    """Bytes: resident, and the largest program's need on top."""
+    run: Callable[[], dict[str, float]]
+    """One step; seconds of each part."""
+
+
+def reward_twin(context: Context) -> Twin:
+    """The reward model's learning step."""
+    config = context.config.reward
+    state = reward.init(context, Role())
+    optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
+    loss = reward._loss(context, reward.kind_of(config))
+    step = make_step(loss, lambda batch: jnp.sum(batch.weight), optimizer, config.batch_size, config.micro_batch_size)
+    tokens, mask = _tokens(context, config.batch_size, _longest(context))
+    one = jnp.ones(config.batch_size)
+    batch: PyTree = LabelBatch(tokens, mask, one, one) if config.kind == "labels" else PreferenceBatch(tokens, mask, tokens, mask, one, one)
+    # Full tuning trains a copy; the backbone it began from is not read by the step and need not stay.
+    frozen = (context.backbone if config.tuning == "lora" else {}, Role())
+    compiled = step.lower(state, frozen, batch, jax.random.key(0)).compile()
+    trained, memory = sum(x.size for x in jax.tree.leaves(state.trainable)), size((state, frozen)) + _need(compiled)
+
+    def run() -> dict[str, float]:
+        nonlocal state
+        began = time.perf_counter()
+        state, metrics = compiled(state, frozen, batch, jax.random.key(0))
+        jax.block_until_ready(metrics)
+        return {"learning": time.perf_counter() - began}
+
+    return Twin(trained, memory, run)
+
+
+def rl_twin(context: Context) -> Twin:
+    """A whole step of RL. With full tuning every role has parameters of its own."""
+    config, full = context.config.rl, context.config.rl.tuning == "full"
+    copies = [jax.tree.map(lambda x: jnp.array(x, copy=True), context.backbone) if full else None for _ in range(2)]
+    head = reward.init(context, Role()).trainable.head
+    adapter = None if full else context.decoder.init_lora(jax.random.key(1))
+    reference, model = Role(params=copies[0]), Role(lora=adapter, head=head, params=copies[1])
+    state = rl.init(context, reference, model)
+    frozen_roles = rl._frozen(context, reference, model)
+    backbone: PyTree = {} if full else context.backbone
+    frozen = rl.Frozen(backbone, frozen_roles, state.kl_coef)
+    rows = config.batch_size // rl._mini_batches(config)
+    learn = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), rows, config.micro_batch_size)
+    tokens, mask = _tokens(context, config.batch_size, _rounded(context, context.config.data.max_prompt_length))
+    prompts, chunk = PromptBatch(tokens, mask), context.config.model.logprob_chunk
+    train, decoder = state.train, context.decoder
+
+    def roles() -> dict[str, Role]:
+        return rl._whole(frozen_roles, train.trainable)
+
+    def sample() -> Any:
+        return _respond(decoder, config.sampling, (), 0, roles()["policy"], backbone, prompts, jax.random.key(1))
+
+    @jax.jit
+    def anchor(backbone: PyTree, role: Role, rollout: Any) -> jax.Array:
+        return response_logprobs(decoder, backbone, role, rollout, config.sampling.temperature, chunk)[0]
+
+    rollout = jax.block_until_ready(sample())
+    scores = _score(decoder, model, backbone, rollout)
+
+    def experience() -> Any:
+        policy, value = roles()["policy"], roles().get("value")
+        return make_experience(decoder, config, chunk, backbone, policy, reference, value, rollout, scores, state.kl_coef)[0]
+
+    mini_batch = jax.tree.map(lambda x: x[:rows], experience())
+    compiled = learn.lower(train, frozen, mini_batch, jax.random.key(0)).compile()
+    policy, value = roles()["policy"], roles().get("value")
+    shaped = (decoder, config, chunk, backbone, policy, reference, value, rollout, scores, state.kl_coef)
+    programs = [
+        compiled,
+        _respond.lower(decoder, config.sampling, (), 0, policy, backbone, prompts, jax.random.key(1)).compile(),
+        _score.lower(decoder, model, backbone, rollout).compile(),
+        make_experience.lower(*shaped).compile(),
+    ]
+    trained = sum(x.size for x in jax.tree.leaves(train.trainable))
+    memory = _unique((train, backbone, reference, model)) + max(map(_need, programs))
+    updates = rl._updates_per_batch(config)
+
+    def run() -> dict[str, float]:
+        nonlocal train
+        marks = [time.perf_counter()]
+        for part in (sample, lambda: _score(decoder, model, backbone, rollout), lambda: anchor(backbone, reference, rollout)):
+            jax.block_until_ready(part())
+            marks.append(time.perf_counter())
+        jax.block_until_ready(experience())  # policy, value and, once more, the anchor: its second share is taken off below
+        marks.append(time.perf_counter())
+        for _ in range(updates):
+            train, metrics = compiled(train, frozen, mini_batch, jax.random.key(0))
+        jax.block_until_ready(metrics)
+        marks.append(time.perf_counter())
+        sampling, scoring, anchored, rest, learning = np.diff(marks)
+        return dict(zip(PARTS, map(float, (sampling, scoring + rest - anchored, anchored, learning)), strict=True))
+
+    return Twin(trained, memory, run)
+
+
+def compare(config: Config, context: Context, stage: str, steps: int, rank: int) -> dict[str, Any]:
+    """Both twins of a stage, in turns."""
+    twins: dict[str, Twin] = {}
+    for tuning in ("lora", "full"):
+        twins[tuning] = {"reward": reward_twin, "rl": rl_twin}[stage](_tuned(config, context, cast(Tuning, tuning), rank))
+    seconds: dict[str, list[dict[str, float]]] = {"lora": [], "full": []}
+    for turn in range(steps + 1):
+        for name, twin in twins.items():
+            found = twin.run()
+            if turn:  # the first one compiles what is not compiled yet
+                seconds[name].append(found)
+    parts = {name: {part: statistics.median(s[part] for s in runs) for part in runs[0]} for name, runs in seconds.items()}
+    lora, full = twins["lora"], twins["full"]
+    total = {name: sum(values.values()) for name, values in parts.items()}
+    return {
+        "stage": stage,
+        "rank": rank,
+        "trained_share": lora.trained / full.trained,
+        "memory_gib": {name: twin.memory / 2**30 for name, twin in twins.items()},
+        "memory_share": lora.memory / full.memory,
+        "seconds": parts,
+        "speed_up": total["full"] / total["lora"],
+        "speed_up_of_parts": {part: parts["full"][part] / parts["lora"][part] for part in parts["full"]},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, the paper's figures beside."""
+    lines = [
+        "| stage | rank | trained share | memory, lora / full | share of full | paper | time, lora / full | speed-up | paper |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        memory, total = row["memory_gib"], {name: sum(parts.values()) for name, parts in row["seconds"].items()}
+        paper = PAPER[row["stage"]]
+        lines.append(
+            f"| {row['stage']} | {row['rank']} | {row['trained_share']:.2%} | {memory['lora']:.2f} / {memory['full']:.2f} GiB | "
+            f"{row['memory_share']:.0%} | {paper['memory']} | {total['lora']:.2f} / {total['full']:.2f} s | {row['speed_up']:.2f}x | "
+            f"{paper['speed']} |"
+        )
+    split = [row for row in rows if row["stage"] == "rl"]
+    if split:
+        lines += ["", "| rl, rank | " + " | ".join(f"{part}, lora / full" for part in PARTS) + " |", "|---" * (len(PARTS) + 1) + "|"]
+        for row in split:
+            cells = [f"{row['seconds']['lora'][part]:.2f} / {row['seconds']['full'][part]:.2f} s" for part in PARTS]
+            lines.append(f"| {row['rank']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _tuned(config: Config, context: Context, tuning: Tuning, rank: int) -> Context:
+    """The context with everything tuned one way, at one rank."""
+    lora = config.lora.model_copy(update={"r": rank})
+    roles = "shared" if tuning == "lora" else "separate"
+    changed = config.model_copy(
+        update={
+            "lora": lora,
+            "reward": config.reward.model_copy(update={"tuning": tuning}),
+            "rl": config.rl.model_copy(update={"tuning": tuning, "value_tuning": None, "roles": roles, "value_init": "reward"}),
+        }
+    )
+    return dataclasses.replace(context, config=changed, decoder=dataclasses.replace(context.decoder, lora=lora))
+
+
+def _need(compiled: jax.stages.Compiled) -> int:
+    stats = compiled.memory_analysis()
+    return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+
+
+def _unique(tree: PyTree) -> int:
+    """Bytes of all buffers in a tree, each counted once however often it is referred to."""
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.tree.leaves(tree)}.values())
+
+
+def _longest(context: Context) -> int:
+    return _rounded(context, context.config.data.max_prompt_length + context.config.data.max_response_length)
+
+
+def _rounded(context: Context, length: int) -> int:
+    multiple = context.config.data.length_multiple
+    return -(-length // multiple) * multiple
+
+
+def _tokens(context: Context, rows: int, length: int) -> tuple[jax.Array, jax.Array]:
+    tokens = np.random.default_rng(0).integers(0, context.decoder.config.vocab_size, (rows, length))
+    return jnp.asarray(tokens, jnp.int32), jnp.ones((rows, length), bool)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True, help="the run's YAML file: model, batch, lengths, optimizer")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="override a field")
+    parser.add_argument("--ranks", type=int, nargs="+", help="LoRA ranks; the configuration's own by default")
+    parser.add_argument("--stages", nargs="+", choices=("reward", "rl"), default=["reward", "rl"])
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each side")
+    parser.add_argument("--output", type=Path, help="also write all figures to this JSON file")
+    arguments = parser.parse_args()
+    config = configuration.load(arguments.config, arguments.overrides)
+    shape = source.resolve(config.model).config
+    name = config.model.dtype
+    dtype = jnp.dtype(("float32" if jax.default_backend() == "cpu" else "bfloat16") if name == "auto" else name)
+    decoder = Decoder(shape, config.lora, dtype, dtype, config.model.remat)
+    context = abstract_context(config, decoder)
+    params = jax.jit(decoder.init_params)(jax.random.key(0))
+    context = dataclasses.replace(context, backbone=params, tokenizer=cast(PreTrainedTokenizerBase, None))
+    with jax.set_mesh(context.mesh):
+        ranks = arguments.ranks or [config.lora.r]
+        rows = [compare(config, context, stage, arguments.steps, rank) for stage in arguments.stages for rank in ranks]
+    device = jax.devices()[0]
+    print(f"{config.model.source}, {name if name != 'auto' else dtype.name}, {jax.device_count()} x {device.device_kind}\n")
+    print(table(rows))
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"device": device.device_kind, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
