@@ -147,9 +147,12 @@ def test_the_readme_names_every_part_of_the_package():
     assert set(re.findall(r"^  (\S+) ", layout, flags=re.M)) == there
 
 
-def test_the_example_configuration_is_valid():
-    (text,) = blocks("README.md", "yaml")
-    assert config.parse(text).data.preference is not None
+def test_the_example_configurations_are_valid():
+    """The first is a whole one; the others are sections that go into one."""
+    whole, *sections = blocks("README.md", "yaml")
+    assert config.parse(whole).data.preference is not None
+    for text in sections:
+        assert config.parse(f"model: {{source: somewhere}}\n{text}") != config.parse("model: {source: somewhere}")
 
 
 def test_the_example_rows_are_valid():
