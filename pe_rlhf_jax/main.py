@@ -121,7 +121,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
         argv.insert(0, "run")
     arguments = parser.parse_args(argv)
     console = Console()
-    errors = (ConfigError, DataError, WeightsError, PackageError, CheckpointError, NonFiniteError, FunctionError)
+    errors = (ConfigError, DataError, WeightsError, PackageError, CheckpointError, NonFiniteError, FunctionError, OSError)
     try:
         if arguments.command == "report":
             run_folder.read_config(arguments.folder)

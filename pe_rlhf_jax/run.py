@@ -159,7 +159,10 @@ class Run:
         return len(seen) > patience and max(seen[-patience:]) <= max(seen[:-patience])
 
     def _evaluate(self) -> None:
-        if self._finished(evaluate.STAGE):
+        # What is evaluated now; an evaluation of what stood there before, such as a run without its policy, does not count.
+        of = {name: self.store.latest(name) for name in ROLE_OF.values()}
+        if self.store.latest(evaluate.STAGE) is not None and self.store.meta(evaluate.STAGE).get("of") == of:
+            self.progress.note(f"{evaluate.STAGE}: finished before")
             return
         began = time.perf_counter()
         figures: dict[str, Any] = {}
@@ -178,7 +181,7 @@ class Run:
             samples.write(self.folder / "samples" / "evaluation.jsonl", rows)
             samples.show(self.progress.console, rows, self.config.evaluate.samples)
         meta = self._meta() | {"elapsed_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(), "figures": figures}
-        self.store.save(evaluate.STAGE, 0, {}, meta)
+        self.store.save(evaluate.STAGE, 0, {}, meta | {"of": of})
 
     def _export(self) -> None:
         began = time.perf_counter()

@@ -27,8 +27,8 @@ class Stopped(Exception):
 class Counting:
     """A run folder and a stage; each `start` is a new process on it."""
 
-    def __init__(self, folder, every: int = 100, accuracies: dict[int, float] | None = None):
-        self.folder, self.accuracies, self.seen = folder, accuracies or {}, []
+    def __init__(self, folder, every: int = 100, accuracies: dict[int, float] | None = None, patience: int | None = None):
+        self.folder, self.accuracies, self.patience, self.seen = folder, accuracies or {}, patience, []
         self.config = configuration.parse(f"{{model: {{source: x}}, run: {{checkpoint_every: {every}}}, reward: {{steps: {STEPS}}}}}")
 
     def start(self, stop_at: int | None = None, kill_at: int | None = None):
@@ -59,7 +59,8 @@ class Counting:
         start = TrainState(jnp.int32(0), {"w": jnp.float32(0)}, {"m": jnp.zeros(1)}, jnp.int32(0), jnp.int32(0))
         select = "eval/accuracy" if self.accuracies else None
         try:
-            run._train("reward", lambda: start, advance, lambda s: (s.trainable, {"best_step": int(s.step)}), select=select)
+            finish = lambda s: (s.trainable, {"best_step": int(s.step)})  # noqa: E731
+            run._train("reward", lambda: start, advance, finish, select=select, patience=self.patience)
         except (Stopped, KeyboardInterrupt):
             return None
         outcome, meta = run.store.restore("reward_model", {"w": jnp.float32(0)})
@@ -112,3 +113,20 @@ def test_an_evaluated_step_is_saved_and_kept_while_it_is_the_best(tmp_path):
     assert run.start(kill_at=7) is None
     assert run.saved == [1, 4, 6]
     assert run.start() == 1
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(1, 3), (2, 5), (3, 7), (None, 7)])
+def test_training_ends_early_where_the_held_out_figure_does_not_rise(tmp_path, patience, steps):
+    """0.9 at step 2 is never beaten; an equal one is no rise."""
+    run = Counting(tmp_path, accuracies={1: 0.5, 2: 0.9, 3: 0.9, 5: 0.8, 6: 0.89}, patience=patience)
+    assert run.start() == 2
+    assert run.rows == list(range(1, steps + 1))
+
+
+def test_a_run_that_was_killed_where_it_would_have_ended_ends_there(tmp_path):
+    """Killed after the last step's checkpoint and before the outcome: the next start must not train on."""
+    accuracies = {1: 0.9, 2: 0.8, 3: 0.7, 4: 1.0}
+    stopped = Counting(tmp_path, accuracies=accuracies, patience=2)
+    assert stopped.start(stop_at=3) is None  # the signal comes with the step that ends it
+    assert stopped.start() == 1
+    assert stopped.rows == [1, 2, 3]

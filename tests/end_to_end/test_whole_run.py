@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
-from tiny_project import finish, result, start, write_config
+from tiny_project import finish, jsonl, result, start, write_config
 
 KILLS = 8
 
@@ -104,7 +104,7 @@ def test_started_again_it_is_quick_and_changes_nothing(undisturbed, compiled):
 
 def test_stages_run_one_by_one_as_together(undisturbed, project, compiled, tmp_path):
     config = write_config(project, tmp_path)
-    for stages in ("[sft]", "[reward]", "[rl]", "[evaluate, export]"):
+    for stages in ("[sft]", "[reward, evaluate]", "[rl]", "[evaluate, export]"):  # what was evaluated too early is done again
         finish(start(config, compiled, "--set", f"run.stages={stages}"))
     assert result(tmp_path) == result(undisturbed)
 
@@ -196,3 +196,54 @@ def _wait(condition, process, pause: float = 0.02, limit: float = 240.0) -> None
     while not condition() and process.poll() is None:
         assert time.monotonic() < until, "nothing happened"
         time.sleep(pause)
+
+
+def test_labels_and_functions_through_a_whole_run(project, compiled, tmp_path, monkeypatch):
+    """A reward model of labels, with a function beside it and one that only watches; GRPO; then the same model for another run."""
+    (tmp_path / "mine.py").write_text(
+        "def short(prompts, completions, **columns):\n    return [-0.01 * len(text) for text in completions]\n"
+        "def words(prompts, completions, **columns):\n    return [float(len(text.split())) for text in completions]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    labels = [{"prompt": f"film {i} is", "completion": f" {('good', 'poor')[i % 2]} {i % 7}", "label": 1 - i % 2} for i in range(40)]
+    rewards = [{"model": "run"}, {"function": "mine:short", "weight": 0.5}, {"function": "mine:words", "weight": 0}]
+    sections = {
+        "data": project["data"] | {"label": {"train": [jsonl(tmp_path / "labels.jsonl", labels)]}},
+        "reward": project["reward"] | {"kind": "labels", "balance_classes": True},
+        "rl": project["rl"] | {"algorithm": "grpo", "rewards": rewards, "group_size": 4},
+    }
+    config = write_config(project, tmp_path, **sections)
+    finish(start(config, compiled))
+    summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
+    assert 0 <= summary["reward_model"]["auc_ci"][0] <= summary["reward_model"]["auc"] <= 1
+    assert set(summary["rl"]["rewards"]) == {"model", "short", "words"}
+    rows = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["stage"] == "rl":
+            expected = row["rewards/model"] + 0.5 * row["rewards/short"]
+            np.testing.assert_allclose(row["objective/scores"], expected, rtol=1e-4, atol=1e-5)
+
+    # Another run takes that reward model as it is, and has no reward stage of its own.
+    other = {"rl": project["rl"] | {"algorithm": "rloo", "group_size": 4, "rewards": [{"model": str(tmp_path / "runs/run")}]}}
+    config = write_config(project, tmp_path, **other)
+    arguments = ("--set", "run.name=other", "--set", "run.stages=[sft, rl, evaluate, export]")
+    output = finish(start(config, compiled, *arguments))
+    assert "the reward model was not trained" in output
+    again = json.loads((tmp_path / "runs/other/summary.json").read_text())
+    # The same reference answers the same prompts with the same keys, so the same model gives them the same score.
+    np.testing.assert_allclose(again["rl"]["rewards"]["run"]["before"], summary["rl"]["rewards"]["model"]["before"], rtol=1e-5)
+
+
+def test_a_function_that_fails_stops_the_run_with_its_name(project, compiled, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def broken(prompts, completions, **columns):\n    return [float('nan')] * len(completions)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    changes = {"rewards": [{"function": "mine:broken"}], "value_init": "zero"}
+    config = write_config(project, tmp_path, rl=project["rl"] | changes)
+    output = finish(start(config, compiled, "--set", "run.stages=[rl]"), code=2)
+    assert "mine:broken returned nan" in output
+
+
+def test_full_tuning_beside_a_shared_backbone_is_refused_with_the_reason(project, compiled, tmp_path):
+    config = write_config(project, tmp_path, reward=project["reward"] | {"tuning": "full"})
+    output = finish(start(config, compiled), code=2)
+    assert "reward.tuning full makes another; set rl.roles: separate" in output
