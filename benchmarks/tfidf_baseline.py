@@ -6,11 +6,12 @@
 Pairs (`data.preference` or a named source): a text is scored by a linear function of its TF-IDF features, a pair by the difference of
 its two scores: the Bradley-Terry model with linear rewards. Each pair is given in both orders, so there is no intercept. Labels
 (`data.label`): logistic regression on the features of prompt and response together. Words or words and pairs of words, and the strength
-of the penalty, are chosen by cross-validation on the training rows alone, in folds of neighbouring rows, because rows of one
+of the penalty, are chosen by cross-validation on the training rows alone; for labels in folds of neighbouring rows, because rows of one
 conversation usually stand together.
 
 Prints one JSON line for each kind: accuracy on the held-out rows, for labels the area under the ROC curve first (chance is 0.5, whatever
-the share of good rows), each with a 95% bootstrap interval over rows. `most_common` is the accuracy of always answering what is more
+the share of good rows), each with a 95% bootstrap interval over rows, or with `data.group_by` over groups, because the labels of one
+conversation go together. `most_common` is the accuracy of always answering what is more
 frequent in training. Training and held-out rows are exactly those of `pe-rlhf`, length limits included (at most `evaluate.pairs`
 held-out ones).
 """
@@ -39,12 +40,14 @@ FOLDS = 5
 
 Pairs = list[tuple[str, str]]
 """Better and worse text."""
-Labels = list[tuple[str, float]]
-"""Text and label."""
+Labels = list[tuple[str, float, str | None]]
+"""Text, label and group."""
 
 
 class PairScorer:
     """Scores texts after learning from pairs (better, worse)."""
+
+    folds = KFold(FOLDS, shuffle=True, random_state=0)
 
     def __init__(self, pairs: Pairs, ngrams: tuple[int, int], c: float):
         self.features = TfidfVectorizer(ngram_range=ngrams, sublinear_tf=True)
@@ -66,15 +69,17 @@ class PairScorer:
 class LabelScorer:
     """Scores texts after learning from texts with labels."""
 
+    folds = KFold(FOLDS)
+
     def __init__(self, rows: Labels, ngrams: tuple[int, int], c: float):
-        texts, labels = zip(*rows, strict=True)
+        texts, labels, _ = zip(*rows, strict=True)
         self.features = TfidfVectorizer(ngram_range=ngrams, sublinear_tf=True)
         self.model = LogisticRegression(C=c, max_iter=1000)
         self.model.fit(self.features.fit_transform(texts), labels)
 
     def __call__(self, rows: Labels) -> np.ndarray:
         """Log-odds of each row's label being 1."""
-        return self.model.decision_function(self.features.transform([text for text, _ in rows]))
+        return self.model.decision_function(self.features.transform([text for text, _, _ in rows]))
 
 
 def pair_accuracy(scores: np.ndarray, rows: np.ndarray) -> float:
@@ -93,9 +98,11 @@ def label_accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
-def choose(scorer: Callable, rows: Sequence, labels: np.ndarray, metric: Metric) -> tuple[tuple[int, int], float, float]:
+def choose(
+    scorer: type[PairScorer] | type[LabelScorer], rows: Sequence, labels: np.ndarray, metric: Metric
+) -> tuple[tuple[int, int], float, float]:
     """N-grams and C with the best cross-validated metric on the training rows, and that metric."""
-    folds = list(KFold(FOLDS).split(rows))
+    folds = list(scorer.folds.split(rows))
 
     def validated(ngrams: tuple[int, int], c: float) -> float:
         scores = [scorer([rows[i] for i in fit], ngrams, c)([rows[i] for i in test]) for fit, test in folds]
@@ -106,12 +113,19 @@ def choose(scorer: Callable, rows: Sequence, labels: np.ndarray, metric: Metric)
     return *best, results[best]
 
 
-def measure(scorer: Callable, train: Sequence, held_out: Sequence, metrics: dict[str, Metric], bootstrap: int) -> dict:
+def measure(
+    scorer: type[PairScorer] | type[LabelScorer], train: Sequence, held_out: Sequence, metrics: dict[str, Metric], bootstrap: int
+) -> dict:
     """The held-out figures of the best setting; the first metric chooses it."""
     labels, held_out_labels = (np.array([row[1] if isinstance(row[1], float) else 1.0 for row in rows]) for rows in (train, held_out))
     ngrams, c, cross_validated = choose(scorer, train, labels, next(iter(metrics.values())))
     scores = scorer(train, ngrams, c)(held_out)
-    picks = np.random.default_rng(0).integers(len(scores), size=(bootstrap, len(scores)))
+    groups: dict[str | int, list[int]] = {}
+    for i, row in enumerate(held_out):
+        groups.setdefault(i if scorer is PairScorer or row[2] is None else row[2], []).append(i)
+    members = list(groups.values())
+    drawn = np.random.default_rng(0).integers(len(members), size=(bootstrap, len(members)))
+    picks = [np.concatenate([members[group] for group in pick]) for pick in drawn]
     figures: dict = {}
     for name, metric in metrics.items():
         resampled = [metric(scores[pick], held_out_labels[pick]) for pick in picks]
@@ -121,6 +135,7 @@ def measure(scorer: Callable, train: Sequence, held_out: Sequence, metrics: dict
         figures["most_common"] = round(float((held_out_labels == (labels.mean() > 0.5)).mean()), 4)
     first = next(iter(metrics))
     sizes = {"train_rows": len(train), "held_out_rows": len(held_out)}
+    sizes |= {"held_out_groups": len(groups)} if len(groups) < len(held_out) else {}
     return figures | sizes | {"ngrams": ngrams, "c": c, f"cross_validated_{first}": round(cross_validated, 4)}
 
 
@@ -136,7 +151,7 @@ def results(config: configuration.Config) -> Iterator[dict]:
         return list(zip(decode([e.chosen for e in examples]), decode([e.rejected for e in examples]), strict=True))
 
     def labels(examples: Sequence[data.LabelExample]) -> Labels:
-        return list(zip(decode([e.tokens for e in examples]), [e.label for e in examples], strict=True))
+        return [(text, e.label, e.group) for text, e in zip(decode([e.tokens for e in examples]), examples, strict=True)]
 
     evaluate = config.evaluate
     if config.data.preference or config.data.source:

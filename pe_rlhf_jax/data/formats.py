@@ -55,6 +55,8 @@ class LabelExample:
     tokens: Tokens
     label: float
     """1 for a good response, 0 for a bad one."""
+    group: str | None = None
+    """The row's value of `data.group_by`: labels of one group go together, so intervals are to be taken over groups."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ class Encoder:
         ]
 
     def label(self, rows: Sequence[TextRow]) -> list[LabelExample]:
-        return [LabelExample(np.concatenate(sides), row.label) for row, [sides] in self._encode(rows)]
+        return [LabelExample(np.concatenate(sides), row.label, row.group) for row, [sides] in self._encode(rows)]
 
     def prompts(self, rows: Sequence[TextRow]) -> list[PromptExample]:
         return [PromptExample(tokens, row.texts[0].prompt, row.columns) for row, [(tokens, _)] in self._encode(rows)]

@@ -188,7 +188,7 @@ def test_bad_original_row_is_named(name, kind, row, message):
 
 
 def test_an_empty_or_equal_answer_is_a_bad_row(jsonl, tokenizer):
-    """Both occur in the original HH files."""
+    """The original HH files have empty answers."""
     rows = [{"chosen": HH["chosen"].replace("How", f"How {i}"), "rejected": HH["rejected"].replace("How", f"How {i}")} for i in range(30)]
     empty = {**HH, "rejected": HH_PROMPT}
     equal = {**HH, "rejected": HH["chosen"]}

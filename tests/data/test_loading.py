@@ -110,6 +110,7 @@ def test_rows_of_a_group_are_on_one_side_in_every_kind(jsonl, tokenizer):
     assert len(data.preference.validation) == len(data.label.validation) == 6 * len(held_out) > 0
     assert len(data.label.train) == 120 - len(data.label.validation)
     assert {example.label for example in data.label.validation} == {0.0, 1.0}
+    assert {example.group for example in data.label.validation} == held_out
 
 
 def test_a_prompt_that_two_groups_share_is_noted(jsonl, tokenizer):
