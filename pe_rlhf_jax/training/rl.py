@@ -150,8 +150,8 @@ def _frozen(context: Context, reference: Role, reward: Role | None) -> dict[str,
     config = context.config.rl
     frozen = {"policy": reference.frozen(config.tuning)}
     if config.has_critic:
-        from_reward = config.value_from_reward and config.value_model == "adapter" and reward is not None
-        frozen["value"] = reward.frozen(config.tuning_of("value")) if from_reward and reward is not None else Role()
+        start = reward if config.value_from_reward and config.value_model == "adapter" else None
+        frozen["value"] = Role() if start is None else start.frozen(config.tuning_of("value"))
     return frozen
 
 
