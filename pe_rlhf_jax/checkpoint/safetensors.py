@@ -47,7 +47,7 @@ class SafetensorsFolder:
         return tuple(self._opened[self._file_of[name]].get_slice(name).get_shape())
 
     def read(self, name: str) -> Float[np.ndarray, "*shape"]:
-        """The tensor in float32."""
+        """The tensor as it is stored."""
         shard = self._file_of[name]
         kind = self._opened[shard].get_slice(name).get_dtype()
         if kind not in TENSOR_TYPES:
@@ -55,7 +55,7 @@ class SafetensorsFolder:
                 f"{self.path / shard}: {name} is of type {kind}, which is not supported; supported: {', '.join(TENSOR_TYPES)}"
             )
         try:
-            return self._opened[shard].get_tensor(name).astype(np.float32)
+            return self._opened[shard].get_tensor(name)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise WeightsError(f"{self.path / shard}: cannot read {name}: {error}") from error
 
