@@ -19,6 +19,8 @@ from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.families import Family, family_of
 
 LENGTH = 12
+RECORDED = Path(__file__).parent / "models" / "recorded_families.safetensors"
+RECORDED_LEAVES = ("embed", "layers/attention/q_proj/kernel", "layers/mlp_norm/scale", "final_norm/scale")
 _SIZES = {
     "vocab_size": 37,
     "hidden_size": 16,
@@ -168,6 +170,10 @@ class Tiny:
         else:  # embeddings and biases
             noise = 0.4 * noise
         return noise.astype(np.float32)
+
+    def checksum(self) -> int:
+        """Of all tensors: they follow from NumPy's random numbers, whose stream has never changed but might."""
+        return zlib.crc32(b"".join(tensor.tobytes() for _, tensor in sorted(self.tensors.items())))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
