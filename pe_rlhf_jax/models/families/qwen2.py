@@ -8,12 +8,12 @@ from typing import Any
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.families.family import Family, UnsupportedModelError
 from pe_rlhf_jax.models.families.llama import ignorable, weights
-from pe_rlhf_jax.models.families.reading import activation, flag, only, positive, rope, sizes, windows
+from pe_rlhf_jax.models.families.reading import activation, flag, layer_count, only, positive, rope, sizes, windows
 
 
 def window(config: Mapping[str, Any]) -> dict[str, Any]:
     """The window and its layers: from `max_window_layers` on, unless `layer_types` says otherwise."""
-    count, first = positive(config, "num_hidden_layers"), config.get("max_window_layers", 28)
+    count, first = layer_count(config), config.get("max_window_layers", 28)
     if not flag(config, "use_sliding_window", False) or config.get("sliding_window", 4096) is None:
         if windows(config, ["full_attention"] * count):
             raise UnsupportedModelError("layer_types has sliding_attention, but use_sliding_window is off or there is no sliding_window")

@@ -50,6 +50,14 @@ def positive(config: Fields, key: str, default: Any = None, kind: type = int) ->
     return kind(found)
 
 
+def layer_count(config: Fields) -> int:
+    """The number of layers, which no published model has thousands of: lists of that length are made."""
+    count: int = positive(config, "num_hidden_layers")
+    if count > 9_999:
+        raise UnsupportedModelError(f"num_hidden_layers: {count} is more than any model has")
+    return count
+
+
 def optional(config: Fields, key: str, default: Any = None, kind: type = float) -> Any:
     """A positive number, or None where the file says null; a key that is not there has the default."""
     return default if key not in config else None if config[key] is None else positive(config, key, kind=kind)
@@ -74,7 +82,7 @@ def activation(config: Fields, key: str, default: str) -> Literal["silu", "gelu"
 def layers(config: Fields, key: str, wanted: Any, known: tuple[Any, ...], default: list[Any]) -> tuple[int, ...]:
     """Indices of the layers for which a list with one entry per layer says `wanted`; other entries must be `known`."""
     found = config.get(key) or default
-    count = positive(config, "num_hidden_layers")
+    count = layer_count(config)
     if not isinstance(found, list) or len(found) < count:
         raise UnsupportedModelError(f"{key}: expected a list of {count} entries, found {found!r}")
     for value in found[:count]:
@@ -151,7 +159,7 @@ def sizes(config: Fields, *, kv_heads: bool = False, head_dim: bool = False, tie
         "vocab_size": positive(config, "vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": positive(config, "intermediate_size"),
-        "num_layers": positive(config, "num_hidden_layers"),
+        "num_layers": layer_count(config),
         "num_heads": heads,
         "num_kv_heads": shared,
         "head_dim": size,
