@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pe_rlhf_jax.models.families.family import Family, UnsupportedModelError, Weight
+from pe_rlhf_jax.models.families.family import Family, Part, UnsupportedModelError, Weight, join
 from pe_rlhf_jax.models.families.gemma2 import GEMMA2
 from pe_rlhf_jax.models.families.gemma3 import GEMMA3
 from pe_rlhf_jax.models.families.gpt2 import GPT2
@@ -18,7 +18,7 @@ from pe_rlhf_jax.models.families.smollm3 import SMOLLM3
 
 FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, SMOLLM3, GPT_NEOX, GPT2)}
 
-__all__ = ["FAMILIES", "Family", "UnsupportedModelError", "Weight", "family_of"]
+__all__ = ["FAMILIES", "Family", "Part", "UnsupportedModelError", "Weight", "family_of", "join"]
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

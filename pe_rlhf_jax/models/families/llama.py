@@ -63,6 +63,14 @@ def _linear(theirs: str, part: str, ours: str, biased: bool) -> list[Weight]:
     return found + ([Weight(f"{_LAYER}{theirs}.bias", ("layers", part, ours, "bias"))] if biased else [])
 
 
+LINEAR_LAYERS = tuple(
+    _linear(f"{theirs}.{name}", ours, name, False)[0]
+    for theirs, ours, names in (("self_attn", "attention", "qkvo"), ("mlp", "mlp", ("gate", "up", "down")))
+    for name in (f"{letter}_proj" for letter in names)
+)
+"""The matrices of a layer, whatever else a model has; all that an adapter needs to know."""
+
+
 def ignorable(config: DecoderConfig) -> tuple[str, ...]:
     """Rotary frequencies follow from rope_theta; a tied head that is stored once more is the embedding."""
     rotary = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
