@@ -52,8 +52,7 @@ def load_params(reader: WeightReader, family: Family, config: DecoderConfig, dty
     Raises:
         WeightsError: tensors are missing, unknown, of another shape, unreadable, or not finite.
     """
-    tree = jax.eval_shape(Decoder(config).init_params, jax.random.key(0))
-    leaves = {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    leaves = leaf_shapes(config)
     table = family.weights(config)
     if sorted(weight.leaf for weight in table) != sorted(leaves):
         raise AssertionError(f"{family.model_type}'s weights do not fit the decoder: {set(leaves) ^ {w.leaf for w in table}}")
@@ -80,6 +79,12 @@ def load_params(reader: WeightReader, family: Family, config: DecoderConfig, dty
                 node = node.setdefault(parent, {})
             node[last] = leaf
     return params
+
+
+def leaf_shapes(config: DecoderConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shape of every leaf of the decoder's parameters, by its path."""
+    tree = jax.eval_shape(Decoder(config).init_params, jax.random.key(0))
+    return {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def grouped(table: Sequence[Weight]) -> list[list[Weight]]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_adapters_of_families import FAMILIES, SOURCE, adapter, table
-from tiny_families import Tiny, tokens
+from test_merged import backbone_of, tokenizer
+from tiny_families import LENGTH, Tiny, tokens
 
 from pe_rlhf_jax.checkpoint.export import export_policy, export_reward, import_adapter
+from pe_rlhf_jax.checkpoint.merged import export_merged
 from pe_rlhf_jax.checkpoint.weights import load_params
-from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.config import LoRAConfig, SamplingConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.rollout.generate import generate
 from pe_rlhf_jax.rollout.score import sequence_score
+from pe_rlhf_jax.types import PromptBatch
 
 pytestmark = [
     pytest.mark.parity,
@@ -22,6 +27,7 @@ pytestmark = [
     pytest.mark.usefixtures("quick_compile"),
 ]
 
+__all__ = ["tokenizer"]  # a fixture
 LOGITS = 1e-4  # both compute in float32; an adapter left out moves logits by more than 0.1
 
 
@@ -93,3 +99,28 @@ def test_rewards_in_peft(tmp_path, name):
     score = sequence_score(decoder, params, Role(lora=lora, head=head), jnp.asarray(rows), jnp.ones(rows.shape, bool))
     np.testing.assert_allclose(np.asarray(score) - 0.75, expected, atol=LOGITS, rtol=0)
     assert np.abs(expected).max() > 0.05
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merged_models_in_transformers(tmp_path, tokenizer, name):
+    """The same logits, and the same greedy text."""
+    transformers, torch, families = (pytest.importorskip(x) for x in ("transformers", "torch", "torch_families"))
+    tiny, config = Tiny(name), LoRAConfig(r=3, lora_alpha=5)
+    lora = adapter(tiny, config)
+    export_merged(tmp_path / "merged", backbone_of(tiny, tokenizer), lora, config, dtype="float32", shard_bytes=9_000)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.float32
+    found, expected = our_logits(tiny, config, lora), families.torch_logits(model.eval(), tokens())
+    print(f"{name} merged: {np.abs(found - expected).max():.1e}")
+    np.testing.assert_allclose(found, expected, atol=LOGITS, rtol=0)
+    rows = torch.tensor(tokens())
+    theirs = model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=8, do_sample=False)[:, LENGTH:].numpy()
+    params = load_params(tiny, tiny.family, tiny.architecture, jnp.float32)
+    decoder = Decoder(tiny.architecture, config, remat="none")
+    prompts = PromptBatch(jnp.asarray(tokens()), jnp.ones(tokens().shape, bool))
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=8)
+    ours = generate(decoder, {"params": params, "lora": lora}, prompts, jax.random.key(0), sampling, (2, 0), 4)
+    np.testing.assert_array_equal(np.asarray(ours.response)[:, : theirs.shape[1]], theirs)

@@ -83,6 +83,8 @@ class Family:
     """A family's translation from Hugging Face's terms to ours."""
 
     model_type: str
+    class_prefix: str
+    """Of transformers' classes: `Llama` in `LlamaForCausalLM`."""
     config_from_hf: Callable[[Mapping[str, Any]], DecoderConfig]
     """Architecture out of `config.json`; raises UnsupportedModelError."""
     weights: Callable[[DecoderConfig], tuple[Weight, ...]]

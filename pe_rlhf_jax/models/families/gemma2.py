@@ -38,4 +38,4 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**gemma(config, 2, (50.0, 30.0)), rope_theta=theta, rope_scaling=scaling)
 
 
-GEMMA2 = Family("gemma2", config_from_hf, weights, ignorable)
+GEMMA2 = Family("gemma2", "Gemma2", config_from_hf, weights, ignorable)

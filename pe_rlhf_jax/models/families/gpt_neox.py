@@ -69,4 +69,4 @@ def ignorable(config: DecoderConfig) -> tuple[str, ...]:
 
 
 # transformers 5 names the head in memory as Llama does; files keep the old name.
-GPT_NEOX = Family("gpt_neox", config_from_hf, weights, ignorable, renamed=((r"lm_head\.", "embed_out."),))
+GPT_NEOX = Family("gpt_neox", "GPTNeoX", config_from_hf, weights, ignorable, renamed=((r"lm_head\.", "embed_out."),))

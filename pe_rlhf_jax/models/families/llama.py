@@ -77,4 +77,4 @@ def ignorable(config: DecoderConfig) -> tuple[str, ...]:
     return (rotary, *((r"lm_head\.weight",) if config.tie_word_embeddings else ()))
 
 
-LLAMA = Family("llama", config_from_hf, weights, ignorable)
+LLAMA = Family("llama", "Llama", config_from_hf, weights, ignorable)

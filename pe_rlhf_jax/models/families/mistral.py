@@ -24,4 +24,4 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-MISTRAL = Family("mistral", config_from_hf, weights, ignorable)
+MISTRAL = Family("mistral", "Mistral", config_from_hf, weights, ignorable)

@@ -38,4 +38,4 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-QWEN2 = Family("qwen2", config_from_hf, weights, ignorable)
+QWEN2 = Family("qwen2", "Qwen2", config_from_hf, weights, ignorable)

@@ -29,4 +29,4 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-QWEN3 = Family("qwen3", config_from_hf, weights, ignorable)
+QWEN3 = Family("qwen3", "Qwen3", config_from_hf, weights, ignorable)

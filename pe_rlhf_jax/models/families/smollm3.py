@@ -35,4 +35,4 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-SMOLLM3 = Family("smollm3", config_from_hf, weights, ignorable)
+SMOLLM3 = Family("smollm3", "SmolLM3", config_from_hf, weights, ignorable)
