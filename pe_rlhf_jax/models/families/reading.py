@@ -45,7 +45,8 @@ def positive(config: Fields, key: str, default: Any = None, kind: type = int) ->
     if found is None and default is not None:
         return default
     allowed = (int, float) if kind is float else (int,)
-    if isinstance(found, bool) or not isinstance(found, allowed) or not 0 < found < float("inf"):
+    # 2**31: what indices on devices hold, and more than any model has of anything.
+    if isinstance(found, bool) or not isinstance(found, allowed) or not 0 < found < (float("inf") if kind is float else 2**31):
         raise UnsupportedModelError(f"{key}: expected a positive {kind.__name__}, found {found!r}")
     return kind(found)
 
