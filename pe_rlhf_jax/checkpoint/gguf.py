@@ -106,6 +106,8 @@ class GGUFFile:
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # damaged scales; `load_params` refuses what is not finite
                 array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            if np.may_share_memory(array, tensor.data):  # JAX may use the memory as it is, and this is the file's
+                array = array.copy()
             if self.architecture == "llama" and name.endswith("q_proj.weight"):
                 return _rotate_half_rows(array, self.config["num_attention_heads"])
             if self.architecture == "llama" and name.endswith("k_proj.weight"):
