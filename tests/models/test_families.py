@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # Logits are of order 1 to 10, gradients of 0.01 to 1, and both sides compute in float32: they were found to differ by 1.2e-5 and 1e-5
 # at most. A feature left out moves logits by 1e-2 (`test_every_feature_moves_the_logits`).
+NAMES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES]  # what is loaded is loaded once
 LOGITS = 1e-4
 GRADIENTS = 5e-5
 
@@ -49,7 +50,7 @@ def test_every_family_has_a_case():
     assert {case["model_type"] for case in CASES.values()} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_and_gradients_equal_torchs(name):
     architecture, params = loaded(name)
     mask = np.ones_like(tokens(), bool)
@@ -67,7 +68,7 @@ def test_logits_and_gradients_equal_torchs(name):
         assert np.abs(recorded(name)[leaf]).max() > 0.01
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_decoding_left_padded_rows_with_a_cache_equals_torchs_whole_rows(name):
     """Rows padded by 3 and 0 on the left; 7 slots at once, then one at a time, in a cache with room to spare."""
     architecture, params = loaded(name)
