@@ -55,6 +55,11 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(None, description="Revision of an `hf:` source (branch, tag or commit).")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Expected SHA-256 of the weight file of a `package:` source.")
+    adapter: str | None = Field(
+        None,
+        description="Folder of a PEFT adapter for the backbone, with the rank and targets of `lora`: the policy that SFT starts from, and "
+        "the reference where no SFT stage makes one.",
+    )
     any_backbone: bool = Field(
         False, description="Load adapters onto these weights even if they were trained on others (same shapes, another file)."
     )
@@ -183,6 +188,7 @@ class RewardConfig(Section):
     )
     tuning: Literal["lora", "full"] = Field("lora", description="Train an adapter and the score head, or backbone and head.")
     start_from: Literal["base", "sft"] = Field("base", description="Start the adapter fresh on the backbone, or from the SFT adapter.")
+    adapter: str | None = Field(None, description="Folder of a PEFT adapter to start from instead, with its score head where it has one.")
     steps: int = Field(100, ge=1, description="Updates.")
     batch_size: int = Field(16, ge=1, description="Pairs in an update.")
     micro_batch_size: int | None = Field(None, ge=1, description="Pairs computed at once (gradient accumulation); null for all.")
@@ -348,6 +354,8 @@ class EvaluateConfig(Section):
 
 class ExportConfig(Section):
     roles: list[Literal["policy", "reward"]] = Field(["policy", "reward"], description="What is written in PEFT format.")
+    merged: bool = Field(False, description="Also write the policy as a plain model in Hugging Face's layout, its adapter merged in.")
+    merged_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Of the merged weights; the sum is float32.")
 
 
 class Config(Section):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 
 from pe_rlhf_jax import data
+from pe_rlhf_jax.checkpoint.peft_import import import_adapter
 from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data.formats import Kind
 from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.sharding import make_mesh, row_multiple, shardings
 from pe_rlhf_jax.training.context import Context
@@ -33,7 +37,9 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     loaded = data.load(config.data, backbone.tokenizer, needs=needs)
     for note in loaded.notes:
         progress.note(f"data: {note}")
-    return backbone, Context(config, decoder, params, backbone.tokenizer, backbone.eos_token_ids, loaded, mesh)
+    base, reward_base = (_adapter(config, folder, backbone, decoder) for folder in (config.model.adapter, config.reward.adapter))
+    tokenizer, ends = backbone.tokenizer, backbone.eos_token_ids
+    return backbone, Context(config, decoder, params, tokenizer, ends, loaded, mesh, base.replace(head=None), reward_base)
 
 
 def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) -> tuple[Decoder, PyTree]:
@@ -42,6 +48,21 @@ def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) ->
     dtype = jnp.dtype(("float32" if jax.default_backend() == "cpu" else "bfloat16") if name == "auto" else name)
     decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat)
     return decoder, backbone.load_params(dtype, shardings(jax.eval_shape(decoder.init_params, jax.random.key(0)), mesh))
+
+
+def _adapter(config: Config, folder: str | None, backbone: Backbone, decoder: Decoder) -> Role:
+    """The role that a PEFT adapter makes of the backbone; the backbone itself without one. Raises AdapterError if it does not fit."""
+    if folder is None:
+        return Role()
+    lora, head = import_adapter(
+        Path(folder).expanduser(),
+        jax.eval_shape(decoder.init_lora, jax.random.key(0)),
+        config.lora,
+        weights=backbone.family.weights(backbone.config),
+        base_model=backbone.source,
+        sha256=None if config.model.any_backbone else backbone.sha256,
+    )
+    return Role(lora=lora, head=head)
 
 
 def needed(config: Config) -> set[Kind]:

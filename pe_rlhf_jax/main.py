@@ -23,6 +23,7 @@ from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import run_folder
+from pe_rlhf_jax.checkpoint.peft_import import AdapterError
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.checkpoint.weights import WeightsError
 from pe_rlhf_jax.config import Config, ConfigError
@@ -121,7 +122,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
         argv.insert(0, "run")
     arguments = parser.parse_args(argv)
     console = Console()
-    errors = (ConfigError, DataError, WeightsError, PackageError, CheckpointError, NonFiniteError, FunctionError, OSError)
+    errors = (ConfigError, DataError, WeightsError, PackageError, CheckpointError, NonFiniteError, FunctionError, AdapterError, OSError)
     try:
         if arguments.command == "report":
             run_folder.read_config(arguments.folder)

@@ -34,8 +34,8 @@ class Outcomes:
         self._read: dict[str, Any] = {}
 
     def reference(self) -> Role:
-        """The SFT model where there is one, else the backbone itself."""
-        return self._outcome(sft.STAGE, lambda: sft.init(self.context).trainable) or Role()
+        """The SFT model where there is one, else the backbone itself, with `model.adapter` where one is named."""
+        return self._outcome(sft.STAGE, lambda: sft.init(self.context).trainable) or self.context.base
 
     def reward_model(self) -> Role | None:
         """This run's reward model."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 
 from pe_rlhf_jax import run_folder
-from pe_rlhf_jax.checkpoint import export
+from pe_rlhf_jax.checkpoint import export, merged
 from pe_rlhf_jax.checkpoint.store import Store
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.loading import load, needed, size
@@ -187,16 +187,23 @@ class Run:
         began = time.perf_counter()
         recipe = {"run": self.config.run.name, "seed": self.config.run.seed, "stages": ", ".join(self.config.run.stages)}
         common: dict[str, Any] = {"base_model": self.backbone.source, "sha256": self.backbone.sha256, "recipe": recipe}
-        roles = {"policy": self.outcomes.policy() or self.outcomes.reference(), "reward": self.outcomes.reward_model()}
+        common["weights"] = self.backbone.family.weights(self.backbone.config)
+        policy = self.outcomes.policy() or self.outcomes.reference()
+        roles = {"policy": policy, "reward": self.outcomes.reward_model()}
         for name in self.config.export.roles:
             role, folder = roles[name], self.folder / "export" / name
-            if role is None or role.lora is None:
-                reason = "was not trained" if role is None else "was tuned in full; only adapters are exported"
-                self.progress.warn(f"export: the {name} model {reason}")
+            if role is None or (role.lora is None and role.params is None):
+                self.progress.warn(f"export: the {name} model was not trained")
+            elif role.lora is None or role.params is not None:
+                other = "; export.merged writes the policy whole" if name == "policy" else ""
+                self.progress.warn(f"export: the {name} model has weights of its own, to which no adapter of the backbone belongs{other}")
             elif name == "policy":
                 export.export_policy(folder, role.lora, self.config.lora, **common)
             else:
                 export.export_reward(folder, role.lora, role.head, self.config.lora, **common)
+        if self.config.export.merged:
+            dtype, folder = self.config.export.merged_dtype, self.folder / "export" / "merged"
+            merged.export_merged(folder, self.backbone, policy.lora, self.config.lora, params=policy.params, dtype=dtype, recipe=recipe)
         meta = self._meta() | {"elapsed_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(), "figures": {}}
         self.store.save("export", 0, {}, meta)
 

@@ -30,6 +30,10 @@ class Context:
     end_tokens: tuple[int, ...]
     data: Data
     mesh: jax.sharding.Mesh
+    base: Role = dataclasses.field(default_factory=Role)
+    """What training starts from: the backbone itself, or with the adapter that `model.adapter` names."""
+    reward_base: Role = dataclasses.field(default_factory=Role)
+    """The same for the reward model, by `reward.adapter`, perhaps with a head."""
 
     @property
     def pad_token(self) -> int:

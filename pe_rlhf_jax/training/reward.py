@@ -29,10 +29,13 @@ def kind_of(config: RewardConfig) -> Kind:
 
 
 def init(context: Context, sft: Role) -> TrainState:
-    """The state before the first update: a fresh head, and an adapter that is fresh or, with `start_from: sft`, the reference's."""
+    """The state before the first update: a fresh head, and an adapter that is fresh or, with `start_from: sft`, the reference's.
+
+    With `reward.adapter`, that adapter and its head.
+    """
     config = context.config.reward
-    head = init_head(context.key(f"{STAGE}/head"), context.decoder.config.hidden_size)
-    role = context.start(sft if config.start_from == "sft" else Role(), config.tuning, STAGE)
+    role = context.start(sft if config.start_from == "sft" else context.reward_base, config.tuning, STAGE)
+    head = role.head or init_head(context.key(f"{STAGE}/head"), context.decoder.config.hidden_size)
     return new_state(role.replace(head=head).trained(config.tuning), make_optimizer(config.optimizer, config.steps, config.tuning))
 
 

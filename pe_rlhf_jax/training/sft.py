@@ -26,7 +26,7 @@ STAGE = "sft"
 def init(context: Context) -> TrainState:
     """The state before the first update."""
     config = context.config.sft
-    role = context.start(Role(), config.tuning, STAGE)
+    role = context.start(context.base, config.tuning, STAGE)
     return new_state(role.trained(config.tuning), make_optimizer(config.optimizer, config.steps, config.tuning))
 
 
@@ -48,7 +48,7 @@ def run(context: Context, state: TrainState) -> Iterator[tuple[TrainState, Metri
 
 def finish(context: Context, state: TrainState) -> tuple[Role, dict[str, Any]]:
     """The trained role and its figures."""
-    before, after = evaluate(context, Role()), evaluate(context, state.trainable)
+    before, after = evaluate(context, context.base), evaluate(context, state.trainable)
     return state.trainable, {"loss_before": before, "loss_after": after, "skipped_updates": int(state.skipped)}
 
 

@@ -247,3 +247,29 @@ def test_full_tuning_beside_a_shared_backbone_is_refused_with_the_reason(project
     config = write_config(project, tmp_path, reward=project["reward"] | {"tuning": "full"})
     output = finish(start(config, compiled), code=2)
     assert "reward.tuning full makes another; set rl.roles: separate" in output
+
+
+def test_an_exported_adapter_starts_another_run_and_comes_out_as_it_went_in(undisturbed, project, compiled, tmp_path):
+    """To the bit; and merged into the backbone it is a plain model, whose weights a third run trains on from there."""
+    made = undisturbed / "runs" / "run" / "export"
+    adapters = {"model": project["model"] | {"adapter": str(made / "policy")}, "export": {"roles": ["policy"], "merged": True}}
+    output = finish(start(write_config(project, tmp_path, **adapters), compiled, "--set", "run.stages=[export]"))
+    assert "warning" not in output
+    ours = tmp_path / "runs" / "run" / "export"
+    before, after = (load_file(folder / "policy" / "adapter_model.safetensors") for folder in (made, ours))
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    assert (ours / "merged" / "config.json").is_file()
+
+    merged = {"model": {"source": str(ours / "merged")}, "sft": project["sft"] | {"steps": 1}}
+    finish(start(write_config(project, tmp_path, **merged), compiled, "--set", "run.name=third", "--set", "run.stages=[sft]"))
+    figures = json.loads((tmp_path / "runs" / "third" / "summary.json").read_text())["sft"]
+    trained = json.loads((undisturbed / "runs" / "run" / "summary.json").read_text())["sft"]
+    assert figures["loss_before"] < trained["loss_before"]  # it has learned what the first run taught it
+
+
+def test_an_adapter_of_another_shape_is_refused(undisturbed, project, compiled, tmp_path):
+    made = str(undisturbed / "runs" / "run" / "export" / "policy")
+    sections = {"model": project["model"] | {"adapter": made}, "lora": {"r": 3, "lora_alpha": 4.0}}
+    output = finish(start(write_config(project, tmp_path, **sections), compiled), code=2)
+    assert "adapter_config.json" in output and "error:" in output
