@@ -57,7 +57,7 @@ def _judge(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile | None:
     if delta is None:
         return None
     interval = _interval(summary["judge"])
-    name = summary["judge"].get("name") or "An independent judge"
+    name = str(summary["judge"].get("name") or "An independent judge").rpartition(":")[2]
     tone = _tone(delta, interval)
     verdict = {
         "good": "agrees that answers got better",

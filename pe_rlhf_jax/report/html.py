@@ -19,7 +19,7 @@ from pe_rlhf_jax.files import write_atomically
 from pe_rlhf_jax.report import headline, health, metrics, samples, sections
 from pe_rlhf_jax.report.progress import duration
 
-SAMPLES_SHOWN = 50
+SAMPLES_OPEN, SAMPLES_SHOWN = 8, 50
 STAGE_TITLES = {
     "sft": "supervised fine-tuning",
     "reward": "reward model",
@@ -66,6 +66,7 @@ def build(run_folder: Path) -> Path:
         sections=sections.drawn(run.rows, run.summary),
         stage_times=_stage_times(run.summary),
         facts=_facts(run),
+        samples_open=SAMPLES_OPEN,
         samples_shown=SAMPLES_SHOWN,
     )
     path = folder / "report.html"
