@@ -18,25 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import run_folder
+from pe_rlhf_jax.answering import Answerer, chat
 from pe_rlhf_jax.checkpoint.peft_import import AdapterError
-from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
+from pe_rlhf_jax.checkpoint.store import CheckpointError
 from pe_rlhf_jax.checkpoint.weights import WeightsError
 from pe_rlhf_jax.config import Config, ConfigError
-from pe_rlhf_jax.data import DataError, PromptExample, pad_prompts
-from pe_rlhf_jax.loading import load
-from pe_rlhf_jax.outcomes import Outcomes
+from pe_rlhf_jax.data import DataError
 from pe_rlhf_jax.package import PackageError, cache_folder
 from pe_rlhf_jax.report import html, samples
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.run import Run
-from pe_rlhf_jax.sharding import row_multiple
 from pe_rlhf_jax.training.functions import FunctionError
-from pe_rlhf_jax.training.rollouts import respond, texts
 from pe_rlhf_jax.training.step import NonFiniteError
 
 STOPPED = 75
@@ -86,24 +82,6 @@ def run(config: Config, restart: bool = False, console: Console | None = None) -
         return summary
 
 
-def generate(folder: Path, prompts: Sequence[str], console: Console) -> None:
-    """Answers prompts with a run's policy beside its reference, sampled as the run's `rl.sampling` says."""
-    config = run_folder.read_config(folder)
-    backbone, context = load(config, Progress(console), needs=set())
-    outcomes = Outcomes(Store(folder / "checkpoints"), backbone, context)
-    rows = [PromptExample(np.asarray(backbone.tokenizer(text)["input_ids"], np.int32), text, {}) for text in prompts]
-    count = -(-len(rows) // row_multiple(context.mesh)) * row_multiple(context.mesh)
-    batch = pad_prompts(rows, context.pad_token, config.data.length_multiple, rows=count)
-    shown: list[dict[str, Any]] = [{"prompt": text} for text in prompts]
-    with jax.set_mesh(context.mesh):
-        for name, role in (("reference", outcomes.reference()), ("policy", outcomes.policy())):
-            if role is None:
-                raise ConfigError(f"{folder} has no {name} yet; run its stage `rl` first")
-            for row, text in zip(shown, texts(context, respond(context, role, context.rows(batch), context.key("generate"))), strict=False):
-                row[name] = text
-    samples.show(console, shown, len(shown))
-
-
 def cli(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     parser = argparse.ArgumentParser(prog="pe-rlhf", description="Parameter-efficient RLHF in JAX.")
@@ -116,7 +94,12 @@ def cli(argv: Sequence[str] | None = None) -> int:
     reporting.add_argument("folder", type=Path)
     generating = commands.add_parser("generate", help="answer prompts with a run's policy, beside its reference")
     generating.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="run folder")
-    generating.add_argument("--prompt", required=True, action="append", help="may be given several times")
+    generating.add_argument("--prompt", action="append", help="may be given several times; without one, a conversation begins")
+    generating.add_argument("--temperature", type=float, help="0 is greedy; the run's rl.sampling by default, and so below")
+    generating.add_argument("--top-k", type=int)
+    generating.add_argument("--top-p", type=float)
+    generating.add_argument("--max-new-tokens", type=int)
+    generating.add_argument("--seed", type=int, help="other answers")
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv.insert(0, "run")
@@ -128,7 +111,12 @@ def cli(argv: Sequence[str] | None = None) -> int:
             run_folder.read_config(arguments.folder)
             console.print(f"report: {html.build(arguments.folder)}", markup=False)
         elif arguments.command == "generate":
-            generate(arguments.run, arguments.prompt, console)
+            changes = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
+            answerer = Answerer(arguments.run, console, changes, arguments.seed)
+            if arguments.prompt:
+                samples.show(console, answerer(arguments.prompt), len(arguments.prompt))
+            else:
+                chat(answerer, lambda: console.input("[bold]you: [/]"), console)
         else:
             run(configuration.load(arguments.config, arguments.set), arguments.restart, console)
     except Stopped as reason:

@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "loading": PARTS,
     "outcomes": PARTS | {"loading", "run_folder"},
     "run": PARTS | {"loading", "outcomes", "run_folder"},
-    "main": PARTS | {"loading", "outcomes", "run_folder", "run"},
+    "answering": PARTS | {"loading", "outcomes", "run_folder"},
+    "main": PARTS | {"answering", "loading", "outcomes", "run_folder", "run"},
 }
 """What each part of the package may import besides itself."""
 

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -273,3 +275,19 @@ def test_an_adapter_of_another_shape_is_refused(undisturbed, project, compiled, 
     sections = {"model": project["model"] | {"adapter": made}, "lora": {"r": 3, "lora_alpha": 4.0}}
     output = finish(start(write_config(project, tmp_path, **sections), compiled), code=2)
     assert "adapter_config.json" in output and "error:" in output
+
+
+def test_generate_answers_with_both_policies(undisturbed, compiled):
+    """Greedy, so twice the same; a sampling field that cannot be is refused."""
+    run = str(undisturbed / "runs" / "run")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PE_RLHF_CACHE": str(compiled), "COLUMNS": "120"}
+
+    def generate(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "pe_rlhf_jax.main", "generate", "--run", run, "--prompt", "film 3 is", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    first, second = (generate("--temperature", "0", "--max-new-tokens", "5") for _ in range(2))
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "film 3 is" in first.stdout and first.stdout == second.stdout
+    refused = generate("--temperature", "-1")
+    assert refused.returncode == 2 and "temperature" in refused.stdout
