@@ -8,7 +8,7 @@ IN_VENV := .venv/bin/python -m
 INSTALL := $(IN_VENV) pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-parity benchmark-baseline clean
+.PHONY: help quickstart test test-slow test-parity benchmark-baseline benchmark-tables clean
 .NOTPARALLEL:  # two installs into one environment would meet
 
 help:  ## Show this list
@@ -31,6 +31,9 @@ test-parity: .venv/parity.installed  ## Comparisons with torch and peft; TORCH=W
 
 benchmark-baseline: .venv/benchmarks.installed  ## TF-IDF and logistic regression on the quickstart's preference pairs
 	.venv/bin/python benchmarks/tfidf_baseline.py --config configs/quickstart.yaml
+
+benchmark-tables: .venv/quickstart.installed  ## The paper's memory and speed table on the quickstart's model and this device
+	.venv/bin/python benchmarks/paper_tables.py --config configs/quickstart.yaml
 
 clean:  ## Remove .venv and what tools leave behind; runs/ and downloads stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
