@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pe_rlhf_jax import config as c
+from pe_rlhf_jax.config.reading import section_type
 
 MODEL = "model:\n  source: local\n"
 
@@ -200,7 +201,7 @@ def test_files_are_read_and_unreadable_ones_explained(tmp_path):
 
 
 def fields(section: type[c.Section]) -> set[str]:
-    inner = {c._section_type(field.annotation) for field in section.model_fields.values()} - {None}
+    inner = {section_type(field.annotation) for field in section.model_fields.values()} - {None}
     return set(section.model_fields).union(*map(fields, inner))
 
 

@@ -1,0 +1,242 @@
+"""The sections of a configuration. Field names follow PEFT (LoRA) and TRL (PPO)."""
+
+from __future__ import annotations
+
+import re
+import typing
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pe_rlhf_jax.config.optimizer import OptimizerConfig
+from pe_rlhf_jax.config.rl import RLConfig
+from pe_rlhf_jax.config.section import Section
+
+StageName = Literal["sft", "reward", "rl", "evaluate", "export"]
+STAGES: tuple[StageName, ...] = typing.get_args(StageName)
+
+FormatName = Literal["anthropic-hh", "bolt", "openai-tldr-comparisons", "openai-tldr-sft", "shp", "taskmaster"]
+
+PRESETS = ("attention", "all-linear")
+
+
+class RunConfig(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder.")
+    folder: str = Field("runs", description="Where run folders are made.")
+    seed: int = Field(0, ge=0, description="The only source of randomness: every key is folded from it, the stage and the step.")
+    stages: list[StageName] = Field(list(STAGES), description="Stages to run, in this order; each continues from the run folder.")
+    checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of a training stage.")
+    max_nonfinite: int = Field(5, ge=1, description="Stop after this many non-finite updates in a row; each one is skipped and counted.")
+    tensorboard: bool = Field(True, description="Write TensorBoard event files beside metrics.jsonl.")
+    wandb_project: str | None = Field(None, description="Also log to this Weights & Biases project (extra `wandb`).")
+    compilation_cache: bool = Field(True, description="Keep compiled programs on disk between runs (JAX's persistent cache).")
+
+
+class ModelConfig(Section):
+    source: str = Field(
+        description="The backbone: `package:NAME==VERSION` (a GGUF file inside a Python package), `hf:OWNER/NAME`, a local folder "
+        "in Hugging Face layout, or a local `.gguf` file."
+    )
+    revision: str | None = Field(None, description="Revision of an `hf:` source (branch, tag or commit).")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Expected SHA-256 of the weight file of a `package:` source.")
+    adapter: str | None = Field(
+        None,
+        description="Folder of a PEFT adapter for the backbone, with the rank and targets of `lora`: the policy that SFT starts from, and "
+        "the reference where no SFT stage makes one.",
+    )
+    any_backbone: bool = Field(
+        False, description="Load adapters onto these weights even if they were trained on others (same shapes, another file)."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Computation and backbone storage; `auto` is bfloat16 on accelerators and float32 on CPU."
+    )
+    remat: Literal["none", "full", "dots"] = Field(
+        "full",
+        description="What the backward pass recomputes in each layer: nothing, everything, or all but the outputs of matrix products.",
+    )
+    logprob_chunk: int = Field(
+        1024, ge=1, description="Tokens whose logits exist at once when log-probabilities are computed; bounds memory."
+    )
+
+
+class LoRAConfig(Section):
+    r: int = Field(16, ge=1, description="Rank.")
+    lora_alpha: float = Field(32.0, gt=0, description="Scale: the update is (lora_alpha / r) B A, or (lora_alpha / sqrt(r)) with rsLoRA.")
+    use_rslora: bool = Field(False, description="Rank-stabilised scale, lora_alpha / sqrt(r).")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in SFT and reward training only.")
+    target_modules: str = Field(
+        "all-linear",
+        description="`attention` (q, k, v, o: the paper), `all-linear` (also gate, up, down), or a regular expression that must match a "
+        "whole module name such as `attention.q_proj` or `mlp.up_proj`.",
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _is_preset_or_regex(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"is neither one of {PRESETS} nor a regular expression ({error})") from error
+        return value
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+class MeshConfig(Section):
+    data: int = Field(-1, description="Copies of the model; -1 takes the devices that the other axes leave.")
+    fsdp: int = Field(1, description="Devices over which parameters, optimizer state and batch are sharded.")
+    tensor: int = Field(1, description="Devices over which heads, hidden units and vocabulary are sharded.")
+
+    @model_validator(mode="after")
+    def _one_free_axis(self) -> MeshConfig:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size == 0 or size < -1 for size in sizes):
+            raise ValueError(f"axis sizes must be positive, or -1 for one of them; found {sizes}")
+        if sizes.count(-1) > 1:
+            raise ValueError(f"only one of data, fsdp, tensor may be -1; found {sizes}")
+        return self
+
+
+class FilesConfig(Section):
+    """Where rows of one kind are read from."""
+
+    train: list[str] = Field(
+        description="Where the training rows are: files (`.jsonl`, `.jsonl.gz`, `.json` or `.parquet`; `*` matches several), "
+        "`tfds:NAME[/CONFIG][:VERSION]:SPLIT` (TensorFlow Datasets), or `hf:OWNER/NAME[/FOLDER][:CONFIG]:SPLIT` (Hugging Face, extra "
+        "`datasets`)."
+    )
+    validation: list[str] = Field([], description="Where held-out rows are; empty takes `validation_share` of the training rows.")
+    format: FormatName | None = Field(None, description="Original format to convert rows from; null where rows have this kind's keys.")
+
+
+class DataConfig(Section):
+    source: str | None = Field(
+        None, description="A named data set that serves all stages: `movie-reviews` (embedded: people's ratings of film reviews)."
+    )
+    sft: FilesConfig | None = Field(None, description="Rows with `prompt` and `completion`, or `messages`.")
+    preference: FilesConfig | None = Field(
+        None, description="Rows with `prompt`, `chosen`, `rejected` and optionally `margin`; without `prompt`, each side is a whole text."
+    )
+    label: FilesConfig | None = Field(
+        None, description="Rows with `prompt` and `completion`, or `messages`, and `label`: 1 or true for good, 0 or false for bad."
+    )
+    prompts: FilesConfig | None = Field(None, description="Rows with `prompt` (text or chat turns) for RL and evaluation.")
+    group_by: str | None = Field(
+        None, description="Key of each row, such as `conversation`, by whose value rows are held out; null holds out by the prompt's text."
+    )
+    max_prompt_length: int = Field(512, ge=1, description="Longest prompt, in tokens.")
+    max_response_length: int = Field(512, ge=1, description="Longest response in SFT, preference and label data, in tokens, end included.")
+    too_long: Literal["error", "skip"] = Field(
+        "skip", description="What to do with a row over the length limits; skipped rows are counted."
+    )
+    on_error: Literal["error", "skip"] = Field("error", description="What to do with a bad row; skipped rows are counted and reported.")
+    validation_share: float = Field(
+        0.1, gt=0, lt=1, description="Held-out share, by a hash of the prompt or group, where no file is given."
+    )
+    length_multiple: int = Field(16, ge=1, description="Batches are padded to a multiple of this, so that few programs are compiled.")
+    train_pairs: int = Field(2048, ge=1, description="movie-reviews: number of training pairs.")
+    validation_pairs: int = Field(512, ge=1, description="movie-reviews: number of held-out pairs.")
+    min_margin: float = Field(0.5, ge=0, description="movie-reviews: least difference between the mean ratings of a pair's two sides.")
+    prompt_words: int = Field(4, ge=1, description="movie-reviews: words of the review that the prompt shows.")
+
+
+class SFTConfig(Section):
+    tuning: Literal["lora", "full"] = Field("lora", description="Train an adapter, or the backbone itself.")
+    steps: int = Field(100, ge=1, description="Updates.")
+    batch_size: int = Field(16, ge=1, description="Rows in an update.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Rows computed at once (gradient accumulation); null for all.")
+    evaluate_every: int = Field(50, ge=1, description="Updates between evaluations on held-out rows.")
+    evaluation_rows: int = Field(128, ge=1, description="Held-out rows used at an evaluation.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="Optimizer.")
+
+
+class RewardConfig(Section):
+    kind: Literal["pairs", "labels"] = Field(
+        "pairs", description="Learn from preference pairs (Bradley-Terry), or from responses labelled 0 or 1 (logistic)."
+    )
+    tuning: Literal["lora", "full"] = Field("lora", description="Train an adapter and the score head, or backbone and head.")
+    start_from: Literal["base", "sft"] = Field("base", description="Start the adapter fresh on the backbone, or from the SFT adapter.")
+    adapter: str | None = Field(None, description="Folder of a PEFT adapter to start from instead, with its score head where it has one.")
+    steps: int = Field(100, ge=1, description="Updates.")
+    batch_size: int = Field(16, ge=1, description="Pairs in an update.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Pairs computed at once (gradient accumulation); null for all.")
+    use_margin: bool = Field(False, description="Subtract the row's margin inside the Bradley-Terry loss (Llama 2).")
+    center_rewards_coefficient: float = Field(0.0, ge=0, description="Weight of the squared sum of a pair's scores.")
+    balance_classes: bool = Field(False, description="labels: weigh both classes alike, however rare one of them is.")
+    evaluate_every: int = Field(
+        50, ge=1, description="Updates between evaluations; the checkpoint of the best one (accuracy; labels: AUC) is kept and used."
+    )
+    evaluation_pairs: int = Field(256, ge=1, description="Held-out pairs, or labelled rows, used at an evaluation during training.")
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop after this many evaluations in a row that are no better than the best before; null never does."
+    )
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="Optimizer.")
+
+
+class EvaluateConfig(Section):
+    prompts: int = Field(128, ge=1, description="Held-out prompts answered by reference and policy.")
+    batch_size: int = Field(32, ge=1, description="Prompts answered at once.")
+    pairs: int = Field(1024, ge=1, description="Held-out pairs on which the reward model is measured, at most.")
+    judge: str | None = Field(
+        None,
+        description="Independent judge `module:function`, called as f(prompts, completions, **columns) -> list of float; training never "
+        "sees it.",
+    )
+    samples: int = Field(8, ge=0, description="Before/after samples shown and kept.")
+    bootstrap: int = Field(2000, ge=100, description="Resamples behind each 95% confidence interval.")
+
+
+class ExportConfig(Section):
+    roles: list[Literal["policy", "reward"]] = Field(["policy", "reward"], description="What is written in PEFT format.")
+    merged: bool = Field(False, description="Also write the policy as a plain model in Hugging Face's layout, its adapter merged in.")
+    merged_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Of the merged weights; the sum is float32.")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = Field(RunConfig(), description="The run itself.")
+    model: ModelConfig = Field(description="The frozen backbone.")
+    lora: LoRAConfig = Field(LoRAConfig(), description="Adapters, the same for every role.")
+    mesh: MeshConfig = Field(MeshConfig(), description="Devices.")
+    data: DataConfig = Field(DataConfig(), description="Data.")
+    sft: SFTConfig = Field(SFTConfig(), description="Supervised fine-tuning: the reference policy.")
+    reward: RewardConfig = Field(RewardConfig(), description="Reward model.")
+    rl: RLConfig = Field(RLConfig(), description="Reinforcement learning.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Evaluation on held-out data.")
+    export: ExportConfig = Field(ExportConfig(), description="Export.")
+
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> Config:
+        for name, section, size in (
+            ("sft", self.sft, self.sft.batch_size),
+            ("reward", self.reward, self.reward.batch_size),
+            ("rl", self.rl, self.rl.batch_size // (1 if self.rl.algorithm == "reinforce" else self.rl.num_mini_batches)),
+        ):
+            if section.micro_batch_size and size % section.micro_batch_size:
+                raise ValueError(f"{name}.micro_batch_size {section.micro_batch_size} does not divide the update's {size} rows")
+        return self
+
+    @model_validator(mode="after")
+    def _one_backbone_where_shared(self) -> Config:
+        full = [name for name, tuning in self._tunings().items() if tuning == "full"]
+        if full and self.rl.roles == "shared" and "rl" in self.run.stages:
+            raise ValueError(
+                f"rl.roles shared keeps one backbone in memory, but {', '.join(full)} full makes another; set rl.roles: separate"
+            )
+        return self
+
+    def _tunings(self) -> dict[str, str]:
+        tunings: dict[str, str] = {
+            "rl.tuning": self.rl.tuning,
+            "rl.value_tuning": self.rl.tuning_of("value") if self.rl.has_critic else "lora",
+        }
+        tunings |= {f"{name}.tuning": getattr(self, name).tuning for name in ("sft", "reward") if name in self.run.stages}
+        return tunings
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.folder).expanduser() / self.run.name
