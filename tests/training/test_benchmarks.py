@@ -1,0 +1,67 @@
+"""The paper's tables and the sweep: that what they compare is what they say, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import numpy as np
+import paper_tables
+import pytest
+import sweep
+
+
+@pytest.mark.parametrize("stage", ["reward", "rl"])
+def test_twins_are_run_and_weighed(make_context, stage):
+    context = make_context()
+    row = paper_tables.compare(context.config, context, stage, steps=1, rank=2)
+    small, large = (row["seconds"][name] for name in ("lora", "full"))
+    assert small.keys() == large.keys() == set(paper_tables.PARTS if stage == "rl" else ["learning"])
+    backbone = sum(x.nbytes for x in context.backbone["layers"]["mlp"]["up_proj"].values())
+    # The full reward model has weights, two moments and gradients of what the adapters leave alone; RL's twin four models besides.
+    assert row["memory_gib"]["full"] - row["memory_gib"]["lora"] > 3 * backbone / 2**30
+    assert 0 < row["trained_share"] < 1 and 0 < row["memory_share"] < 1 and row["speed_up"] > 0
+    table = paper_tables.table([row])
+    assert paper_tables.PAPER[stage]["memory"] in table and f"{row['memory_share']:.0%}" in table
+
+
+def test_a_copy_counts_and_a_second_name_for_it_does_not(make_context):
+    backbone = make_context().backbone
+    once = paper_tables._unique(backbone)
+    assert paper_tables._unique((backbone, {"again": backbone})) == once == sum(x.nbytes for x in paper_tables.jax.tree.leaves(backbone))
+    assert paper_tables._unique((backbone, paper_tables.jax.tree.map(lambda x: x + 0, backbone))) == 2 * once
+
+
+def test_points_names_and_intervals():
+    points = sweep.points(["lora.r=1,4", "reward.optimizer.learning_rate=1e-4"])
+    assert points == [("lora.r=1", "reward.optimizer.learning_rate=1e-4"), ("lora.r=4", "reward.optimizer.learning_rate=1e-4")]
+    assert sweep.folder_name(points[1], 2) == "r-4_learning_rate-1e-4_seed-2"
+    assert sweep.interval([0.5]) is None
+    assert sweep.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 * 1.0 / np.sqrt(3))
+    with pytest.raises(SystemExit):
+        sweep.points(["lora.r"])
+
+
+def test_a_sweep_tabulates_what_ran_and_says_what_failed(tmp_path, monkeypatch, capsys):
+    """Two ranks, two seeds; one run fails. The runs themselves are stood in for: each writes a summary."""
+
+    def run(command, **_):
+        settings = dict(word.split("=", 1) for word in command if "=" in word)
+        if settings["lora.r"] == "4" and settings["run.seed"] == "1":
+            return subprocess.CompletedProcess(command, 2, "", "error: no such data")
+        folder = tmp_path / settings["run.name"]
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = {"reward_model": {"accuracy": 0.1 * int(settings["lora.r"]) + 0.2 * int(settings["run.seed"])}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr("sys.argv", f"sweep --config c.yaml --output {tmp_path} --grid lora.r=1,4 --seeds 0 1 --stages reward".split())
+    sweep.main()
+    lines = (tmp_path / "sweep.md").read_text().splitlines()
+    assert lines[0] == "| lora.r | seeds | reward_model.accuracy |"
+    assert lines[2] == f"| 1 | 2 | 0.200 ± {12.706 * 0.1:.3f} |"
+    assert lines[3] == "| 4 | 1 | 0.400 |"
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 4
+    assert "<svg" in (tmp_path / "sweep.svg").read_text()
+    assert "no such data" in capsys.readouterr().err
