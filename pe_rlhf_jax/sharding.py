@@ -40,14 +40,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Where a leaf lives, by the last names of its path; adapters and optimizer moments follow the matrix they belong to.
 
-    A dimension that its axis does not divide stays whole.
+    A bias lies with the outputs of its matrix where these are sharded over heads or hidden units, and norms are whole everywhere. A
+    dimension that its axis does not divide stays whole.
     """
     leaf, module = path[-1], path[-2] if len(path) > 1 else ""
-    columns = {"kernel": ("fsdp", "tensor"), "a": ("fsdp", None), "b": (None, "tensor")}
+    columns = {"kernel": ("fsdp", "tensor"), "bias": ("tensor",), "a": ("fsdp", None), "b": (None, "tensor")}
     rows = {"kernel": ("tensor", "fsdp"), "a": ("tensor", None), "b": (None, "fsdp")}
     axes: tuple[str | None, ...] = ()
     if leaf in ("embed", "lm_head"):
         axes = ("tensor", "fsdp")
+    elif leaf == "position_embed":
+        axes = (None, "fsdp")
     elif module in _COLUMN_PARALLEL:
         axes = columns.get(leaf, ())
     elif module in _ROW_PARALLEL:

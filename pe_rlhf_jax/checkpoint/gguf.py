@@ -1,8 +1,9 @@
 """GGUF files (llama.cpp's format), presented as Hugging Face's layout would hold the same model.
 
 The `gguf` package reads the structure and dequantizes. Added here: bounds, so that a damaged file is an error and never
-a hang; the names and the configuration in Hugging Face's terms; and the inverse of llama.cpp's reordering of query and
-key rows, which turned "rotate half" rotary positions into interleaved ones.
+a hang; the names in Hugging Face's terms; and the inverse of what llama.cpp's conversion does to the values: it reorders
+the query and key rows of the llama architecture, from "rotate half" rotary positions to interleaved ones, and adds 1 to
+the scales of Gemma's norms.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float
 
+from pe_rlhf_jax.checkpoint.gguf_config import Metadata, hf_config
 from pe_rlhf_jax.checkpoint.weights import WeightsError
 
 TENSOR_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -30,10 +32,17 @@ _LAYER = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+_GEMMA_LAYER = _LAYER | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -43,7 +52,7 @@ _DAMAGE = (ValueError, LookupError, ArithmeticError, TypeError, RuntimeError, Me
 
 
 class GGUFFile:
-    """A `.gguf` file of the llama architecture as a `WeightReader`, with its metadata.
+    """A `.gguf` file of one of the supported architectures as a `WeightReader`, with its metadata.
 
     Raises (opening, and `read`):
         WeightsError: the file is missing, truncated, damaged, or holds an architecture or tensor type not supported.
@@ -70,13 +79,21 @@ class GGUFFile:
                     f"{self.path}: {tensor.name} is of type {tensor.tensor_type.name}, which is not supported; "
                     f"supported: {', '.join(TENSOR_TYPES)}"
                 )
-        self._tensors = {_hf_name(tensor.name): tensor for tensor in tensors}
+        meta = Metadata(self.path, self.metadata)
+        self.architecture = meta.architecture
+        self._tensors = {_hf_name(tensor.name, self.architecture): tensor for tensor in tensors}
         if len(self._tensors) != len(tensors):
             raise WeightsError(f"{self.path}: two tensors stand for the same weight; the file is damaged")
-        self.config = self._config()
-        eos = self.config["eos_token_id"]
-        self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
-        # Factors of 1 change nothing; others are a scaling, which `config` declares.
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise WeightsError(f"{self.path}: no token embedding; the file is not a whole model")
+        tied = "lm_head.weight" not in self._tensors
+        self.config: dict[str, Any] = {}  # read before it is known
+        factors = self.read(_ROPE_FACTORS) if _ROPE_FACTORS in self._tensors else None
+        self.config = hf_config(meta, int(embedding.shape[-1]), tied, factors)
+        ends = [self.config["eos_token_id"], *(meta.optional(f"tokenizer.ggml.{key}_token_id", int) for key in ("eot", "eom"))]
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(end for end in ends if end is not None))
+        # The factors of rotary frequencies are in the configuration.
         self.names = tuple(name for name in self._tensors if name != _ROPE_FACTORS)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -89,73 +106,25 @@ class GGUFFile:
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # damaged scales; `load_params` refuses what is not finite
                 array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-            if name.endswith("q_proj.weight"):
+            if np.may_share_memory(array, tensor.data):  # JAX may use the memory as it is, and this is the file's
+                array = array.copy()
+            if self.architecture == "llama" and name.endswith("q_proj.weight"):
                 return _rotate_half_rows(array, self.config["num_attention_heads"])
-            if name.endswith("k_proj.weight"):
+            if self.architecture == "llama" and name.endswith("k_proj.weight"):
                 return _rotate_half_rows(array, self.config["num_key_value_heads"])
+            if self.architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
+                return array - 1
             return array
         except _DAMAGE as error:
             raise WeightsError(f"{self.path}: cannot read {tensor.name}: {error}") from error
 
-    def _config(self) -> dict[str, Any]:
-        architecture = self._get("general.architecture", str)
-        if architecture != "llama":
-            raise WeightsError(f"{self.path}: architecture {architecture!r} is not supported; supported: llama")
-        embedding = self._tensors.get("model.embed_tokens.weight")
-        if embedding is None or len(embedding.shape) != 2:
-            raise WeightsError(f"{self.path}: no token embedding; the file is not a whole model")
-        hidden, heads = self._get("llama.embedding_length", int), self._get("llama.attention.head_count", int)
-        if hidden < 1 or heads < 1:
-            raise WeightsError(f"{self.path}: {hidden} hidden units in {heads} heads; the file is damaged")
-        head_dim = self._get("llama.attention.key_length", int, hidden // heads)
-        if (value_dim := self._get("llama.attention.value_length", int, head_dim)) != head_dim:
-            raise WeightsError(f"{self.path}: heads of {head_dim} for keys and {value_dim} for values are not supported")
-        rotated = self._get("llama.rope.dimension_count", int, head_dim)
-        return {
-            "model_type": "llama",
-            "vocab_size": int(embedding.shape[-1]),
-            "hidden_size": hidden,
-            "intermediate_size": self._get("llama.feed_forward_length", int),
-            "num_hidden_layers": self._get("llama.block_count", int),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self._get("llama.attention.head_count_kv", int, heads),
-            "head_dim": head_dim,
-            "hidden_act": "silu",
-            "rope_theta": self._get("llama.rope.freq_base", float, 10_000.0),
-            "rope_scaling": self._rope_scaling(),
-            "partial_rotary_factor": 1.0 if rotated == head_dim else rotated / max(head_dim, 1),
-            # Stored in float32; read as the shortest decimal that means it, which is what config.json had.
-            "rms_norm_eps": float(str(np.float32(self._get("llama.attention.layer_norm_rms_epsilon", float)))),
-            "max_position_embeddings": self._get("llama.context_length", int),
-            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-            "num_local_experts": self._get("llama.expert_count", int, 0) or None,
-            "bos_token_id": self._get("tokenizer.ggml.bos_token_id", int, -1, missing=None),
-            "eos_token_id": self._get("tokenizer.ggml.eos_token_id", int, -1, missing=None),
-        }
 
-    def _rope_scaling(self) -> dict[str, str] | None:
-        kind = self._get("llama.rope.scaling.type", str, "none")
-        if kind != "none":
-            return {"rope_type": kind}
-        if _ROPE_FACTORS in self._tensors and not (self.read(_ROPE_FACTORS) == 1).all():
-            return {"rope_type": "llama3"}  # the conversion stores Llama 3's scaling only as these factors
-        return None
-
-    def _get(self, key: str, kind: type, default: Any = None, missing: Any = ...) -> Any:
-        """A metadata value of a kind. With a default it may be absent; the answer is then the default, or `missing`."""
-        found = self.metadata.get(key)
-        if found is None and default is not None:
-            return default if missing is ... else missing
-        if not isinstance(found, kind) or isinstance(found, bool):
-            raise WeightsError(f"{self.path}: {key} should be one {kind.__name__}, but is {str(found)[:60]!r}")
-        return found
-
-
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, architecture: str) -> str:
     """Hugging Face's name of a GGUF tensor; a name that is unknown stays, for the caller to refuse."""
+    modules = _GEMMA_LAYER if architecture in ("gemma2", "gemma3") else _LAYER
     match name.split("."):
-        case ["blk", layer, module, "weight"] if module in _LAYER and layer.isdecimal():
-            return f"model.layers.{int(layer)}.{_LAYER[module]}.weight"
+        case ["blk", layer, module, "weight" | "bias" as kind] if module in modules and layer.isdecimal():
+            return f"model.layers.{int(layer)}.{modules[module]}.{kind}"
     return _TOP.get(name, name)
 
 

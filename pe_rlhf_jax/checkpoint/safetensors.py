@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (teaches NumPy the name bfloat16, by which safetensors asks for it)
+import ml_dtypes
 import numpy as np
 import safetensors
 from jaxtyping import Float
 
 from pe_rlhf_jax.checkpoint.weights import WeightsError
 
-TENSOR_TYPES = ("F32", "F16", "BF16")
+_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -32,32 +34,32 @@ class SafetensorsFolder:
         self.eos_token_ids: tuple[int, ...] = self._eos_token_ids()
         shards = self._shards()
         self.files = tuple(self.path / shard for shard in sorted(set(shards.values())))
-        self._opened = {file.name: _open(file) for file in self.files}
+        self._entries = {file.name: _entries(file) for file in self.files}
         if not shards.keys() <= {_SINGLE}:
             self._file_of = shards
             for name, shard in shards.items():
-                if name not in self._opened[shard].keys():  # noqa: SIM118 (not a dict)
+                if name not in self._entries[shard]:
                     raise WeightsError(f"{self.path / shard} lacks {name}, which {_INDEX} promises; fetch it again")
         else:
-            self._file_of = dict.fromkeys(self._opened[_SINGLE].keys(), _SINGLE)
+            self._file_of = dict.fromkeys(self._entries[_SINGLE], _SINGLE)
         self.names = tuple(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, [out, in] for matrices."""
-        return tuple(self._opened[self._file_of[name]].get_slice(name).get_shape())
+        return self._entries[self._file_of[name]][name].shape
 
     def read(self, name: str) -> Float[np.ndarray, "*shape"]:
-        """The tensor in float32."""
-        shard = self._file_of[name]
-        kind = self._opened[shard].get_slice(name).get_dtype()
-        if kind not in TENSOR_TYPES:
-            raise WeightsError(
-                f"{self.path / shard}: {name} is of type {kind}, which is not supported; supported: {', '.join(TENSOR_TYPES)}"
-            )
+        """The tensor as it is stored."""
+        file = self.path / self._file_of[name]
+        entry = self._entries[file.name][name]
+        if entry.kind not in _TYPES:
+            raise WeightsError(f"{file}: {name} is of type {entry.kind}, which is not supported; supported: {', '.join(_TYPES)}")
         try:
-            return self._opened[shard].get_tensor(name).astype(np.float32)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise WeightsError(f"{self.path / shard}: cannot read {name}: {error}") from error
+            # Not by the library's memory map: its pages would stay in memory beside what is made of them.
+            found = np.fromfile(file, np.uint8, entry.size, offset=entry.start)
+            return found.view(_TYPES[entry.kind]).reshape(entry.shape)
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{file}: cannot read {name}: {error}") from error
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         """End tokens of `config.json` and `generation_config.json`, each of which holds one, several or none."""
@@ -89,10 +91,31 @@ class SafetensorsFolder:
         return shards
 
 
-def _open(file: Path) -> Any:
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies in its file."""
+
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def _entries(file: Path) -> dict[str, _Entry]:
+    """The tensors of a file, whose header and length the library checks."""
     try:
-        return safetensors.safe_open(file, framework="numpy")
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            names = list(opened.keys())
+        with open(file, "rb") as source:
+            (length,) = struct.unpack("<Q", source.read(8))
+            header = json.loads(source.read(length))
+        found = {}
+        for name in names:
+            entry = header[name]
+            begin, end = entry["data_offsets"]
+            found[name] = _Entry(entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+        return found
+    except (safetensors.SafetensorError, OSError, ValueError, LookupError, TypeError, struct.error, RecursionError) as error:
         raise WeightsError(f"{file} is not a whole safetensors file ({error}); fetch it again") from error
 
 

@@ -5,71 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pe_rlhf_jax.checkpoint.gguf import GGUFFile
+from pe_rlhf_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from pe_rlhf_jax.checkpoint.weights import WeightsError
 
-CHAT_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+CHAT_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>")
 """Tokens that end a response of a chat model where its vocabulary has them, whatever else it declares."""
-
-# GGUF's token types that are not plain vocabulary.
-_CONTROL, _USER_DEFINED = 3, 4
+_CONTROL_BYTE = "\u0114"  # how byte-level vocabularies spell byte 0x14, "device control four"
 
 
 def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
-    """Byte-level BPE out of the file's vocabulary, merges, special tokens and chat template.
-
-    Its pad token is one that ends nothing (see `choose_pad`).
+    """The tokenizer out of the file's vocabulary (see `gguf_tokenizer.build_tokenizer`), with a pad token that ends nothing.
 
     Raises:
-        WeightsError: the file has no tokenizer, another kind than SmolLM's, or a damaged one.
+        WeightsError: the file has no tokenizer, one of another kind, or a damaged one.
     """
-    tokens, types, merges = (_strings(file, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges"))
-    for key, expected in (("model", "gpt2"), ("pre", "smollm"), ("add_bos_token", False), ("add_eos_token", False)):
-        if (found := file.metadata.get(f"tokenizer.ggml.{key}", False)) != expected:
-            raise WeightsError(
-                f"{file.path}: tokenizer.ggml.{key} {found!r} is not supported (only {expected!r} is); use the model's "
-                "folder in Hugging Face's layout"
-            )
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens) or len(types) != len(tokens):
-        raise WeightsError(f"{file.path}: the vocabulary has duplicates, or its types do not match; the file is damaged")
-    try:
-        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-        backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
-        added = [
-            tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-        backend.add_tokens(added)
-    except Exception as error:  # the Rust library raises plain Exception
-        raise WeightsError(f"{file.path}: the merges do not fit the vocabulary ({error}); the file is damaged") from error
-    named = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None:
-            if not (isinstance(token_id, int) and 0 <= token_id < len(tokens)):
-                raise WeightsError(f"{file.path}: the {name} token {token_id} is not in the vocabulary of {len(tokens)}")
-            named[f"{name}_token"] = tokens[token_id]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=file.metadata.get("tokenizer.chat_template"),
-        model_max_length=file.config["max_position_embeddings"],
-        clean_up_tokenization_spaces=False,
-        **named,
-    )
-    return _finished(tokenizer, file.eos_token_ids, file.path)
+    return _finished(build_tokenizer(file), file.eos_token_ids, file.path)
 
 
 def tokenizer_from_folder(folder: Path, eos_token_ids: Iterable[int] = ()) -> PreTrainedTokenizerFast:
@@ -106,7 +59,8 @@ def choose_pad(tokenizer: PreTrainedTokenizerFast, end_ids: Iterable[int]) -> st
     """The pad token: the tokenizer's own unless it ends a text or begins one, else a special token that is not used.
 
     The latter is the first special token with "pad" in its name, else the one with the highest id, that is neither end,
-    begin nor unknown token and does not stand in the chat template; the unknown token is the last resort.
+    begin nor unknown token and does not stand in the chat template; then the unknown token, and where that ends texts too (GPT-2 has
+    one special token for everything) the byte of a control character that texts do not have.
     """
     taken = {*end_ids, tokenizer.bos_token_id}
     if tokenizer.pad_token is not None and tokenizer.pad_token_id not in taken:
@@ -120,6 +74,8 @@ def choose_pad(tokenizer: PreTrainedTokenizerFast, end_ids: Iterable[int]) -> st
         return free[-1]
     if tokenizer.unk_token is not None and tokenizer.unk_token_id not in taken:
         return tokenizer.unk_token
+    if _CONTROL_BYTE in tokenizer.get_vocab():
+        return _CONTROL_BYTE
     raise WeightsError("the tokenizer has no special token that could pad; give it a pad_token that is not an end token")
 
 
@@ -131,10 +87,3 @@ def _finished(tokenizer: PreTrainedTokenizerFast, declared: Iterable[int], where
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(declared[0])
     tokenizer.pad_token = choose_pad(tokenizer, end_token_ids(tokenizer, declared))
     return tokenizer
-
-
-def _strings(file: GGUFFile, key: str) -> list:
-    found = file.metadata.get(key)
-    if not isinstance(found, list) or not found:
-        raise WeightsError(f"{file.path}: no {key}; the file holds no tokenizer")
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
-from pe_rlhf_jax.models.decoder import Decoder, DecoderConfig
+from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.families import Family, Weight
 from pe_rlhf_jax.types import PyTree
 
@@ -37,70 +39,102 @@ class WeightReader(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str) -> Float[np.ndarray, "*shape"]:
-        """The tensor in float32; matrices of linear layers are [out, in]."""
+        """The tensor in float32, float16 or bfloat16, as stored; matrices of linear layers are [out, in]."""
         ...
 
 
 def load_params(reader: WeightReader, family: Family, config: DecoderConfig, dtype: Any, shardings: PyTree | None = None) -> PyTree:
-    """The decoder's parameters in `dtype`, on the default device or with `shardings` (a tree like the parameters).
+    """The decoder's parameters in `dtype`, on the default device or with `shardings` (a tree like the parameters, `NamedSharding`s).
 
-    Every tensor of the file and every leaf of the tree is accounted for before the first one is read. The host holds
-    one leaf at a time.
+    Every tensor of the file and every leaf of the tree is accounted for before the first one is read. The host holds one tensor of
+    the file at a time; layers are stacked, transposed and converted where the leaf lives.
 
     Raises:
         WeightsError: tensors are missing, unknown, of another shape, unreadable, or not finite.
     """
-    tree = jax.eval_shape(Decoder(config).init_params, jax.random.key(0))
-    leaves = {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    table = {weight.leaf: weight for weight in family.weights(config)}
-    if table.keys() != leaves.keys():
-        raise AssertionError(f"{family.model_type}'s weights do not fit the decoder: {table.keys() ^ leaves.keys()}")
-    _account(reader, family, config, [(table[leaf], shape) for leaf, shape in leaves.items()])
+    leaves = leaf_shapes(config)
+    table = family.weights(config)
+    if sorted(weight.leaf for weight in table) != sorted(leaves):
+        raise AssertionError(f"{family.model_type}'s weights do not fit the decoder: {set(leaves) ^ {w.leaf for w in table}}")
+    file_names = account(reader, family, config, [(weight, leaves[weight.leaf]) for weight in table])
     params: dict[str, Any] = {}
-    for leaf, shape in leaves.items():
-        sharding = None if shardings is None else _at(shardings, leaf)
-        *parents, last = leaf
-        node = params
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = _place(_leaf(reader, table[leaf], config, shape, dtype), sharding)
+    for weights in grouped(table):
+        shards = [None if shardings is None else _at(shardings, weight.leaf) for weight in weights]
+        filled = [
+            jnp.zeros(leaves[weight.leaf], dtype, device=shard) if weight.per_layer else None
+            for weight, shard in zip(weights, shards, strict=True)
+        ]
+        for layer, name in enumerate(weights[0].names(config.num_layers)):
+            tensor = reader.read(file_names[name])
+            for i, weight in enumerate(weights):
+                part = tensor if weight.part is None else weight.take(tensor)
+                turned = weight.transposed and weight.part is None
+                filled[i], finite = _write(filled[i], _place(part, shards[i], weight.per_layer, turned), layer, turned, dtype)
+                if not finite:  # also waits, or the host would hold this tensor while it reads the next
+                    raise WeightsError(f"{reader.path}: {file_names[name]} holds values that are not finite; the file is damaged")
+        for weight, leaf in zip(weights, filled, strict=True):
+            *parents, last = weight.leaf
+            node = params
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = leaf
     return params
 
 
-def _leaf(reader: WeightReader, weight: Weight, config: DecoderConfig, shape: Sequence[int], dtype: Any) -> Float[np.ndarray, "*shape"]:
-    leaf = np.empty(shape, jnp.dtype(dtype))
-    for i, name in enumerate(weight.names(config.num_layers)):
-        tensor = reader.read(name)
-        if not np.isfinite(tensor).all():
-            raise WeightsError(f"{reader.path}: {name} holds values that are not finite; the file is damaged")
-        leaf[i if weight.per_layer else ...] = tensor.T if weight.transposed else tensor
-    return leaf
+def leaf_shapes(config: DecoderConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shape of every leaf of the decoder's parameters, by its path."""
+    tree = jax.eval_shape(Decoder(config).init_params, jax.random.key(0))
+    return {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _place(leaf: Float[np.ndarray, "*shape"], sharding: jax.sharding.Sharding | None) -> jax.Array:
-    # Waits, or the host would hold this leaf while it reads the next.
+def grouped(table: Sequence[Weight]) -> list[list[Weight]]:
+    """The weights by the tensor that they come from, in the order of the table."""
+    groups: dict[str, list[Weight]] = {}
+    for weight in table:
+        groups.setdefault(weight.name, []).append(weight)
+    return list(groups.values())
+
+
+@functools.partial(jax.jit, static_argnames=("turned", "dtype"), donate_argnums=0)
+def _write(leaf: jax.Array | None, tensor: jax.Array, layer: int, turned: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The leaf with one layer filled (or the tensor itself where there are no layers), and whether all values are finite."""
+    tensor = (tensor.T if turned else tensor).astype(dtype)
+    finite = jnp.isfinite(tensor).all()
+    return (tensor if leaf is None else jax.lax.dynamic_update_index_in_dim(leaf, tensor, layer, 0)), finite
+
+
+def _place(tensor: Shaped[np.ndarray, "*shape"], sharding: jax.sharding.NamedSharding | None, per_layer: bool, turned: bool) -> jax.Array:
+    """The tensor on the devices, each of which (and on several hosts each host) is sent its own part only."""
     if sharding is None:
-        return jax.device_put(leaf).block_until_ready()
-    # Each device, and on several hosts each host, is sent its own part only.
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index]).block_until_ready()
+        return jax.device_put(tensor)
+    axes = (*sharding.spec, *[None] * (tensor.ndim + per_layer - len(sharding.spec)))[per_layer:]
+    spec = jax.sharding.PartitionSpec(*(reversed(axes) if turned else axes))
+    placed = jax.sharding.NamedSharding(sharding.mesh, spec)
+    return jax.make_array_from_callback(tensor.shape, placed, lambda index: tensor[index])
 
 
-def _account(reader: WeightReader, family: Family, config: DecoderConfig, expected: Sequence[tuple[Weight, tuple[int, ...]]]) -> None:
+def account(
+    reader: WeightReader, family: Family, config: DecoderConfig, expected: Sequence[tuple[Weight, tuple[int, ...]]]
+) -> dict[str, str]:
+    """The file's name of every expected tensor. Raises WeightsError for what is missing, has another shape or would be ignored."""
     shapes: dict[str, tuple[int, ...]] = {}
     for weight, leaf_shape in expected:
-        shape = leaf_shape[1:] if weight.per_layer else leaf_shape
-        for name in weight.names(config.num_layers):
-            shapes[name] = shape[::-1] if weight.transposed else shape
-    present = set(reader.names)
+        shape = weight.file_shape(leaf_shape[1:] if weight.per_layer else leaf_shape)
+        shapes |= dict.fromkeys(weight.names(config.num_layers), shape)
+    present: dict[str, str] = {}
+    for name in reader.names:
+        if (other := present.setdefault(family.canonical(name), name)) != name:
+            raise WeightsError(f"{reader.path}: {other} and {name} are the same weight; the file is damaged")
     if missing := [name for name in shapes if name not in present]:
         raise WeightsError(f"{reader.path}: the file lacks {_some(missing)}; is the download complete?")
     for name, shape in shapes.items():
-        if (found := reader.shape(name)) != shape:
-            raise WeightsError(f"{reader.path}: {name} should be {shape} by the configuration, but is {found}")
+        if (found := reader.shape(present[name])) != shape:
+            raise WeightsError(f"{reader.path}: {present[name]} should be {shape} by the configuration, but is {found}")
     patterns = family.ignorable(config)
-    extra = [name for name in reader.names if name not in shapes]
-    if unknown := [name for name in extra if not any(re.fullmatch(pattern, name) for pattern in patterns)]:
+    extra = [name for name in present if name not in shapes]
+    if unknown := [present[name] for name in extra if not any(re.fullmatch(pattern, name) for pattern in patterns)]:
         raise WeightsError(f"{reader.path}: {_some(unknown)} would be ignored, so this is not a plain {family.model_type} model")
+    return {name: present[name] for name in shapes}
 
 
 def _some(names: Sequence[str]) -> str:

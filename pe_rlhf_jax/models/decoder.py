@@ -5,17 +5,19 @@ Letters: B batch, T query tokens, S key slots, D hidden, V vocabulary, L layers.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pe_rlhf_jax.config import LoRAConfig
-from pe_rlhf_jax.models.layers import Attention, GatedMLP, KVCache, RMSNorm, rope_angles
+from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.models.layers import MLP, Attention, KVCache, Rotation, make_norm, softcap
 from pe_rlhf_jax.models.lora import MODULES
+from pe_rlhf_jax.models.rope import RopeScaling, rope_angles
 from pe_rlhf_jax.types import PyTree
 
 REMAT_POLICIES = {
@@ -24,25 +26,18 @@ REMAT_POLICIES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Architecture of a Llama-like decoder."""
+class PerLayer(flax.struct.PyTreeNode):
+    """What differs from layer to layer; the scan hands each layer its own. None where all layers are alike."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    max_position_embeddings: int
+    index: Int[Array, "*L"]
+    window: Int[Array, "*L"] | None
+    """Tokens that are seen, itself included."""
+    kind: Int[Array, "*L"] | None
+    """Which of the kinds of rotation."""
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer block; the body of the scan over layers."""
+    """Transformer block; the body of the scan over layers."""
 
     config: DecoderConfig
     lora: LoRAConfig | None
@@ -50,16 +45,27 @@ class Layer(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, carry, layer, angles, mask, start, deterministic):
+    def __call__(self, carry, layer: PerLayer, rotation: Rotation | None, mask, start, deterministic):
         x, cache = carry
         c = self.config
-        norm = {"eps": c.rms_norm_eps, "dtype": self.dtype, "param_dtype": self.param_dtype}
         common = {"lora": self.lora, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        attention = Attention(c.num_heads, c.num_kv_heads, c.head_dim, **common, name="attention")
-        y, cache = attention(RMSNorm(**norm, name="attention_norm")(x), angles, mask, cache, layer, start, deterministic)
-        x = x + y
-        x = x + GatedMLP(c.intermediate_size, **common, name="mlp")(RMSNorm(**norm, name="mlp_norm")(x), deterministic)
-        return (x, cache), None
+
+        def norm(name: str, y: Array) -> Array:
+            return make_norm(c, self.dtype, self.param_dtype, name)(y)
+
+        if layer.kind is not None:
+            rotation = jax.tree.map(lambda leaf: leaf[layer.kind], rotation)
+        if layer.window is not None:
+            mask = mask & within_window(layer.window, mask.shape, start)
+        attention, mlp = Attention(c, **common, name="attention"), MLP(c, **common, name="mlp")
+        y, cache = attention(norm("attention_norm", x), rotation, mask, cache, layer.index, start, deterministic)
+        if c.post_norms:
+            y = norm("attention_post_norm", y)
+        read, x = x, x + y
+        z = mlp(norm("mlp_norm", read if c.parallel_residual else x), deterministic)
+        if c.post_norms:
+            z = norm("mlp_post_norm", z)
+        return (x + z, cache), None
 
 
 class Decoder(nn.Module):
@@ -97,6 +103,10 @@ class Decoder(nn.Module):
             positions_BT = positions(mask_BS)[:, :length]
         embedding = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.param_dtype)
         x = embedding[tokens_BT].astype(self.dtype)
+        if c.embedding_scale is not None:
+            x = x * jnp.asarray(c.embedding_scale, self.dtype)  # rounded first, as the models were trained
+        if c.learned_positions:
+            x = x + self._learned_positions(positions_BT)
         slots_T = start + jnp.arange(length)
         sees_TS = jnp.arange(mask_BS.shape[1])[None, :] <= slots_T[:, None]
         mask = mask_BS[:, None, None, :] & sees_TS[None, None]
@@ -110,12 +120,32 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c, self.lora, self.dtype, self.param_dtype, name="layers")
-        angles = rope_angles(positions_BT, c.head_dim, c.rope_theta)
-        (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), angles, mask, start, deterministic)
-        x = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="final_norm")(x)
+        rotation, kinds = rotations(c, positions_BT)
+        window = None
+        windows = [c.sliding_window if c.is_windowed(i) else None for i in range(c.num_layers)]
+        if len(set(windows)) > 1:
+            window = jnp.array([mask.shape[-1] if w is None else w for w in windows], jnp.int32)
+        elif windows[0] is not None:
+            mask = mask & within_window(windows[0], mask.shape, start)
+        per_layer = PerLayer(jnp.arange(c.num_layers), window, kinds)
+        (x, cache), _ = layers((x, cache), per_layer, rotation, mask, start, deterministic)
+        x = make_norm(c, self.dtype, self.param_dtype, "final_norm")(x)
         if not c.tie_word_embeddings and self.is_initializing():
             self.param("lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.param_dtype)
         return x, cache
+
+    def _learned_positions(self, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        c = self.config
+        if positions_BT.shape[1] > c.max_position_embeddings:
+            raise ValueError(f"{positions_BT.shape[1]} tokens in a row, but the model has positions for {c.max_position_embeddings} only")
+        shape = (c.max_position_embeddings, c.hidden_size)
+        table = self.param("position_embed", nn.initializers.normal(0.02), shape, self.param_dtype)
+        # Beyond the table, where generation with a cache may run: not a number, which is noticed, rather than the last position again.
+        return table.at[positions_BT].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)
+
+    def unembed(self, params: PyTree, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Logits of hidden states, in float32."""
+        return unembed(params, hidden, self.config.final_softcap)
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for `slots` tokens a row, in the computation dtype."""
@@ -144,7 +174,43 @@ def positions(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
 
 
-def unembed(params: PyTree, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-    """Logits in float32, by the head of its own or the tied embedding."""
+def rotations(c: DecoderConfig, positions_BT: Int[Array, "B T"]) -> tuple[Rotation | None, Int[Array, " L"] | None]:
+    """How the layers rotate queries and keys, and where they differ, which kind each layer has."""
+    size = c.head_dim if c.rotary_dim is None else c.rotary_dim
+    if c.learned_positions or not size:
+        return None, None
+
+    def kind(layer: int) -> tuple[float, RopeScaling | None] | None:
+        if layer in c.unrotated_layers:
+            return None
+        if c.local_rope_theta is not None and c.is_windowed(layer):
+            return c.local_rope_theta, None
+        return c.rope_theta, c.rope_scaling
+
+    kinds = [kind(layer) for layer in range(c.num_layers)]
+    distinct = list(dict.fromkeys(kinds))
+
+    def angles(kind: tuple[float, RopeScaling | None] | None) -> Float[Array, "B T half"]:
+        if kind is None:  # turning by 0 changes no bit
+            return jnp.zeros((*positions_BT.shape, size // 2), jnp.float32)
+        return rope_angles(positions_BT, size, *kind)
+
+    lengths = [1.0 if kind is None or kind[1] is None else kind[1].attention_factor for kind in distinct]
+    length = None if set(lengths) == {1.0} else jnp.array(lengths, jnp.float32)
+    if len(distinct) == 1:
+        return Rotation(angles(distinct[0]), None if length is None else length[0]), None
+    return Rotation(jnp.stack([angles(kind) for kind in distinct]), length), jnp.array([distinct.index(kind) for kind in kinds])
+
+
+def within_window(window: Int[Array, ""] | int, mask_shape: tuple[int, ...], start: Int[Array, ""] | int) -> Bool[Array, "1 1 T S"]:
+    """Which slots lie less than `window` before each token's own; padding counts, so rows must be padded at their ends only."""
+    length, slots = mask_shape[-2:]
+    distance_TS = (start + jnp.arange(length))[:, None] - jnp.arange(slots)[None, :]
+    return (distance_TS < window)[None, None]
+
+
+def unembed(params: PyTree, hidden: Float[Array, "*batch D"], final_softcap: float | None = None) -> Float[Array, "*batch V"]:
+    """Logits in float32, by the head of its own or the tied embedding. `Decoder.unembed` knows the model's soft cap."""
     matrix_VD = params["lm_head"] if "lm_head" in params else params["embed"]
-    return jnp.einsum("...d,vd->...v", hidden, matrix_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...d,vd->...v", hidden, matrix_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return softcap(logits, final_softcap)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +14,15 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.lora import Linear, is_target
+from pe_rlhf_jax.models.rope import rotate
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+}
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -22,21 +32,33 @@ class KVCache(flax.struct.PyTreeNode):
     v_LBSKh: Float[Array, "L B S K h"]
 
 
-def rope_angles(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Float[Array, "B T half"]:
-    """Rotation angles of rotary position embeddings (Su et al. 2021), float32."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions_BT[..., None].astype(jnp.float32) * frequencies
+class Rotation(flax.struct.PyTreeNode):
+    """How queries and keys are turned: `rotate`'s arguments. With several kinds of layers, the leaves have a leading axis of kinds."""
 
-
-def rotate(x_BTHh: Float[Array, "B T H h"], angles: Float[Array, "B T half"]) -> Float[Array, "B T H h"]:
-    """Rotates the pairs (x_i, x_{i + h/2}), as Hugging Face's Llama does; computed in float32."""
-    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
-    first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHh.dtype)
+    angles: Float[Array, "*kinds B T half"]
+    length: Float[Array, "*kinds"] | None
+    """None where every kind's is 1."""
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a scale, computed in float32."""
+    """Root-mean-square norm with a scale, computed in float32. Gemma's scale is stored as its difference from 1, `offset`."""
+
+    eps: float
+    dtype: Any
+    param_dtype: Any
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        start = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * (scale + self.offset if self.offset else scale)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm (Ba et al. 2016) with scale and bias, computed in float32."""
 
     eps: float
     dtype: Any
@@ -45,17 +67,45 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
         x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * scale.astype(jnp.float32)).astype(self.dtype)
+        return (x * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+
+
+def make_norm(config: DecoderConfig, dtype: Any, param_dtype: Any, name: str) -> RMSNorm | LayerNorm:
+    """The architecture's norm."""
+    if config.norm == "layer":
+        return LayerNorm(config.rms_norm_eps, dtype, param_dtype, name=name)
+    return RMSNorm(config.rms_norm_eps, dtype, param_dtype, config.norm_offset, name=name)
+
+
+def softcap(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:
+    """cap * tanh(x / cap): about x where that is small, and within +-cap. None leaves x as it is."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def capped_attention(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    mask: Bool[Array, "B 1 T S"],
+    scale: float,
+    cap: float,
+) -> Float[Array, "B T H h"]:
+    """Attention with soft-capped scores (Gemma 2), which `jax.nn.dot_product_attention` has no argument for; softmax in float32."""
+    q_BTKGh = rearrange(q, "B T (K G) h -> B T K G h", K=k.shape[2])
+    scores = jnp.einsum("BTKGh,BSKh->BKGTS", q_BTKGh, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(mask[:, :, None], softcap(scores, cap), jnp.finfo(jnp.float32).min)
+    out = jnp.einsum("BKGTS,BSKh->BTKGh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return rearrange(out, "B T K G h -> B T (K G) h")
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and an optional key-value cache."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    config: DecoderConfig
     lora: LoRAConfig | None
     dtype: Any
     param_dtype: Any
@@ -64,23 +114,32 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        angles: Float[Array, "B T half"],
+        rotation: Rotation | None,
         mask: Bool[Array, "B 1 T S"],
         cache: KVCache | None,
         layer: Int[Array, ""],
         start: Int[Array, ""] | int,
         deterministic: bool,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        def linear(name: str, features: int) -> Linear:
+        c = self.config
+
+        def linear(name: str, features: int, bias: bool) -> Linear:
             lora = self.lora if is_target(f"attention.{name}", self.lora) else None
-            return Linear(features, lora, self.dtype, self.param_dtype, name=name)
+            return Linear(features, lora, self.dtype, self.param_dtype, bias, name=name)
 
         def heads(name: str, count: int) -> Float[Array, "B T count h"]:
-            return rearrange(linear(name, count * self.head_dim)(x_BTD, deterministic), "B T (n h) -> B T n h", n=count)
+            return rearrange(linear(name, count * c.head_dim, c.qkv_bias)(x_BTD, deterministic), "B T (n h) -> B T n h", n=count)
 
-        q = rotate(heads("q_proj", self.num_heads), angles)
-        k = rotate(heads("k_proj", self.num_kv_heads), angles)
-        v = heads("v_proj", self.num_kv_heads)
+        def placed(x: Float[Array, "B T n h"], norm: str) -> Float[Array, "B T n h"]:
+            if c.qk_norm:
+                x = make_norm(c, self.dtype, self.param_dtype, norm)(x)
+            if rotation is None:
+                return x
+            return rotate(x, rotation.angles, 1.0 if rotation.length is None else rotation.length)
+
+        q = placed(heads("q_proj", c.num_heads), "q_norm")
+        k = placed(heads("k_proj", c.num_kv_heads), "k_norm")
+        v = heads("v_proj", c.num_kv_heads)
         if cache is not None:
             at = (layer, 0, start, 0, 0)
             cache = KVCache(
@@ -89,25 +148,35 @@ class Attention(nn.Module):
             )
             k = jax.lax.dynamic_index_in_dim(cache.k_LBSKh, layer, 0, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(cache.v_LBSKh, layer, 0, keepdims=False)
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        if c.attention_softcap is None:
+            out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=c.attention_scale)
+        else:
+            out = capped_attention(q, k, v, mask, c.attention_scale or c.head_dim**-0.5, c.attention_softcap)
         out = rearrange(out, "B T H h -> B T (H h)")
-        return linear("o_proj", x_BTD.shape[-1])(out, deterministic), cache
+        return linear("o_proj", x_BTD.shape[-1], c.o_bias)(out, deterministic), cache
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), SwiGLU (Shazeer 2020)."""
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)), a gated unit (Shazeer 2020); or down(act(up(x))) without a gate."""
 
-    intermediate_size: int
+    config: DecoderConfig
     lora: LoRAConfig | None
     dtype: Any
     param_dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], deterministic: bool) -> Float[Array, "B T D"]:
+        c = self.config
+
         def linear(name: str, features: int) -> Linear:
             lora = self.lora if is_target(f"mlp.{name}", self.lora) else None
-            return Linear(features, lora, self.dtype, self.param_dtype, name=name)
+            return Linear(features, lora, self.dtype, self.param_dtype, c.mlp_bias, name=name)
 
-        gate = linear("gate_proj", self.intermediate_size)(x, deterministic)
-        up = linear("up_proj", self.intermediate_size)(x, deterministic)
-        return linear("down_proj", x.shape[-1])(nn.silu(gate) * up, deterministic)
+        act = ACTIVATIONS[c.activation]
+        if c.gated_mlp:
+            gate = linear("gate_proj", c.intermediate_size)(x, deterministic)
+            up = linear("up_proj", c.intermediate_size)(x, deterministic)
+            inner = act(gate) * up
+        else:
+            inner = act(linear("up_proj", c.intermediate_size)(x, deterministic))
+        return linear("down_proj", x.shape[-1])(inner, deterministic)

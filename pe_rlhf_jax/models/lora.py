@@ -36,7 +36,7 @@ def _uniform_fan_in(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Array
 
 
 class Linear(nn.Module):
-    """y = x W + scale (dropout(x) A) B, without bias. A is uniform in +-1/sqrt(d_in), B is zero, so a fresh adapter changes nothing.
+    """y = x W + bias + scale (dropout(x) A) B. A is uniform in +-1/sqrt(d_in), B is zero, so a fresh adapter changes nothing.
 
     `lora` is None where this layer is not targeted. Factors are stored in float32 and computed in `dtype`.
     """
@@ -45,12 +45,15 @@ class Linear(nn.Module):
     lora: LoRAConfig | None
     dtype: Any
     param_dtype: Any
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch d_out"]:
         d_in = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (d_in, self.features), self.param_dtype)
         y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         if self.lora is None or not (self.has_variable("lora", "a") or self.is_mutable_collection("lora")):
             return y
         r = self.lora.r

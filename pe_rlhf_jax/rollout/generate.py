@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pe_rlhf_jax.config import SamplingConfig
-from pe_rlhf_jax.models.decoder import Decoder, unembed
+from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.layers import KVCache
 from pe_rlhf_jax.rollout.sampling import sample
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
@@ -75,7 +75,7 @@ def generate(
         hidden, cache = cast(_Output, output)
         state = _State(
             step=state.step + 1,
-            logits=unembed(variables["params"], hidden[:, 0]),
+            logits=decoder.unembed(variables["params"], hidden[:, 0]),
             position=state.position + 1,
             alive=state.alive & ~jnp.isin(token, ends),
             cache=cache,
@@ -88,7 +88,7 @@ def generate(
     width = (batch, blocks * BLOCK)
     state = _State(
         step=jnp.zeros((), jnp.int32),
-        logits=unembed(variables["params"], hidden[:, -1]),
+        logits=decoder.unembed(variables["params"], hidden[:, -1]),
         position=jnp.sum(prompts.mask, axis=1),
         alive=jnp.ones((batch,), bool),
         cache=cache,

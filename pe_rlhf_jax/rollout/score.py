@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from pe_rlhf_jax.models.decoder import Decoder, unembed
+from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.heads import apply_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.types import PyTree, Rollout
@@ -69,7 +69,7 @@ def response_logprobs(
     """Log-probability and entropy at each response token under a role, at the sampling temperature. Junk where masked."""
     variables = role.variables(backbone)
     hidden = response_hidden(decoder, backbone, role, rollout)
-    return token_logprobs(hidden, rollout.response, lambda h: unembed(variables["params"], h), temperature, chunk)
+    return token_logprobs(hidden, rollout.response, lambda h: decoder.unembed(variables["params"], h), temperature, chunk)
 
 
 def response_values(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout) -> Float[Array, "B R"]:

@@ -100,8 +100,8 @@ def test_what_is_not_there_says_what_could_be(text, tmp_path, monkeypatch):
 
 
 def test_a_model_that_is_not_supported_is_named_with_its_source(tmp_path):
-    write_folder(tmp_path, hf_tensors(), {**CONFIG, "attention_bias": True})
-    with pytest.raises(WeightsError, match=f"{tmp_path}.*attention_bias: True is not supported"):
+    write_folder(tmp_path, hf_tensors(), {**CONFIG, "hidden_act": "relu"})
+    with pytest.raises(WeightsError, match=f"{tmp_path}.*hidden_act: 'relu' is not supported"):
         _resolve(tmp_path)
 
 

@@ -76,6 +76,31 @@ def test_without_a_chat_template_only_declared_tokens_end(tmp_path):
     assert end_token_ids(tokenizer) == (2,)
 
 
+def test_vocabularies_are_split_as_they_were_learned(tmp_path):
+    llama3 = tokenizer_from_gguf(_file(tmp_path, pre="llama-bpe"))
+    assert llama3.tokenize("hello 12") == ["hello", "Ġ", "12"]  # digits stay together, and a bos token comes first
+    assert llama3("he").input_ids == [1, TOKENS.index("he")]
+    qwen = tokenizer_from_gguf(_file(tmp_path, pre="qwen2"))
+    assert qwen.tokenize("hello 12") == ["hello", "Ġ", "1", "2"]
+    assert qwen("he").input_ids == [TOKENS.index("he")]
+    assert qwen("é").input_ids == qwen("é").input_ids  # composed first
+    assert llama3("é").input_ids != llama3("é").input_ids
+
+
+def test_sentencepiece_vocabularies_get_the_merges_that_their_scores_imply(tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "ab", "▁a"]
+    types = [2, 3, 3] + [6] * 256 + [1] * 5
+    scores = [0.0] * 259 + [-5.0, -5.0, -5.0, -3.0, -1.0]
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "padding_token_id": None, "pre": None, "merges": None}
+    file = _file(tmp_path, model="llama", tokens=pieces, token_type=types, scores=scores, **ids)
+    tokenizer = tokenizer_from_gguf(file)
+    assert tokenizer.tokenize("ab b") == ["▁a", "b", "▁", "b"]  # the best piece first: then "ab" has no "a" left
+    assert tokenizer("a").input_ids == [1, pieces.index("▁a")]
+    for text in ("ab b", "  a", "日"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    assert tokenizer.pad_token == "<unk>"
+
+
 def test_choosing_a_pad_token():
     def with_special(*special, **named):
         vocabulary = {"a": 0, **{token: i + 1 for i, token in enumerate(special)}}
@@ -89,6 +114,7 @@ def test_choosing_a_pad_token():
     used = with_special("<eos>", "<a>", "<b>", eos_token="<eos>", chat_template="{{ '<b>' }}")
     assert choose_pad(used, (1,)) == "<a>"
     assert choose_pad(with_special("<eos>", "<unk>", eos_token="<eos>", unk_token="<unk>"), (1,)) == "<unk>"
+    assert choose_pad(with_special("<eos>", "Ĕ", eos_token="<eos>", unk_token="<eos>"), (1, 2)) == "Ĕ"
     with pytest.raises(WeightsError, match="no special token that could pad"):
         choose_pad(with_special("<eos>", eos_token="<eos>"), (1,))
 
@@ -130,9 +156,11 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported"),
-        ({"pre": "llama-bpe"}, "tokenizer.ggml.pre 'llama-bpe' is not supported"),
-        ({"add_bos_token": True}, "add_bos_token True is not supported"),
+        ({"model": "bert"}, "tokenizer.ggml.model 'bert' is not supported"),
+        ({"model": "llama"}, "no tokenizer.ggml.scores"),
+        ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported"),
+        ({"add_eos_token": True}, "add_eos_token 'True' is not supported"),
+        ({"add_bos_token": True, "bos_token_id": None}, "texts should begin with a bos token, but the file names none"),
         ({"tokens": None}, "no tokenizer.ggml.tokens"),
         ({"merges": [*MERGES, "zz hell"]}, "merges do not fit the vocabulary"),
         ({"merges": [*MERGES, "nospace"]}, "merges do not fit the vocabulary"),

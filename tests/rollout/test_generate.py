@@ -12,6 +12,7 @@ from numpy_decoder import forward, log_softmax, merged
 from scipy import stats
 
 from pe_rlhf_jax.config import SamplingConfig
+from pe_rlhf_jax.models.decoder import unembed
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.generate import BLOCK, generate
 from pe_rlhf_jax.rollout.score import response_logprobs
@@ -40,6 +41,9 @@ class Script:
             jax.debug.callback(self._count)
         following = 50.0 * jax.nn.one_hot(tokens + 1, self.vocabulary) if self.logits is None else self.logits
         return jnp.broadcast_to(following, (*tokens.shape, self.vocabulary)), cache
+
+    def unembed(self, params, hidden):
+        return unembed(params, hidden)
 
     def _count(self):
         self.steps += 1

@@ -1,12 +1,16 @@
-"""What a family of models must say about itself, so that its published weights can be read into the decoder."""
+"""What a family of models must say about itself, so that its published weights can be read into the decoder and written again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pe_rlhf_jax.models.decoder import DecoderConfig
+import numpy as np
+from jaxtyping import Shaped
+
+from pe_rlhf_jax.models.architecture import DecoderConfig
 
 
 class UnsupportedModelError(ValueError):
@@ -14,16 +18,29 @@ class UnsupportedModelError(ValueError):
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which part of a fused tensor (query, key and value in one) a leaf is.
+
+    The parts lie along the outputs: one after the other, or with `heads` one after the other within each head.
+    """
+
+    index: int
+    count: int = 3
+    heads: int = 1
+
+
+@dataclass(frozen=True)
 class Weight:
     """One tensor of the published model, or with `{layer}` in its name one per layer, and the leaf that it fills.
 
     `transposed`: the file holds [out, in] (PyTorch's linear layers), the leaf [in, out]. Per-layer tensors are stacked
-    on the leaf's first axis.
+    on the leaf's first axis. With `part`, the tensor fills several leaves, and each has an entry of its own.
     """
 
     name: str
     leaf: tuple[str, ...]
     transposed: bool = False
+    part: Part | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -33,15 +50,52 @@ class Weight:
         """The tensors' names in the file, in the order of the layers."""
         return [self.name.format(layer=i) for i in range(num_layers)] if self.per_layer else [self.name]
 
+    def file_shape(self, leaf_shape: Sequence[int]) -> tuple[int, ...]:
+        """The tensor's shape in the file, by the leaf's of one layer."""
+        shape = list(leaf_shape)
+        if self.part is not None:
+            shape[-1] *= self.part.count
+        return tuple(reversed(shape)) if self.transposed else tuple(shape)
+
+    def take(self, tensor: Shaped[np.ndarray, "*file"]) -> Shaped[np.ndarray, "*leaf"]:
+        """The leaf (of one layer) out of the file's tensor."""
+        leaf = tensor.T if self.transposed else tensor
+        if self.part is None:
+            return leaf
+        part, lead = self.part, leaf.shape[:-1]
+        return leaf.reshape(*lead, part.heads, part.count, -1)[..., part.index, :].reshape(*lead, -1)
+
+
+def join(weights: Sequence[Weight], leaves: Sequence[Shaped[np.ndarray, "*leaf"]]) -> Shaped[np.ndarray, "*file"]:
+    """The file's tensor of the weights that share a name, given their leaves (of one layer); the inverse of `take`."""
+    first = weights[0]
+    if first.part is None:
+        [leaf] = leaves
+    else:
+        ordered = [leaf for _, leaf in sorted(zip(weights, leaves, strict=True), key=lambda pair: pair[0].part.index)]  # type: ignore[union-attr]
+        lead = ordered[0].shape[:-1]
+        leaf = np.stack([x.reshape(*lead, first.part.heads, -1) for x in ordered], axis=-2).reshape(*lead, -1)
+    return leaf.T if first.transposed else leaf
+
 
 @dataclass(frozen=True)
 class Family:
     """A family's translation from Hugging Face's terms to ours."""
 
     model_type: str
+    class_prefix: str
+    """Of transformers' classes: `Llama` in `LlamaForCausalLM`."""
     config_from_hf: Callable[[Mapping[str, Any]], DecoderConfig]
     """Architecture out of `config.json`; raises UnsupportedModelError."""
     weights: Callable[[DecoderConfig], tuple[Weight, ...]]
     """Every tensor that fills a leaf."""
     ignorable: Callable[[DecoderConfig], tuple[str, ...]]
     """Regular expressions for tensors that files carry although they follow from the configuration."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Other names that files have for the same tensors: (regular expression at the start of a name, what to write there)."""
+
+    def canonical(self, name: str) -> str:
+        """A tensor's name as the table of weights has it."""
+        for pattern, replacement in self.renamed:
+            name = re.sub(rf"\A(?:{pattern})", replacement, name)
+        return name

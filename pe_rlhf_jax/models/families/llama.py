@@ -1,39 +1,18 @@
-"""Llama (Touvron et al. 2023) as published in Hugging Face's layout; SmolLM and SmolLM2 are of this family."""
+"""Llama 2, 3 and 3.x (Touvron et al. 2023, Grattafiori et al. 2024); SmolLM and SmolLM2 are of this family.
+
+The table of weights serves every family that names its tensors like Llama.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from pe_rlhf_jax.models.decoder import DecoderConfig
-from pe_rlhf_jax.models.families.family import Family, UnsupportedModelError, Weight
+from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.models.families.family import Family, Weight
+from pe_rlhf_jax.models.families.reading import activation, flag, only, rope, sizes
 
-_EMBEDDING = Weight("model.embed_tokens.weight", ("embed",))
-_HEAD = Weight("lm_head.weight", ("lm_head",))
-_LAYERS = (
-    Weight("model.layers.{layer}.input_layernorm.weight", ("layers", "attention_norm", "scale")),
-    *(
-        Weight(f"model.layers.{{layer}}.self_attn.{m}.weight", ("layers", "attention", m, "kernel"), transposed=True)
-        for m in ("q_proj", "k_proj", "v_proj", "o_proj")
-    ),
-    Weight("model.layers.{layer}.post_attention_layernorm.weight", ("layers", "mlp_norm", "scale")),
-    *(
-        Weight(f"model.layers.{{layer}}.mlp.{m}.weight", ("layers", "mlp", m, "kernel"), transposed=True)
-        for m in ("gate_proj", "up_proj", "down_proj")
-    ),
-)
-_FINAL_NORM = Weight("model.norm.weight", ("final_norm", "scale"))
-
-# Keys of config.json whose other values would change what is computed: the value that the decoder has, by key.
-_FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "sliding_window": None,
-    "num_local_experts": None,
-    "quantization_config": None,
-}
+_LAYER = "model.layers.{layer}."
 
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
@@ -42,61 +21,60 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         UnsupportedModelError: a key is missing or malformed, or has a value that the decoder does not compute.
     """
-    for key, expected in _FIXED.items():
-        if (found := config.get(key)) not in (None, expected):
-            raise UnsupportedModelError(f"{key}: {found!r} is not supported (only {expected!r} is)")
-    hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
-    kv_heads = _positive(config, "num_key_value_heads", default=heads)
-    head_dim = _positive(config, "head_dim", default=max(hidden // heads, 1))
-    if heads % kv_heads:
-        raise UnsupportedModelError(f"num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
-    if head_dim % 2:
-        raise UnsupportedModelError(f"head_dim {head_dim} is odd; rotary positions turn pairs")
+    only(config, {"sliding_window": None})
+    bias = flag(config, "attention_bias", False)
+    theta, scaling = rope(config, 10_000.0)
     return DecoderConfig(
-        vocab_size=_positive(config, "vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=_positive(config, "intermediate_size"),
-        num_layers=_positive(config, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rope_theta=_rope_theta(config),
-        rms_norm_eps=_positive(config, "rms_norm_eps", default=1e-6, kind=float),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_position_embeddings=_positive(config, "max_position_embeddings", default=2048),
+        **sizes(config),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=bias,
+        o_bias=bias,
+        activation=activation(config, "hidden_act", "silu"),
+        mlp_bias=flag(config, "mlp_bias", False),
     )
 
 
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    # transformers before version 5 wrote rope_theta and rope_scaling, later ones rope_parameters with both.
-    for key in ("rope_scaling", "rope_parameters"):
-        found = config.get(key) or {}
-        kind = found.get("rope_type", found.get("type", "default")) if isinstance(found, Mapping) else found
-        if kind != "default":
-            raise UnsupportedModelError(f"{key}: rope type {kind!r} is not supported (only 'default' is)")
-    parameters = config.get("rope_parameters") or {}
-    source = parameters if "rope_theta" in parameters else config
-    return _positive(source, "rope_theta", default=10_000.0, kind=float)
-
-
-def _positive(config: Mapping[str, Any], key: str, default: Any = None, kind: type = int) -> Any:
-    found = config.get(key)
-    if found is None and default is not None:
-        return default
-    allowed = (int, float) if kind is float else (int,)
-    if isinstance(found, bool) or not isinstance(found, allowed) or not 0 < found < float("inf"):
-        raise UnsupportedModelError(f"{key}: expected a positive {kind.__name__}, found {found!r}")
-    return kind(found)
-
-
 def weights(config: DecoderConfig) -> tuple[Weight, ...]:
-    return (_EMBEDDING, *_LAYERS, _FINAL_NORM, *(() if config.tie_word_embeddings else (_HEAD,)))
+    """Llama's names. With post norms they are Gemma's, where `post_attention_layernorm` is not what it is in Llama."""
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+    if config.post_norms:
+        norms = {
+            "input_layernorm": "attention_norm",
+            "post_attention_layernorm": "attention_post_norm",
+            "pre_feedforward_layernorm": "mlp_norm",
+            "post_feedforward_layernorm": "mlp_post_norm",
+        }
+    table = [Weight("model.embed_tokens.weight", ("embed",))]
+    table += [Weight(f"{_LAYER}{theirs}.weight", ("layers", ours, "scale")) for theirs, ours in norms.items()]
+    biases = dict.fromkeys("qkv", config.qkv_bias) | {"o": config.o_bias}
+    for letter, biased in biases.items():
+        table += _linear(f"self_attn.{letter}_proj", "attention", f"{letter}_proj", biased)
+    if config.qk_norm:
+        table += [Weight(f"{_LAYER}self_attn.{x}_norm.weight", ("layers", "attention", f"{x}_norm", "scale")) for x in "qk"]
+    for word in ("gate", "up", "down"):
+        table += _linear(f"mlp.{word}_proj", "mlp", f"{word}_proj", config.mlp_bias)
+    table += [Weight("model.norm.weight", ("final_norm", "scale"))]
+    return (*table, *(() if config.tie_word_embeddings else (Weight("lm_head.weight", ("lm_head",)),)))
+
+
+def _linear(theirs: str, part: str, ours: str, biased: bool) -> list[Weight]:
+    found = [Weight(f"{_LAYER}{theirs}.weight", ("layers", part, ours, "kernel"), transposed=True)]
+    return found + ([Weight(f"{_LAYER}{theirs}.bias", ("layers", part, ours, "bias"))] if biased else [])
+
+
+LINEAR_LAYERS = tuple(
+    _linear(f"{theirs}.{name}", ours, name, False)[0]
+    for theirs, ours, names in (("self_attn", "attention", "qkvo"), ("mlp", "mlp", ("gate", "up", "down")))
+    for name in (f"{letter}_proj" for letter in names)
+)
+"""The matrices of a layer, whatever else a model has; all that an adapter needs to know."""
 
 
 def ignorable(config: DecoderConfig) -> tuple[str, ...]:
-    # Rotary frequencies follow from rope_theta; a tied head that is stored once more is the embedding.
+    """Rotary frequencies follow from rope_theta; a tied head that is stored once more is the embedding."""
     rotary = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
     return (rotary, *((r"lm_head\.weight",) if config.tie_word_embeddings else ()))
 
 
-LLAMA = Family("llama", config_from_hf, weights, ignorable)
+LLAMA = Family("llama", "Llama", config_from_hf, weights, ignorable)

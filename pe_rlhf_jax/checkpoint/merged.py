@@ -1,0 +1,179 @@
+"""A policy as a plain model in Hugging Face's layout: the adapter merged in, or the parameters after full tuning.
+
+Tensors go from the backbone's files to the new ones, one at a time: the model is never in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+
+from pe_rlhf_jax.checkpoint.folder import written_whole
+from pe_rlhf_jax.checkpoint.peft_layout import adapted_modules
+from pe_rlhf_jax.checkpoint.safetensors_writer import write_safetensors
+from pe_rlhf_jax.checkpoint.source import Backbone
+from pe_rlhf_jax.checkpoint.weights import WeightsError, account, grouped, leaf_shapes
+from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.models.families import Weight, join
+from pe_rlhf_jax.types import PyTree
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+# What `config.json` of a GGUF file's model need not say.
+_DEFAULTS = {"partial_rotary_factor": 1.0}
+
+
+def export_merged(
+    folder: Path,
+    backbone: Backbone,
+    lora: PyTree | None,
+    config: LoRAConfig,
+    *,
+    params: PyTree | None = None,
+    dtype: Dtype = "bfloat16",
+    shard_bytes: int = 4_000_000_000,
+    recipe: Mapping[str, Any] | None = None,
+) -> None:
+    """Write weights, `config.json`, `generation_config.json`, tokenizer and chat template; an old folder is replaced as a whole.
+
+    Args:
+        backbone: whose weights are read again, from its files.
+        lora: the policy's adapter, or None.
+        config: that the adapter is applied with.
+        params: the policy's own parameters after full tuning, in place of the backbone's.
+        dtype: of the written weights; the sum is taken in float32.
+        shard_bytes: a file's size at most (of several tensors).
+        recipe: what the README tells about the training.
+
+    Raises:
+        WeightsError: the backbone's weights are damaged, or a sum does not fit into the dtype.
+    """
+    leaves = leaf_shapes(backbone.config)
+    table = backbone.family.weights(backbone.config)
+    names = account(backbone.reader, backbone.family, backbone.config, [(weight, leaves[weight.leaf]) for weight in table])
+    changes = {} if lora is None else _updates(lora, table, config)
+    shapes, makers = {}, []
+    for group, layer, name in _in_order(table, backbone.config.num_layers):
+        leaf = leaves[group[0].leaf]
+        shapes[name] = group[0].file_shape(leaf[1:] if group[0].per_layer else leaf)
+        makers.append((name, _maker(backbone, group, layer, names[name], params, changes.get(group[0].name), dtype)))
+    with written_whole(Path(folder)) as unfinished:
+        write_safetensors(unfinished, shapes, dtype, makers, shard_bytes)
+        backbone.tokenizer.save_pretrained(unfinished)
+        _write(unfinished / "config.json", _config(backbone, dtype))
+        _write(unfinished / "generation_config.json", _generation_config(backbone))
+        rows = {"backbone": f"`{backbone.source}`", "SHA-256 of its weights": f"`{backbone.sha256}`", "weights": dtype}
+        rows |= {key: str(value) for key, value in (recipe or {}).items()}
+        readme = _README.format(rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()))
+        (unfinished / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _in_order(table: Sequence[Weight], num_layers: int) -> Iterator[tuple[list[Weight], int | None, str]]:
+    """(weights of one tensor, layer, the tensor's name): what comes before the layers, layer by layer, what comes after."""
+    groups = grouped(table)
+    inside = [i for i, group in enumerate(groups) if group[0].per_layer]
+    for group in groups[: inside[0]]:
+        yield group, None, group[0].name
+    for layer in range(num_layers):
+        for i in inside:
+            yield groups[i], layer, groups[i][0].name.format(layer=layer)
+    for group in groups[inside[0] :]:
+        if not group[0].per_layer:
+            yield group, None, group[0].name
+
+
+def _updates(lora: PyTree, table: Sequence[Weight], config: LoRAConfig) -> dict[str, Callable[[int], Shaped[np.ndarray, "*file"]]]:
+    """For each adapted tensor, by its name in the table, a function from the layer to what is added to it, in float32."""
+
+    def update(group: list[Weight], factors: dict[Weight, dict[str, Any]]) -> Callable[[int], Shaped[np.ndarray, "*file"]]:
+        def of(layer: int) -> Shaped[np.ndarray, "*file"]:
+            products = {
+                weight: np.asarray(found["a"][layer], np.float32) @ (np.asarray(found["b"][layer], np.float32) * np.float32(config.scale))
+                for weight, found in factors.items()
+            }
+            like = next(iter(products.values()))
+            return join(group, [products.get(weight, np.zeros_like(like)) for weight in group])
+
+        return of
+
+    kernels = {group[0].name: group for group in grouped([weight for weight in table if weight.leaf[-1] == "kernel"])}
+    found = {}
+    for module in adapted_modules(lora, table):
+        name = f"{module.name}.weight"
+        found[name] = update(kernels[name], dict(zip(module.weights, module.factors(lora), strict=True)))
+    return found
+
+
+def _maker(
+    backbone: Backbone,
+    group: list[Weight],
+    layer: int | None,
+    file_name: str,
+    params: PyTree | None,
+    change: Callable[[int], Shaped[np.ndarray, "*file"]] | None,
+    dtype: str,
+) -> Callable[[], Shaped[np.ndarray, "*file"]]:
+    def make() -> Shaped[np.ndarray, "*file"]:
+        if params is None:
+            tensor = backbone.reader.read(file_name)
+        else:
+            leaves = [_leaf(params, weight) for weight in group]
+            tensor = join(group, [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves])
+        if change is not None and layer is not None:
+            tensor = tensor.astype(np.float32) + change(layer)
+        with np.errstate(over="ignore"):  # said below
+            tensor = tensor.astype(jnp.dtype(dtype))
+        if not np.isfinite(tensor).all():
+            raise WeightsError(f"{file_name}: not finite in {dtype}; the file is damaged, or needs export in float32 or bfloat16")
+        return tensor
+
+    return make
+
+
+def _leaf(params: PyTree, weight: Weight) -> Any:
+    for name in weight.leaf:
+        params = params[name]
+    return params
+
+
+def _config(backbone: Backbone, dtype: str) -> dict[str, Any]:
+    found = {key: value for key, value in backbone.reader.config.items() if value is not None and _DEFAULTS.get(key) != value}
+    special = {"pad_token_id": backbone.tokenizer.pad_token_id}
+    # transformers 5 reads `dtype`, earlier ones `torch_dtype`.
+    return {**found, **special, "architectures": [f"{backbone.family.class_prefix}ForCausalLM"], "dtype": dtype, "torch_dtype": dtype}
+
+
+def _generation_config(backbone: Backbone) -> dict[str, Any]:
+    file = backbone.reader.path / "generation_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    bos = {} if backbone.tokenizer.bos_token_id is None else {"bos_token_id": backbone.tokenizer.bos_token_id}
+    return {**bos, **found, "eos_token_id": list(backbone.eos_token_ids), "pad_token_id": backbone.tokenizer.pad_token_id}
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+_README = """\
+---
+library_name: transformers
+---
+# Policy with its adapter merged in
+
+|  |  |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+```
+"""

@@ -1,0 +1,185 @@
+"""Adapters in PEFT's format, made by PEFT or by `export`, as the start of a stage."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 (teaches NumPy the name bfloat16, by which safetensors asks for it)
+import numpy as np
+import safetensors
+
+from pe_rlhf_jax.checkpoint.peft_layout import PREFIX, Module, adapted_modules, patterns, unpack
+from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.models.families import Weight
+from pe_rlhf_jax.models.families.llama import LINEAR_LAYERS
+from pe_rlhf_jax.types import PyTree
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+SCORE = f"{PREFIX}score.weight"
+
+# Settings under which PEFT would compute something else, and the values that change nothing.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "fan_in_fan_out": (False, True, None),
+    # Others take parts of the backbone's weights into the adapter, and change the backbone.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+
+
+class AdapterError(ValueError):
+    """A folder that holds no adapter, or one that does not fit; the message says what was expected and found."""
+
+
+def import_adapter(
+    folder: Path,
+    like: PyTree,
+    config: LoRAConfig,
+    *,
+    weights: Sequence[Weight] = LINEAR_LAYERS,
+    base_model: str | None = None,
+    sha256: str | None = None,
+) -> tuple[PyTree, PyTree | None]:
+    """Read an adapter in PEFT's format: (lora, head), the inverse of the exports to the bit; the head is None where there is no score.
+
+    Args:
+        like: the decoder's adapter, or its shapes by `jax.eval_shape(decoder.init_lora, key)`.
+        config: what the adapter will be applied with; rank, scale and targets must be the file's.
+        weights: the family's table, `backbone.family.weights(backbone.config)`; by default the names of Llama and those like it.
+        base_model, sha256: the backbone's, to be compared with what the adapter says that it was trained on, where it does.
+
+    Raises:
+        AdapterError: files are missing or unreadable; a setting, a name, a shape or the backbone differs; values are not finite.
+    """
+    folder = Path(folder)
+    modules = adapted_modules(like, weights)
+    settings = _settings(folder / CONFIG_FILE)
+    _check_settings(folder / CONFIG_FILE, settings, config, modules)
+    file = folder / WEIGHTS_FILE
+    try:
+        with safetensors.safe_open(file, framework="numpy") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            header = stored.metadata() or {}
+    except (OSError, safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{file}: cannot be read as safetensors: {error}") from error
+    _check_backbone(file, settings, header, base_model, sha256)
+    layers = {module.name: module.factors(like)[0]["a"].shape[0] for module in modules}
+    names = {name for module in modules for layer in range(layers[module.name]) for name in module.tensor_names(layer)}
+    if missing := sorted(names - tensors.keys()):
+        raise AdapterError(f"{file}: {_some(missing)} missing; do lora.target_modules and the backbone fit the adapter?")
+    if unknown := sorted(tensors.keys() - names - {SCORE}):
+        raise AdapterError(f"{file}: {_some(unknown)} without a place; do lora.target_modules and the backbone fit the adapter?")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
+            raise AdapterError(f"{file}: {name} is of type {tensor.dtype}, which is not supported; supported: F32, F16, BF16")
+        if not np.isfinite(tensor).all():
+            raise AdapterError(f"{file}: {name} holds values that are not finite; the file is damaged")
+    lora: dict[str, Any] = {"layers": {}}
+    for module in modules:
+        shapes = module.factors(like)
+        stacks = [{factor: np.empty(shape[factor].shape, np.float32) for factor in "ab"} for shape in shapes]
+        for layer in range(layers[module.name]):
+            for stack, (a, b) in zip(stacks, _layer(file, module, layer, tensors, shapes, config.r), strict=True):
+                stack["a"][layer], stack["b"][layer] = a, b
+        for weight, stack in zip(module.weights, stacks, strict=True):
+            _, part, name, _ = weight.leaf
+            lora["layers"].setdefault(part, {})[name] = {factor: jnp.asarray(x) for factor, x in stack.items()}
+    return lora, _head(file, tensors, header)
+
+
+def _layer(
+    file: Path, module: Module, layer: int, tensors: Mapping[str, np.ndarray], shapes: Sequence[Mapping[str, Any]], rank: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    names = module.tensor_names(layer)
+    a, b = (tensors[name].astype(np.float32) for name in names)
+    inner = shapes[0]["a"].shape[1]
+    outer = shapes[0]["b"].shape[2] * module.count
+    several = rank * len(module.weights)
+    ranks = {rank, several} if len(module.weights) == module.count else {several}
+    for name, found, expected in ((names[0], a, [(r, inner) for r in ranks]), (names[1], b, [(outer, r) for r in ranks])):
+        if found.shape not in expected:
+            wanted = " or ".join(str(list(shape)) for shape in sorted(expected))
+            raise AdapterError(f"{file}: {name} should be {wanted}, but is {list(found.shape)}; do `lora` and the backbone fit?")
+    if len(a) != b.shape[1]:
+        raise AdapterError(f"{file}: {names[0]} has rank {len(a)}, but {names[1]} has {b.shape[1]}")
+    try:
+        return unpack(module, a, b, rank)
+    except ValueError as error:
+        raise AdapterError(f"{file}: {names[1]} {error}; adapt query, key and value together (lora.target_modules)") from error
+
+
+def _head(file: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> PyTree | None:
+    if SCORE not in tensors:
+        return None
+    score = tensors[SCORE].astype(np.float32)
+    if score.ndim != 2 or len(score) != 1:
+        raise AdapterError(f"{file}: {SCORE} should be [1, D], one score, but is {list(score.shape)}")
+    try:
+        bias = np.array([float(header.get("score_bias", 0.0))], np.float32)
+    except ValueError as error:
+        raise AdapterError(f"{file}: the header's score_bias should be a number, but is {header['score_bias']!r}") from error
+    if not np.isfinite(bias).all():
+        raise AdapterError(f"{file}: the header's score_bias is not finite; the file is damaged")
+    return {"kernel": jnp.asarray(score.T), "bias": jnp.asarray(bias)}
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise AdapterError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _check_settings(file: Path, found: Mapping[str, Any], config: LoRAConfig, modules: Sequence[Module]) -> None:
+    for key, allowed in _PLAIN.items():
+        if (value := found.get(key)) not in allowed:
+            raise AdapterError(f"{file}: {key}: {value!r} is not supported (only {allowed[0]!r} is)")
+    for key in ("r", "lora_alpha", "use_rslora"):
+        expected = getattr(config, key)
+        if (value := found.get(key, False)) != expected:
+            raise AdapterError(f"{file}: {key} is {value!r}, but lora.{key} is {expected!r}; set it to the adapter's")
+    # A module's own rank and alpha, as export writes them where one module is several of ours.
+    for key, expected in patterns(modules, config).items():
+        value = found.get(key) or {}
+        close = isinstance(value, dict) and all(
+            isinstance(x, (int, float)) and target in expected and math.isclose(x, expected[target], rel_tol=1e-9)
+            for target, x in value.items()
+        )
+        if not close:
+            raise AdapterError(f"{file}: {key}: {value!r} is not supported (only none, or {expected!r})")
+
+
+def _check_backbone(file: Path, settings: Mapping[str, Any], header: Mapping[str, str], base_model: str | None, sha256: str | None) -> None:
+    trained = header.get("base_model_sha256")
+    if sha256 is not None and trained is not None and trained != sha256:
+        raise AdapterError(f"{file}: trained on weights with SHA-256 {trained}, but the backbone's is {sha256}; use the same backbone")
+    name = settings.get("base_model_name_or_path")
+    # Of two names of the hub one must be wrong; anything else may be a copy of the same weights.
+    named = trained is None and base_model is not None and base_model.startswith("hf:") and _is_hub_name(name)
+    if named and f"hf:{name}" != base_model:
+        raise AdapterError(f"{file}: trained on {name!r}, but model.source is {base_model!r}; use the same backbone")
+
+
+def _is_hub_name(name: Any) -> bool:
+    return isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors are"

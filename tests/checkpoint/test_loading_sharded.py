@@ -1,0 +1,77 @@
+"""Weights straight into their shards on eight devices, with one tensor of the file on the host at a time. In a process of its own: JAX
+fixes the number of CPU devices at its start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}, {tests!r} + "/checkpoint"]
+
+import pathlib
+import tempfile
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny_families import Tiny
+
+from pe_rlhf_jax.checkpoint.safetensors import SafetensorsFolder
+from pe_rlhf_jax.checkpoint.safetensors_writer import write_safetensors
+from pe_rlhf_jax.checkpoint.weights import load_params
+from pe_rlhf_jax.config import MeshConfig
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.sharding import make_mesh, shardings
+
+assert jax.device_count() == 8
+jax.config.update("jax_disable_most_optimizations", True)
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+
+def wanted(architecture):
+    return shardings(jax.eval_shape(Decoder(architecture).init_params, jax.random.key(0)), mesh)
+
+
+for name in ("gemma3", "gpt_neox", "gpt2"):
+    tiny = Tiny(name)
+    plain = load_params(tiny, tiny.family, tiny.architecture, "float32")
+    split = load_params(tiny, tiny.family, tiny.architecture, "float32", wanted(tiny.architecture))
+    jax.tree.map(np.testing.assert_array_equal, plain, split)
+    assert jax.tree.map(lambda leaf: leaf.sharding, split) == wanted(tiny.architecture)
+    assert len(split["layers"]["attention"]["q_proj"]["kernel"].sharding.device_set) == 8
+
+# Four times as many layers, on the same largest tensor: the host's own memory (NumPy's and Python's, not the devices') stays.
+size = {{"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "num_attention_heads": 4}}
+big = Tiny("llama", {{"model_type": "llama", **size, "tie_word_embeddings": True}})
+folder = pathlib.Path(tempfile.mkdtemp())
+shapes = {{name: x.shape for name, x in big.tensors.items()}}
+makers = [(name, lambda x=x: x.astype(jnp.bfloat16)) for name, x in big.tensors.items()]
+write_safetensors(folder, shapes, "bfloat16", makers, 4_000_000)
+(folder / "config.json").write_text('{{"model_type": "llama"}}')
+tensors, big.tensors = big.tensors, {{}}
+for _ in range(2):  # the first time compiles
+    reader = SafetensorsFolder(folder)
+    tracemalloc.start()
+    params = load_params(reader, big.family, big.architecture, "bfloat16", wanted(big.architecture))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+largest = 2 * 4096 * 256
+whole = sum(2 * x.size for x in tensors.values())
+assert whole > 7 * largest
+assert peak < 2.5 * largest, (peak, largest)  # the tensor, its parts on their way, and what Python holds
+last = tensors["model.layers.11.mlp.up_proj.weight"].T.astype(jnp.bfloat16)
+np.testing.assert_array_equal(params["layers"]["mlp"]["up_proj"]["kernel"][11], last)
+print("same")
+"""
+
+
+def test_eight_devices_hold_the_parameters_of_one():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-4000:]
