@@ -107,11 +107,12 @@ def row_multiple(mesh: Mesh) -> int:
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError if a batch, or what of it is computed at once, cannot be split evenly over the mesh."""
+    """Raises ConfigError if a batch of the run's stages, or what of it is computed at once, cannot be split evenly over the mesh."""
     devices = row_multiple(mesh)
-    sizes = {f"{name}.batch_size": getattr(config, name).batch_size for name in ("sft", "reward", "rl", "evaluate")}
-    sizes |= {f"{name}.micro_batch_size": getattr(config, name).micro_batch_size for name in ("sft", "reward", "rl")}
-    if config.rl.algorithm != "reinforce":
+    stages = [name for name in ("sft", "reward", "rl", "evaluate") if name in config.run.stages]
+    sizes = {f"{name}.batch_size": getattr(config, name).batch_size for name in stages}
+    sizes |= {f"{name}.micro_batch_size": getattr(config, name).micro_batch_size for name in stages if name != "evaluate"}
+    if "rl" in stages and config.rl.algorithm != "reinforce":
         sizes["rl.batch_size / rl.num_mini_batches"] = config.rl.batch_size // config.rl.num_mini_batches
     for field, size in sizes.items():
         # A pair is two rows.

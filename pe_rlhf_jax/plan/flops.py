@@ -8,7 +8,8 @@ matrix parameters of the layers, L layers, H heads of h, V vocabulary, D hidden,
     logits, one token      2 V D
     adapters, one token    2 A                            A their parameters; kept apart, since they are trained where N is not
     backward               as much again for inputs, and as much again for what is trained
-    recomputation          as much again as the forward pass (`remat: full`, and always for logits); `dots` recomputes attention alone
+    recomputation          the forward pass again, but for its last matrix, whose product nobody needs (`remat: full`); attention alone
+                           (`dots`); and always the logits
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Costs:
         self.layers = 2 * c.num_layers * sum(math.prod(shape) for shape in matrices(c).values())
         sizes = [config.lora.r * sum(shape) for name, shape in matrices(c).items() if is_target(name, config.lora)]
         self.adapter = 2 * c.num_layers * sum(sizes)
+        self.last = 2 * c.num_layers * math.prod(matrices(c)["mlp.down_proj"])
         self.head = 2 * c.vocab_size * c.hidden_size
 
     def attention(self, keys: float) -> float:
@@ -53,7 +55,7 @@ class Costs:
         """Forward, recomputation, and backward for inputs (both of attention's products have two) and for what is trained."""
         remat, full = self.config.model.remat, tuning == "full"
         again = remat == "full"
-        token = (2 + again + full) * self.layers + (3 + (remat != "none")) * self.attention(tokens)
+        token = (2 + again + full) * self.layers - again * self.last + (3 + (remat != "none")) * self.attention(tokens)
         token += 0.0 if full else (3 + again) * self.adapter
         return rows * (tokens * token + logits * (4 if full else 3) * self.head)
 

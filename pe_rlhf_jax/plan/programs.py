@@ -131,13 +131,12 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
     )
     if config.sampling.stop_strings:  # cut on the host, and placed again
         rollout = rows(context, rollout)
-    resident = {"backbone": backbone, "training state": state, "reference": reference}
+    resident = {"backbone": backbone, "training state": state, "reference": reference, "reward model": model}
     for index in range(sum(term.model is not None for term in config.rewards)):
         scorer, params = model, backbone
         if config.roles == "separate" and model.lora is not None:  # merged, into a backbone of its own
             scorer, params = Role(head=model.head), backbone if model.params is None else model.params
             resident[f"reward backbone {index}"] = params
-        resident[f"reward model {index}"] = scorer
         compile(Call("score", _score, (context.decoder,), {"reward model": scorer, "backbone": params, "rollout": rollout}))
     scores = rows(context, _floats(config.batch_size))
     arguments = {
