@@ -55,24 +55,28 @@ def changed(config: Config, overrides: tuple[str, ...]) -> Config:
 
 
 def candidates(config: Config, c: DecoderConfig, devices: int, fits: bool) -> Iterator[tuple[str, ...]]:
-    """Overrides to try. Meshes first: they change no result. Then smaller micro-batches and recomputation, which change none either;
-    then adapters in place of full tuning, and shared roles, which do.
+    """Overrides to try: first what changes no result, which is meshes, smaller micro-batches and recomputation; then adapters in place
+    of full tuning, and shared roles. A configuration that fits is only tried on other meshes.
     """
     stages = [stage for stage in STAGES if stage in config.run.stages]
     smaller = tuple(f"{stage}.micro_batch_size={size}" for stage in stages if (size := _smaller(config, stage)) is not None)
     meshes = [(f"mesh.data={d}", f"mesh.fsdp={f}", f"mesh.tensor={t}") for d, f, t in _meshes(config, c, devices, stages)]
-    yield from meshes
     if fits:
+        yield from meshes
         return
-    for mesh in meshes[:2]:
+    bases = [(), *meshes[:1]]  # its own mesh, and the most sharded one
+    for mesh in bases:
+        if mesh:
+            yield mesh
         if smaller:
             yield (*mesh, *smaller)
         if config.model.remat != "full":
             yield (*mesh, "model.remat=full", *smaller)
+    yield from meshes[1:3]
     lora = tuple(f"{stage}.tuning=lora" for stage in stages if getattr(config, stage).tuning == "full")
     shared = ("rl.roles=shared",) if "rl" in stages and config.rl.roles == "separate" else ()
     if lora or shared:
-        for mesh in meshes[:2]:
+        for mesh in bases:
             yield (*mesh, *lora, *shared)
             yield (*mesh, *lora, *shared, *smaller)
 
