@@ -126,7 +126,12 @@ print("same")
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(MESHES.format(tuning="lora"), id="lora"), pytest.param(MESHES.format(tuning="full"), id="full"), pytest.param(HEADS, id="heads"), pytest.param(RESTORE.replace("{{}}", "{}"), id="restored")],
+    [
+        pytest.param(MESHES.format(tuning="lora"), id="lora"),
+        pytest.param(MESHES.format(tuning="full"), id="full"),
+        pytest.param(HEADS, id="heads"),
+        pytest.param(RESTORE.replace("{{}}", "{}"), id="restored"),
+    ],
 )
 def test_eight_devices_do_what_one_does(script):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
