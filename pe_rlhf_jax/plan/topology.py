@@ -46,10 +46,8 @@ def describe(name: str) -> Topology:
     options = {"chip_config_name": "megacore"} if generation == "v4" else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"topology {name}: needs the TPU compiler; pip install 'pe_rlhf_jax[tpu-plan]'") from error
-    except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
-        if "libtpu" in str(error).lower() and "not" in str(error).lower() and "topology" not in str(error).lower():
-            raise ConfigError(f"topology {name}: needs the TPU compiler; pip install 'pe_rlhf_jax[tpu-plan]' ({error})") from error
+    except (ImportError, RuntimeError, ValueError) as error:
+        if "not installed" in str(error) or isinstance(error, ImportError):
+            raise ConfigError(f"topology {name}: needs the TPU compiler; pip install 'pe_rlhf_jax[tpu-plan]'") from error
         raise ConfigError(f"topology {name}: the TPU compiler knows no such slice ({error})") from error
     return Topology(name, described.devices, CHIPS[generation])

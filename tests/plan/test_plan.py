@@ -18,7 +18,7 @@ from pe_rlhf_jax.plan.chips import CHIPS
 from pe_rlhf_jax.plan.plan import GIB, _notes, plan
 from pe_rlhf_jax.plan.suggest import candidates, changed, suggest
 from pe_rlhf_jax.plan.table import show
-from pe_rlhf_jax.plan.topology import Topology
+from pe_rlhf_jax.plan.topology import Topology, describe
 
 CONFIG = """
 model: {source: unused, logprob_chunk: 16, dtype: float32}
@@ -154,3 +154,14 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_compiled(tin
     monkeypatch.setattr("pe_rlhf_jax.plan.programs.make_mesh", lambda *_: jax.sharding.AbstractMesh((4, 1, 1), ("data", "fsdp", "tensor")))
     with pytest.raises(ConfigError, match=r"reward.batch_size 6 must be a multiple of 4.*: 8 is one"):
         plan(config, tiny.config, Topology("four", jax.devices()[:1], None))
+
+
+def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):
+    def none(**_):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", none)
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+        monkeypatch.setenv(name, "set before")
+    with pytest.raises(ConfigError, match=r"needs the TPU compiler; pip install 'pe_rlhf_jax\[tpu-plan\]'"):
+        describe("v5e:2x2")
