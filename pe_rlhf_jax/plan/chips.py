@@ -7,7 +7,6 @@ bfloat16 FLOP/s, and the inter-chip interconnect (ICI). ICI is published in both
 from __future__ import annotations
 
 import dataclasses
-import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +16,8 @@ class Chip:
     name: str
     hbm: float
     """Published memory, GiB."""
-    reserved: float
-    """GiB that libtpu keeps for itself: published memory less what its compiler lets a program have (read off its error)."""
+    usable: float
+    """GiB that the compiler lets a program and its data have, read off the error with which it refuses a larger one (libtpu 0.0.42)."""
     flops: float
     """Peak FLOP/s in bfloat16."""
     hbm_rate: float
@@ -29,26 +28,16 @@ class Chip:
     """4 in a 2D torus, 6 in a 3D torus."""
 
     @property
-    def usable(self) -> float:
-        """GiB that a program and its data can have."""
-        return self.hbm - self.reserved
-
-    @property
     def axis_rate(self) -> float:
         """Bytes a second over the two ports of one dimension of the torus."""
         return self.ici_rate * 2 / self.ports
 
 
 CHIPS = {
-    "v4": Chip("v4", 32, 1.25, 275e12, 1.2e12, 3.0e11, 6),
-    "v5e": Chip("v5e", 16, 0.25, 197e12, 8.19e11, 2.0e11, 4),
-    "v5p": Chip("v5p", 95.74, 0.0, 459e12, 2.765e12, 6.0e11, 6),
-    "v6e": Chip("v6e", 32, 0.75, 918e12, 1.638e12, 4.0e11, 4),
-    "tpu7x": Chip("tpu7x", 96, 1.25, 1153.5e12, 3.69e12, 3.0e11, 6),
+    "v4": Chip("v4", 32, 30.75, 275e12, 1.2e12, 3.0e11, 6),
+    "v5e": Chip("v5e", 16, 15.75, 197e12, 8.19e11, 2.0e11, 4),
+    "v5p": Chip("v5p", 95, 95.74, 459e12, 2.765e12, 6.0e11, 6),
+    "v6e": Chip("v6e", 32, 31.25, 918e12, 1.638e12, 4.0e11, 4),
+    "tpu7x": Chip("tpu7x", 96, 94.75, 1153.5e12, 3.69e12, 3.0e11, 6),
 }
-"""v5p: published as 95 GiB, of which the compiler lets 95.74 be used. tpu7x: half a chip, of 192 GiB and 2307 TFLOP/s."""
-
-
-def hosts(generation: str, chips: int) -> int:
-    """Host machines of a slice: 4 chips each (v5e and v6e: up to 8 chips on one)."""
-    return 1 if generation in ("v5e", "v6e") and chips <= 8 else math.ceil(chips / 4)
+"""tpu7x: half of a chip, which has 192 GiB and 2307 TFLOP/s. v5p: the compiler gives more than the 95 GiB that are published."""

@@ -47,7 +47,7 @@ def on_a_chip(tiny, quick_compile):
     """on_a_chip(hbm in bytes, "a.b=c", ...) -> configuration, architecture, topology."""
 
     def of(hbm: float, *overrides: str) -> tuple[Config, object, Topology]:
-        chip = dataclasses.replace(CHIPS["v5e"], hbm=hbm / GIB, reserved=0.0)
+        chip = dataclasses.replace(CHIPS["v5e"], usable=hbm / GIB)
         return configuration.parse(CONFIG, overrides), tiny.config, Topology("one", jax.devices()[:1], chip)
 
     return of
