@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 BEGIN = """
-import dataclasses, sys
+import dataclasses, itertools, sys
 sys.path[:0] = [{tests!r}, {tests!r} + "/training"]
 
 import conftest
@@ -27,9 +27,9 @@ assert jax.device_count() == 8
 jax.config.update("jax_disable_most_optimizations", True)
 SECTIONS = dict(
     run=dict(stages=["sft", "reward", "rl"]),
-    sft=dict(steps=3, batch_size=8, evaluate_every=9),
-    reward=dict(steps=3, batch_size=8, evaluate_every=9),
-    rl=dict(steps=2, batch_size=8, num_ppo_epochs=1, optimizer=dict(learning_rate=1e-2), sampling=dict(max_new_tokens=6), roles="separate"),
+    sft=dict(steps=9, batch_size=8),
+    reward=dict(steps=9, batch_size=8),
+    rl=dict(steps=9, batch_size=8, num_ppo_epochs=1, optimizer=dict(learning_rate=1e-2), sampling=dict(max_new_tokens=6), roles="separate"),
 )
 
 
@@ -43,7 +43,7 @@ def trained(tiny, devices, mesh, tuning="lora", stages=("sft", "reward", "rl")):
     rows, states = [], {{}}
 
     def run(name, updates):
-        for states[name], metrics in updates:
+        for states[name], metrics in itertools.islice(updates, 2 if name == "rl" else 4):  # before the last one, which evaluates
             rows.append({{f"{{name}} {{k}}": v for k, v in metrics.items() if not k.startswith(("time/", "perf/"))}})
 
     with jax.set_mesh(context.mesh):
@@ -69,14 +69,14 @@ def same(found, expected, rtol):
 """
 
 MESHES = """
-_, expected, _ = trained(model(), 1, dict(data=1), {tuning!r})
+_, expected, _ = trained(model(), 1, dict(data=1), {tuning!r}, {stages!r})
 losses = [row["sft loss"] for row in expected if "sft loss" in row]
 assert losses[-1] < losses[0]
 rewards = [row["reward loss"] for row in expected if "reward loss" in row]
 assert abs(rewards[-1] - np.log(2)) > 0.01  # it learns
-for mesh in (dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4), dict(data=2, fsdp=2, tensor=2)):
-    context, found, states = trained(model(), 8, mesh, {tuning!r})
-    # Sums in another order; three steps of Adam at 1e-2 carry 1e-7 to 1e-5 or so.
+for mesh in (dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4)):
+    context, found, states = trained(model(), 8, mesh, {tuning!r}, {stages!r})
+    # Sums in another order; four steps of Adam at 1e-2 carry 1e-7 to 1e-5 or so.
     same(found, expected, 2e-4)
     leaves = jax.tree.leaves(states["sft"].trainable)
     assert all(len(leaf.sharding.device_set) == 8 for leaf in leaves)
@@ -87,8 +87,8 @@ print("same")
 HEADS = """
 for changes in (dict(num_kv_heads=1), dict(num_heads=6, num_kv_heads=3), dict(num_heads=3, num_kv_heads=3, vocab_size=32)):
     tiny = model(**changes)
-    _, expected, _ = trained(tiny, 1, dict(data=1), stages=("reward", "rl"))
-    _, found, _ = trained(tiny, 8, dict(data=2, tensor=4), stages=("reward", "rl"))
+    _, expected, _ = trained(tiny, 1, dict(data=1), stages=("reward",))
+    _, found, _ = trained(tiny, 8, dict(data=2, tensor=4), stages=("reward",))
     same(found, expected, 2e-4)
 print("same")
 """
@@ -105,8 +105,7 @@ with tempfile.TemporaryDirectory() as folder:
     store = Store(Path(folder))
     first = tiny_context(model(), 8, mesh=dict(data=1, fsdp=8), **SECTIONS)
     with jax.set_mesh(first.mesh):
-        updates = sft.run(first, sft.init(first))
-        state, _ = next(updates)
+        state, _ = next(sft.run(first, sft.init(first)))
         store.save("sft", 1, state, {{}})
         saved = jax.device_get(state)
     for mesh, devices in ((dict(data=2, tensor=4), 8), (dict(data=1), 1)):
@@ -118,7 +117,7 @@ with tempfile.TemporaryDirectory() as folder:
             state, _ = store.restore("sft", like)
             jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), saved)
             assert len(jax.tree.leaves(state.trainable)[0].sharding.device_set) == devices
-            rows = [metrics["loss"] for _, metrics in sft.run(other, state)]
+            rows = [metrics["loss"] for _, metrics in itertools.islice(sft.run(other, state), 3)]
         np.testing.assert_allclose(rows, [row["sft loss"] for row in expected[1:]], rtol=2e-4)
 print("same")
 """
@@ -127,8 +126,8 @@ print("same")
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(MESHES.format(tuning="lora"), id="lora"),
-        pytest.param(MESHES.format(tuning="full"), id="full"),
+        pytest.param(MESHES.format(tuning="lora", stages=("sft", "reward", "rl")), id="lora"),
+        pytest.param(MESHES.format(tuning="full", stages=("sft", "reward")), id="full"),
         pytest.param(HEADS, id="heads"),
         pytest.param(RESTORE.replace("{{}}", "{}"), id="restored"),
     ],

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.plan.architecture import architecture
-from pe_rlhf_jax.plan.plan import GIB, plan
+from pe_rlhf_jax.plan.plan import GIB, STAGES, plan
 from pe_rlhf_jax.plan.suggest import suggest
 from pe_rlhf_jax.plan.table import as_json, show
 from pe_rlhf_jax.plan.topology import LOCAL, describe
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology", action="append", metavar="NAME", help=f"v5e:4x4, v5p:8x8x16, ... or `{LOCAL}`, this machine's devices (the default)"
     )
+    parser.add_argument("--stage", action="append", choices=STAGES, help="plan this stage alone; may be given several times")
     parser.add_argument("--model-config", type=Path, metavar="FILE", help="Hugging Face's config.json, where model.source is not at hand")
     parser.add_argument("--suggest", action="store_true", help="search mesh and micro-batch, and what makes it fit, by compiling")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a topology, in place of tables")
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
         jax.config.update("jax_platforms", "cpu")
     config = configuration.load(arguments.config, arguments.set)
     shape = architecture(config.model, arguments.model_config)
+    stages = arguments.stage or STAGES
     results: list[dict[str, Any]] = []
     fits = True
     with console.status("") as status:
@@ -53,13 +55,13 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
 
         for name in names:
             topology = describe(name)
-            found = plan(config, shape, topology, tell)
+            found = plan(config, shape, topology, tell, stages)
             result = as_json(found)
             fits &= found.fits is not False
             if not arguments.json:
                 show(found, console)
             if arguments.suggest:
-                better = suggest(config, shape, topology, found, TRIES, tell)
+                better = suggest(config, shape, topology, found, TRIES, tell, stages)
                 result["suggestions"] = [{"set": one.overrides, "hbm": one.plan.hbm, "seconds": one.seconds} for one in better]
                 if not arguments.json:
                     _show(better, console)

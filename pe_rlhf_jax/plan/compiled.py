@@ -77,7 +77,7 @@ def compile_call(call: Call, mesh: jax.sharding.Mesh, matrices: Mapping[str, tup
         staying=staying,
         largest=tuple(arrays[:4]),
         communication=hlo.communication(text, mesh.size, call.loop),
-        whole=unsharded(arrays, matrices, vocabulary) if mesh.size > 1 else (),
+        whole=unsharded(arrays, matrices, vocabulary, mesh.shape["fsdp"]) if mesh.size > 1 else (),
         seconds=time.perf_counter() - began,
     )
 
@@ -87,20 +87,21 @@ def compile_call(call: Call, mesh: jax.sharding.Mesh, matrices: Mapping[str, tup
     return program, jax.tree.map(with_place, lowered.out_info, compiled.output_shardings)
 
 
-def unsharded(arrays: list[hlo.Array], matrices: Mapping[str, tuple[int, ...]], vocabulary: int) -> tuple[str, ...]:
+def unsharded(arrays: list[hlo.Array], matrices: Mapping[str, tuple[int, ...]], vocabulary: int, fsdp: int) -> tuple[str, ...]:
     """Which matrices, of one layer or of all layers, and which logits a device makes a whole copy of.
 
     A matrix is known by its shape and by its layer's name in the path of operations, the embedding by its shape alone. Logits are
-    arrays with the vocabulary as an axis, of two tokens or more, that are not the embedding.
+    arrays with the vocabulary as an axis, of two tokens or more, that are not the embedding or a share of it.
     """
     found: dict[str, None] = {}
+    shares = {tuple(sorted((vocabulary, matrices["embedding"][1] // n))) for n in (1, fsdp)}
     for array in arrays:
         shape = tuple(sorted(n for n in array.shape if n > 1))
         known = [name for name, matrix in matrices.items() if shape == tuple(sorted(matrix))]
         for name in known:
             if name == "embedding" or name.split()[-1] in array.operation.split("/"):
                 found[f"{name} {list(matrices[name])}"] = None
-        if vocabulary in array.shape and "embedding" not in known and math.prod(array.shape) >= 2 * vocabulary:
+        if vocabulary in array.shape and not known and shape not in shares and math.prod(array.shape) >= 2 * vocabulary:
             found[f"logits {list(array.shape)}"] = None
     return tuple(found)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pe_rlhf_jax.config import Config
+from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.plan.chips import Chip
 from pe_rlhf_jax.plan.compiled import Program, compile_call, device_bytes
@@ -100,10 +100,17 @@ class Plan:
         return max(stage.hbm for stage in self.stages)
 
 
-def plan(config: Config, architecture: DecoderConfig, topology: Topology, tell: Callable[[str], None] = lambda _: None) -> Plan:
+def plan(
+    config: Config,
+    architecture: DecoderConfig,
+    topology: Topology,
+    tell: Callable[[str], None] = lambda _: None,
+    only: Collection[str] = STAGES,
+) -> Plan:
     """Compiles every program of the configuration's training stages for the topology; nothing is allocated.
 
     Args:
+        only: the stages to plan, of those that the configuration runs; what the others leave in memory is counted in any case.
         tell: is told what is being compiled, since each takes from seconds to minutes.
 
     Raises:
@@ -118,7 +125,10 @@ def plan(config: Config, architecture: DecoderConfig, topology: Topology, tell: 
     whole: dict[str, tuple[int, ...]] = {"embedding": (architecture.vocab_size, architecture.hidden_size), **layer}
     whole |= {f"all layers' {name}": (architecture.num_layers, *shape) for name, shape in layer.items()}
     stages = []
-    for stage in [stage for stage in STAGES if stage in config.run.stages]:
+    chosen = [stage for stage in STAGES if stage in config.run.stages and stage in only]
+    if not chosen:
+        raise ConfigError(f"nothing to plan: run.stages is {', '.join(config.run.stages)}, asked for were {', '.join(only)}")
+    for stage in chosen:
         programs: list[Program] = []
 
         def compile(call: Call, stage: str = stage, programs: list[Program] = programs) -> PyTree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import yaml
 
@@ -28,7 +28,13 @@ class Suggestion:
 
 
 def suggest(
-    config: Config, architecture: DecoderConfig, topology: Topology, first: Plan, limit: int, tell: Callable[[str], None] = lambda _: None
+    config: Config,
+    architecture: DecoderConfig,
+    topology: Topology,
+    first: Plan,
+    limit: int,
+    tell: Callable[[str], None] = lambda _: None,
+    only: Collection[str] = STAGES,
 ) -> list[Suggestion]:
     """Tries changes, cheapest first, and returns those that fit, fastest first; where the plan fits already, only other meshes.
 
@@ -41,7 +47,7 @@ def suggest(
             break
         tell("trying " + " ".join(overrides))
         try:
-            outcome = plan(changed(config, overrides), architecture, topology, tell)
+            outcome = plan(changed(config, overrides), architecture, topology, tell, only)
         except ConfigError:
             continue
         if outcome.fits:

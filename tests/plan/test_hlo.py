@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from pe_rlhf_jax.plan import hlo
+from pe_rlhf_jax.plan.compiled import unsharded
 
 TEXT = """HloModule jit_f, is_scheduled=true
 
@@ -84,6 +85,22 @@ def test_arrays_inside_fusions_are_never_in_memory():
     assert "jit(f)/layers/q_proj/dot" in {one.operation for one in found}
     assert found[0].bytes == 400
     assert not [one for one in found if one.operation == "all-gather"]
+
+
+def test_whole_matrices_and_logits_are_told_from_shares_and_activations():
+    matrices = {"embedding": (1000, 64), "q_proj": (64, 48), "all layers' q_proj": (3, 64, 48)}
+    path = "jit(step)/while/body/layers/attention/q_proj/dot_general"
+    arrays = [
+        hlo.Array("bf16", (1, 64, 48), path),  # gathered
+        hlo.Array("bf16", (64, 48), "jit(step)/while/body/layers/mlp/up_proj/dot_general"),  # an activation
+        hlo.Array("bf16", (64, 24), path),  # a share
+        hlo.Array("f32", (8, 3, 1000), "dot"),
+        hlo.Array("f32", (1, 1000), "dot"),  # of one token
+        hlo.Array("bf16", (1000, 16), "copy"),  # a share of the embedding over fsdp
+    ]
+    assert unsharded(arrays, matrices, 1000, fsdp=4) == ("q_proj [64, 48]", "logits [8, 3, 1000]")
+    whole = [hlo.Array("bf16", (1000, 64), "gather"), hlo.Array("bf16", (48, 64, 3), path)]
+    assert unsharded(whole, matrices, 1000, fsdp=4) == ("embedding [1000, 64]", "all layers' q_proj [3, 64, 48]")
 
 
 SCRIPT = """
