@@ -8,7 +8,7 @@ IN_VENV := .venv/bin/python -m
 INSTALL := $(IN_VENV) pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-parity benchmark-baseline benchmark-tables clean
+.PHONY: help quickstart test test-slow test-parity test-tpu benchmark-baseline benchmark-tables clean
 .NOTPARALLEL:  # two installs into one environment would meet
 
 help:  ## Show this list
@@ -29,6 +29,9 @@ test-slow: .venv/dev.installed  ## Tests with the real model, fetched on the fir
 test-parity: .venv/parity.installed  ## Comparisons with torch and peft; TORCH=WHEEL chooses a build
 	$(IN_VENV) pytest -m parity
 
+test-tpu: .venv/tpu-plan.installed  ## Plans for TPU slices, with the real TPU compiler; needs no TPU
+	$(IN_VENV) pytest -m tpu
+
 benchmark-baseline: .venv/benchmarks.installed  ## TF-IDF and logistic regression on the quickstart's preference pairs
 	.venv/bin/python benchmarks/tfidf_baseline.py --config configs/quickstart.yaml
 
@@ -44,6 +47,8 @@ clean:  ## Remove .venv and what tools leave behind; runs/ and downloads stay
 	@echo "Installing pe_rlhf_jax[$*] into .venv; the first time takes a few minutes."
 	$(INSTALL) --editable '.[$*]'
 	@touch $@
+
+.venv/tpu-plan.installed: .venv/dev.installed
 
 .venv/parity.installed: .venv/dev.installed
 	@echo "Installing $(TORCH) and peft into .venv."

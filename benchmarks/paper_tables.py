@@ -27,14 +27,14 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from memory import abstract_context, size
+from memory import size
 from transformers import PreTrainedTokenizerBase
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.checkpoint import source
 from pe_rlhf_jax.config import Config
-from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role, Tuning
+from pe_rlhf_jax.plan.programs import abstract_context
 from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.training import reward, rl
 from pe_rlhf_jax.training.context import Context
@@ -257,9 +257,8 @@ def main() -> None:
     shape = source.resolve(config.model).config
     name = config.model.dtype
     dtype = jnp.dtype(("float32" if jax.default_backend() == "cpu" else "bfloat16") if name == "auto" else name)
-    decoder = Decoder(shape, config.lora, dtype, dtype, config.model.remat)
-    context = abstract_context(config, decoder)
-    params = jax.jit(decoder.init_params)(jax.random.key(0))
+    context = abstract_context(config, shape, dtype)
+    params = jax.jit(context.decoder.init_params)(jax.random.key(0))
     context = dataclasses.replace(context, backbone=params, tokenizer=cast(PreTrainedTokenizerBase, None))
     with jax.set_mesh(context.mesh):
         ranks = arguments.ranks or [config.lora.r]

@@ -15,7 +15,7 @@ from pe_rlhf_jax.data.formats import Kind
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.report.progress import Progress
-from pe_rlhf_jax.sharding import make_mesh, row_multiple, shardings
+from pe_rlhf_jax.sharding import check_batches, make_mesh, shardings
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.functions import load_function
 from pe_rlhf_jax.training.reward import kind_of
@@ -25,7 +25,7 @@ from pe_rlhf_jax.types import PyTree
 def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone, Context]:
     """Backbone, data and devices. Raises one of this package's errors, with what to do, before anything is trained."""
     mesh = make_mesh(config.mesh)
-    _check_batches(config, row_multiple(mesh))
+    check_batches(config, mesh)
     _check_functions(config)
     backbone = resolve(config.model)
     _check_lengths(config, backbone.config.max_position_embeddings)
@@ -98,13 +98,6 @@ def _check_functions(config: Config) -> None:
         for term in config.rl.rewards:
             if term.function is not None:
                 load_function(term.function)
-
-
-def _check_batches(config: Config, multiple: int) -> None:
-    for section in ("sft", "reward", "rl", "evaluate"):
-        batch = getattr(config, section).batch_size
-        if batch % multiple:
-            raise ConfigError(f"{section}.batch_size {batch} must be a multiple of {multiple}, the devices along mesh axes data and fsdp")
 
 
 def _check_lengths(config: Config, positions: int) -> None:

@@ -3,8 +3,9 @@
     python -m pe_rlhf_jax.main --config configs/quickstart.yaml [--set section.field=value ...] [--restart]
     python -m pe_rlhf_jax.main generate --run runs/quickstart --prompt "Film review: The acting is"
     python -m pe_rlhf_jax.main report runs/quickstart
+    python -m pe_rlhf_jax.main plan --config configs/llama3_8b_reward.yaml --topology v5e:4x4
 
-Exit codes: 0 done, 2 an error that the message explains, 75 stopped by SIGTERM or Ctrl-C with everything saved.
+Exit codes: 0 done, 1 a plan that does not fit, 2 an error that the message explains, 75 stopped by SIGTERM or Ctrl-C with everything saved.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pe_rlhf_jax.checkpoint.weights import WeightsError
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data import DataError
 from pe_rlhf_jax.package import PackageError, cache_folder
+from pe_rlhf_jax.plan import command as planning
 from pe_rlhf_jax.report import html, samples
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.run import Run
@@ -100,6 +102,9 @@ def cli(argv: Sequence[str] | None = None) -> int:
     generating.add_argument("--top-p", type=float)
     generating.add_argument("--max-new-tokens", type=int)
     generating.add_argument("--seed", type=int, help="other answers")
+    planning.add_arguments(
+        commands.add_parser("plan", help="memory, FLOPs and traffic of a configuration on any topology, before renting it")
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv.insert(0, "run")
@@ -110,6 +115,8 @@ def cli(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "report":
             run_folder.read_config(arguments.folder)
             console.print(f"report: {html.build(arguments.folder)}", markup=False)
+        elif arguments.command == "plan":
+            return 0 if planning.run(arguments, console) else 1
         elif arguments.command == "generate":
             changes = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
             answerer = Answerer(arguments.run, console, changes, arguments.seed)

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pe_rlhf_jax.config import ConfigError, MeshConfig
+from pe_rlhf_jax.config import Config, ConfigError, MeshConfig
 from pe_rlhf_jax.types import PyTree
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = PartitionSpec(("data", "fsdp"))
+BATCH = ("data", "fsdp")
+ROWS = PartitionSpec(BATCH)
 """Batches are split by row over both data axes."""
 
 _COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -71,6 +72,25 @@ def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Says where an activation lives on the mesh in use (`jax.set_mesh`); unchanged without one.
+
+    Without this the compiler goes by the parameters alone and may put every row on every chip, with sums over all of them in place
+    of the gathered matrix. `axes` name a mesh axis, several, or none for each dimension; one that does not divide its dimension is
+    left out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return x
+
+    def divides(axis: str | tuple[str, ...] | None, n: int) -> bool:
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        return n % int(np.prod([mesh.shape[name] for name in names])) == 0
+
+    spec = PartitionSpec(*(axis if divides(axis, n) else None for axis, n in zip(axes, x.shape, strict=True)))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
 def place(tree: PyTree, mesh: Mesh) -> PyTree:
     """Puts a tree on the devices by the parameter rule."""
     return jax.device_put(tree, shardings(tree, mesh))
@@ -84,3 +104,21 @@ def place_rows(batch: PyTree, mesh: Mesh) -> PyTree:
 def row_multiple(mesh: Mesh) -> int:
     """Rows of every batch must be a multiple of this."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError if a batch of the run's stages, or what of it is computed at once, cannot be split evenly over the mesh."""
+    devices = row_multiple(mesh)
+    stages = [name for name in ("sft", "reward", "rl", "evaluate") if name in config.run.stages]
+    sizes = {f"{name}.batch_size": getattr(config, name).batch_size for name in stages}
+    sizes |= {f"{name}.micro_batch_size": getattr(config, name).micro_batch_size for name in stages if name != "evaluate"}
+    if "rl" in stages and config.rl.algorithm != "reinforce":
+        sizes["rl.batch_size / rl.num_mini_batches"] = config.rl.batch_size // config.rl.num_mini_batches
+    for field, size in sizes.items():
+        # A pair is two rows.
+        multiple = -(-devices // 2) if field == "reward.micro_batch_size" and config.reward.kind == "pairs" else devices
+        if size is not None and size % multiple:
+            raise ConfigError(
+                f"{field} {size} must be a multiple of {multiple}, for the {devices} devices along mesh axes data and fsdp: "
+                f"{-(-size // multiple) * multiple} is one; or let mesh.tensor take some of the devices"
+            )

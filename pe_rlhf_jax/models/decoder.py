@@ -18,6 +18,7 @@ from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.layers import MLP, Attention, KVCache, Rotation, make_norm, softcap
 from pe_rlhf_jax.models.lora import MODULES
 from pe_rlhf_jax.models.rope import RopeScaling, rope_angles
+from pe_rlhf_jax.sharding import BATCH, constrain
 from pe_rlhf_jax.types import PyTree
 
 REMAT_POLICIES = {
@@ -47,6 +48,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, carry, layer: PerLayer, rotation: Rotation | None, mask, start, deterministic):
         x, cache = carry
+        x = constrain(x, BATCH, None, None)
         c = self.config
         common = {"lora": self.lora, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
@@ -65,7 +67,7 @@ class Layer(nn.Module):
         z = mlp(norm("mlp_norm", read if c.parallel_residual else x), deterministic)
         if c.post_norms:
             z = norm("mlp_post_norm", z)
-        return (x + z, cache), None
+        return (constrain(x + z, BATCH, None, None), cache), None
 
 
 class Decoder(nn.Module):
@@ -102,7 +104,7 @@ class Decoder(nn.Module):
         if positions_BT is None:
             positions_BT = positions(mask_BS)[:, :length]
         embedding = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.param_dtype)
-        x = embedding[tokens_BT].astype(self.dtype)
+        x = constrain(embedding[tokens_BT].astype(self.dtype), BATCH, None, None)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)  # rounded first, as the models were trained
         if c.learned_positions:
@@ -151,6 +153,7 @@ class Decoder(nn.Module):
         """An empty cache for `slots` tokens a row, in the computation dtype."""
         c = self.config
         zeros = jnp.zeros((c.num_layers, batch, slots, c.num_kv_heads, c.head_dim), self.dtype)
+        zeros = constrain(zeros, None, BATCH, None, "tensor", None)
         return KVCache(zeros, zeros)
 
     def init_lora(self, key: jax.Array) -> PyTree:
@@ -213,4 +216,5 @@ def unembed(params: PyTree, hidden: Float[Array, "*batch D"], final_softcap: flo
     """Logits in float32, by the head of its own or the tied embedding. `Decoder.unembed` knows the model's soft cap."""
     matrix_VD = params["lm_head"] if "lm_head" in params else params["embed"]
     logits = jnp.einsum("...d,vd->...v", hidden, matrix_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = constrain(logits, *((BATCH, *(None,) * (logits.ndim - 2), "tensor") if logits.ndim > 1 else ("tensor",)))
     return softcap(logits, final_softcap)

@@ -17,6 +17,7 @@ from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.lora import Linear, is_target
 from pe_rlhf_jax.models.rope import rotate
+from pe_rlhf_jax.sharding import BATCH, constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -128,7 +129,9 @@ class Attention(nn.Module):
             return Linear(features, lora, self.dtype, self.param_dtype, bias, name=name)
 
         def heads(name: str, count: int) -> Float[Array, "B T count h"]:
-            return rearrange(linear(name, count * c.head_dim, c.qkv_bias)(x_BTD, deterministic), "B T (n h) -> B T n h", n=count)
+            x = rearrange(linear(name, count * c.head_dim, c.qkv_bias)(x_BTD, deterministic), "B T (n h) -> B T n h", n=count)
+            # Heads that the axis does not divide are whole on every chip of it: attention never splits one.
+            return constrain(x, BATCH, None, "tensor", None)
 
         def placed(x: Float[Array, "B T n h"], norm: str) -> Float[Array, "B T n h"]:
             if c.qk_norm:
@@ -179,4 +182,4 @@ class MLP(nn.Module):
             inner = act(gate) * up
         else:
             inner = act(linear("up_proj", c.intermediate_size)(x, deterministic))
-        return linear("down_proj", x.shape[-1])(inner, deterministic)
+        return linear("down_proj", x.shape[-1])(constrain(inner, BATCH, None, "tensor"), deterministic)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 
+import jax.numpy as jnp
 import pytest
-from memory import abstract_context, figures, size
+from memory import figures, size
 
 from pe_rlhf_jax import config as configuration
-from pe_rlhf_jax.models.decoder import Decoder, DecoderConfig
+from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.plan.programs import abstract_context
 
 BACKBONE = DecoderConfig(
     vocab_size=512,
@@ -36,7 +38,7 @@ rl: {batch_size: 4, micro_batch_size: %(micro)s, sampling: {max_new_tokens: 8}}
 @functools.cache
 def context(micro: str):
     config = configuration.parse(CONFIG % {"micro": micro})
-    return abstract_context(config, Decoder(BACKBONE, config.lora, remat="full"))
+    return abstract_context(config, BACKBONE, jnp.dtype("float32"))
 
 
 @functools.cache

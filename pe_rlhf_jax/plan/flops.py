@@ -1,0 +1,88 @@
+"""Floating-point operations of a step, by formula.
+
+XLA's own cost analysis counts the body of a scan once, so it is of no use for scanned layers. Here, a matrix product of [n, a] and
+[a, b] is 2 n a b; everything else (norms, softmax, rotations) is left out, as usual (Kaplan et al. 2020, PaLM appendix B). Letters: N
+matrix parameters of the layers, L layers, H heads of h, V vocabulary, D hidden, S keys that a token's query meets.
+
+    forward, one token     2 N + 4 L S H h                attention over the whole square, which is what is computed
+    logits, one token      2 V D
+    adapters, one token    2 A                            A their parameters; kept apart, since they are trained where N is not
+    backward               as much again for inputs, and as much again for what is trained
+    recomputation          the forward pass again, but for its last matrix, whose product nobody needs (`remat: full`); attention alone
+                           (`dots`); and always the logits
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from pe_rlhf_jax.config import Config
+from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.models.lora import is_target
+from pe_rlhf_jax.training import reward, rl, sft
+
+
+def matrices(c: DecoderConfig) -> Mapping[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer of one layer."""
+    heads, kv, d, f = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
+    found = {"attention.q_proj": (d, heads), "attention.k_proj": (d, kv), "attention.v_proj": (d, kv), "attention.o_proj": (heads, d)}
+    found |= {"mlp.up_proj": (d, f), "mlp.down_proj": (f, d)}
+    return found | ({"mlp.gate_proj": (d, f)} if c.gated_mlp else {})
+
+
+class Costs:
+    """FLOPs of passes through one architecture with one configuration."""
+
+    def __init__(self, config: Config, c: DecoderConfig):
+        self.config, self.c = config, c
+        self.layers = 2 * c.num_layers * sum(math.prod(shape) for shape in matrices(c).values())
+        sizes = [config.lora.r * sum(shape) for name, shape in matrices(c).items() if is_target(name, config.lora)]
+        self.adapter = 2 * c.num_layers * sum(sizes)
+        self.last = 2 * c.num_layers * math.prod(matrices(c)["mlp.down_proj"])
+        self.head = 2 * c.vocab_size * c.hidden_size
+
+    def attention(self, keys: float) -> float:
+        """Scores and sums of one token over `keys` keys."""
+        return 4 * self.c.num_layers * keys * self.c.num_heads * self.c.head_dim
+
+    def forward(self, rows: int, tokens: int, logits: int = 0, adapter: bool = True) -> float:
+        """One pass over rows of `tokens` tokens, with logits at `logits` of them each."""
+        token = self.layers + self.attention(tokens) + (self.adapter if adapter else 0)
+        return rows * (tokens * token + logits * self.head)
+
+    def update(self, rows: int, tokens: int, logits: int, tuning: str) -> float:
+        """Forward, recomputation, and backward for inputs (both of attention's products have two) and for what is trained."""
+        remat, full = self.config.model.remat, tuning == "full"
+        again = remat == "full"
+        token = (2 + again + full) * self.layers - again * self.last + (3 + (remat != "none")) * self.attention(tokens)
+        token += 0.0 if full else (3 + again) * self.adapter
+        return rows * (tokens * token + logits * (4 if full else 3) * self.head)
+
+    def generate(self, rows: int, prompt: int, response: int) -> float:
+        """Prefill, then one token at a time against every slot of the cache."""
+        slots = prompt + response
+        decode = response * (self.layers + self.adapter + self.attention(slots) + self.head)
+        return self.forward(rows, prompt, 1) + rows * decode
+
+    def of(self, stage: str, program: str) -> float:
+        """FLOPs of one call of a stage's program, on all devices together, at the longest texts."""
+        config, data, sampling = self.config, self.config.data, self.config.rl.sampling
+        text = data.max_prompt_length + data.max_response_length
+        if stage == sft.STAGE:
+            return self.update(config.sft.batch_size, text, text, config.sft.tuning)
+        if stage == reward.STAGE:
+            sides = 2 if config.reward.kind == "pairs" else 1
+            return self.update(sides * config.reward.batch_size, text, 0, config.reward.tuning)
+        one, rows, response = config.rl, config.rl.batch_size, sampling.max_new_tokens
+        length = data.max_prompt_length + response
+        values = one.has_critic and one.value_model == "adapter"
+        if program == "rollout":
+            return self.generate(rows, data.max_prompt_length, response)
+        if program == "score":
+            return self.forward(rows, length, adapter=one.roles == "shared")
+        if program == "experience":
+            return 2 * self.forward(rows, length, response) + (self.forward(rows, length) if values else 0)
+        rows //= rl._mini_batches(one)
+        policy = self.update(rows, length, response, one.tuning)
+        return policy + (self.update(rows, length, 0, one.tuning_of("value")) if values else 0)

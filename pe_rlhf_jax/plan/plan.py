@@ -1,0 +1,180 @@
+"""The answer before the bill: every program of a run, compiled for devices that need not exist, and what it takes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pe_rlhf_jax.config import Config, ConfigError
+from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.plan.chips import Chip
+from pe_rlhf_jax.plan.compiled import Program, compile_call, device_bytes
+from pe_rlhf_jax.plan.flops import Costs, matrices
+from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
+from pe_rlhf_jax.plan.topology import Topology
+from pe_rlhf_jax.sharding import check_batches
+from pe_rlhf_jax.training import reward, rl, sft
+from pe_rlhf_jax.types import PyTree
+
+STAGES = (sft.STAGE, reward.STAGE, rl.STAGE)
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Seconds of all calls of a program in one step, by what they would take alone at the published rates."""
+
+    compute: float
+    memory: float
+    """Generation alone: each token reads the backbone and the cache once."""
+    links: float
+
+    @property
+    def least(self) -> float:
+        """Everything overlaps."""
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def most(self) -> float:
+        """Nothing overlaps."""
+        return max(self.compute, self.memory) + self.links
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A program in its stage."""
+
+    program: Program
+    flops: float
+    """Of one call, on all devices together, by formula."""
+    hbm: int
+    """Bytes on each device while it runs: its peak, and what else the stage keeps."""
+    time: Time | None
+    """None where no rates are published."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """A stage: its programs, and what stays in memory through it, bytes on each device by what it is."""
+
+    stage: str
+    programs: tuple[Timed, ...]
+    resident: Mapping[str, int]
+
+    @property
+    def hbm(self) -> int:
+        return max(timed.hbm for timed in self.programs)
+
+    @property
+    def fullest(self) -> Timed:
+        return max(self.programs, key=lambda timed: timed.hbm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A configuration on a topology."""
+
+    topology: str
+    chip: Chip | None
+    mesh: Mapping[str, int]
+    dtype: str
+    parameters: int
+    stages: tuple[StagePlan, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every stage fits; None where no memory size is published."""
+        if self.chip is None:
+            return None
+        refused = any(timed.program.refused for stage in self.stages for timed in stage.programs)
+        return not refused and self.hbm <= self.chip.usable * GIB
+
+    @property
+    def hbm(self) -> int:
+        return max(stage.hbm for stage in self.stages)
+
+
+def plan(
+    config: Config,
+    architecture: DecoderConfig,
+    topology: Topology,
+    tell: Callable[[str], None] = lambda _: None,
+    only: Collection[str] = STAGES,
+) -> Plan:
+    """Compiles every program of the configuration's training stages for the topology; nothing is allocated.
+
+    Args:
+        only: the stages to plan, of those that the configuration runs; what the others leave in memory is counted in any case.
+        tell: is told what is being compiled, since each takes from seconds to minutes.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices or the batches.
+    """
+    name = config.model.dtype
+    dtype = jnp.dtype(("float32" if topology.devices[0].platform == "cpu" else "bfloat16") if name == "auto" else name)
+    context = abstract_context(config, architecture, dtype, topology.devices)
+    check_batches(config, context.mesh)
+    costs = Costs(config, architecture)
+    layer = {f"{name.split('.')[1]}": shape for name, shape in matrices(architecture).items()}
+    whole: dict[str, tuple[int, ...]] = {"embedding": (architecture.vocab_size, architecture.hidden_size), **layer}
+    whole |= {f"all layers' {name}": (architecture.num_layers, *shape) for name, shape in layer.items()}
+    stages = []
+    chosen = [stage for stage in STAGES if stage in config.run.stages and stage in only]
+    if not chosen:
+        raise ConfigError(f"nothing to plan: run.stages is {', '.join(config.run.stages)}, asked for were {', '.join(only)}")
+    for stage in chosen:
+        programs: list[Program] = []
+
+        def compile(call: Call, stage: str = stage, programs: list[Program] = programs) -> PyTree:
+            tell(f"{stage}: {call.name}")
+            program, returned = compile_call(call, context.mesh, whole, architecture.vocab_size)
+            programs.append(program)
+            return returned
+
+        resident = {part: device_bytes(tree) for part, tree in stage_calls(context, stage, compile).items()}
+        stages.append(StagePlan(stage, tuple(_timed(stage, p, resident, costs, context, topology) for p in programs), resident))
+    mesh = {axis: int(size) for axis, size in context.mesh.shape.items()}
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(context.backbone))
+    return Plan(topology.name, topology.chip, mesh, dtype.name, parameters, tuple(stages), tuple(_notes(config, architecture, mesh)))
+
+
+def _timed(stage: str, program: Program, resident: Mapping[str, int], costs: Costs, context: Any, topology: Topology) -> Timed:
+    flops = 0.0 if program.name == "mini-batch" else costs.of(stage, program.name)
+    hbm = program.peak + max(0, sum(resident.values()) - program.staying)
+    chip, time = topology.chip, None
+    if chip is not None:
+        sent = sum(collective.bytes for collective in program.communication.collectives)
+        memory = 0.0
+        if program.name == "rollout":
+            # A chip that holds a share of a matrix reads what it computes with: the whole matrix over its tensor axis.
+            backbone = program.parts["backbone"] * context.mesh.shape["fsdp"]
+            memory = context.config.rl.sampling.max_new_tokens * (backbone + _cache(context)) / chip.hbm_rate
+        n = program.repeats
+        time = Time(n * flops / len(topology.devices) / chip.flops, n * memory, n * sent / chip.axis_rate)
+    return Timed(program, flops, hbm, time)
+
+
+def _cache(context: Any) -> float:
+    """Bytes of keys and values on each device."""
+    c, config, mesh = context.decoder.config, context.config, context.mesh.shape
+    slots = config.data.max_prompt_length + config.rl.sampling.max_new_tokens
+    heads = c.num_kv_heads / (mesh["tensor"] if c.num_kv_heads % mesh["tensor"] == 0 else 1)
+    rows = config.rl.batch_size / (mesh["data"] * mesh["fsdp"])
+    return 2 * c.num_layers * rows * slots * heads * c.head_dim * jnp.dtype(context.decoder.dtype).itemsize
+
+
+def _notes(config: Config, c: DecoderConfig, mesh: Mapping[str, int]) -> list[str]:
+    notes, tensor = [], mesh["tensor"]
+    for name, count in (("attention heads", c.num_heads), ("key-value heads", c.num_kv_heads), ("vocabulary", c.vocab_size)):
+        if count % tensor:
+            choices = ", ".join(str(n) for n in range(1, tensor + 1) if count % n == 0 and n <= tensor)
+            notes.append(f"{count} {name} do not divide over mesh.tensor {tensor}: every chip of the axis has all of them. {choices} would")
+    if any(term.model not in (None, "run") for term in config.rl.rewards) and "rl" in config.run.stages:
+        notes.append("reward models of other runs are taken to be as large as this run's")
+    return notes

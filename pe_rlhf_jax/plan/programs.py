@@ -1,0 +1,260 @@
+"""The programs that a stage runs, from shapes alone: the very functions that the stages call, with arguments placed as theirs are.
+
+Letters: B rows, T tokens, P prompt tokens, R response tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from transformers import PreTrainedTokenizerBase
+
+from pe_rlhf_jax.config import Config, ConfigError
+from pe_rlhf_jax.data import Data
+from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.sharding import ROWS, make_mesh, shardings
+from pe_rlhf_jax.training import reward, rl, sft
+from pe_rlhf_jax.training.context import Context
+from pe_rlhf_jax.training.experience import make_experience
+from pe_rlhf_jax.training.optimizer import make_optimizer
+from pe_rlhf_jax.training.rewards import _score
+from pe_rlhf_jax.training.rollouts import _respond
+from pe_rlhf_jax.training.step import make_step
+from pe_rlhf_jax.types import Batch, Experience, LabelBatch, PreferenceBatch, PromptBatch, PyTree, Rollout
+
+END_TOKENS = (0, 1)
+"""Stand-ins: which tokens end a response changes nothing of a program's size."""
+
+
+class Call(NamedTuple):
+    """One call of a compiled function."""
+
+    name: str
+    function: Any
+    """Jitted."""
+    static: tuple[Any, ...]
+    """Leading arguments that are not arrays."""
+    arguments: dict[str, PyTree]
+    """Placed shapes, in the function's order, by what they are."""
+    repeats: int = 1
+    """Calls in a step of the stage."""
+    loop: int = 1
+    """Rounds, at most, of the one loop whose length is not fixed."""
+    passing: frozenset[str] = frozenset({"batch", "prompts", "rollout", "scores", "experience", "rows", "kl_coef", "key"})
+    """Arguments that are gone after the step; the others stay in memory through the stage."""
+
+
+Compile = Callable[[Call], PyTree]
+"""Compiles a call and returns the placed shapes of what it returns."""
+
+
+class Update(NamedTuple):
+    """A stage's update: the function, and the shapes of its state, of what it only reads, and of its batch."""
+
+    step: Any
+    state: PyTree
+    frozen: PyTree
+    batch: PyTree
+
+
+def abstract_context(config: Config, architecture: DecoderConfig, dtype: Any, devices: Sequence[jax.Device] | None = None) -> Context:
+    """A context whose backbone is shapes, without data; enough to make states, losses and programs of.
+
+    Raises ConfigError if the mesh does not fit the devices.
+    """
+    decoder = Decoder(architecture, config.lora, dtype, dtype, config.model.remat)
+    params = jax.eval_shape(decoder.init_params, jax.random.key(0))
+    data = Data(sft=None, preference=None, prompts=None, notes=[])
+    tokenizer = cast(PreTrainedTokenizerBase, _Tokenizer())
+    return Context(config, decoder, params, tokenizer, END_TOKENS, data, make_mesh(config.mesh, devices))
+
+
+class _Tokenizer:
+    pad_token_id = 0
+
+
+def roles(context: Context, backbone: PyTree) -> tuple[Role, Role | None]:
+    """Reference and reward model that a run has when its RL starts. Runs under `jax.eval_shape`."""
+    inside = dataclasses.replace(context, backbone=backbone)
+    stages, config = context.config.run.stages, context.config.rl
+    reference = sft.init(inside).trainable if "sft" in stages else Role()
+    if "reward" not in stages and not config.uses_reward_stage and not config.value_from_reward:
+        return reference, None
+    return reference, reward.whole(inside, reference, reward.init(inside, reference).trainable)
+
+
+def update(context: Context, stage: str) -> Update:
+    """The update of `sft`, `reward` or `rl`, as the stage makes it."""
+    return {sft.STAGE: _sft_update, reward.STAGE: _reward_update, rl.STAGE: _rl_update}[stage](context)
+
+
+def updates_a_step(context: Context, stage: str) -> int:
+    """Calls of the update in one step of the stage."""
+    return rl._updates_per_batch(context.config.rl) if stage == rl.STAGE else 1
+
+
+def placed_update(context: Context, stage: str) -> Call:
+    """The update's call, by the parameter rule and the batch rule."""
+    found = update(context, stage)
+    state, frozen, batch = placed(context, found.state), placed(context, found.frozen), rows(context, found.batch)
+    return _update_call(context, stage, found.step, state, frozen, batch)
+
+
+def stage_calls(context: Context, stage: str, compile: Compile) -> dict[str, PyTree]:
+    """Compiles what a step of the stage calls, in its order, and returns everything that stays in memory meanwhile, by what it is."""
+    if stage != rl.STAGE:
+        call = placed_update(context, stage)
+        compile(call)
+        return {name: tree for name, tree in call.arguments.items() if name != "batch"} | _other_roles(context, stage)
+    return _rl_calls(context, compile)
+
+
+def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
+    config, chunk = context.config.rl, context.config.model.logprob_chunk
+    found = update(context, rl.STAGE)
+    state, backbone = placed(context, found.state), placed(context, context.backbone)
+    reference, model = (placed(context, role) for role in jax.eval_shape(lambda params: roles(context, params), context.backbone))
+    whole = {name: role.join(placed(context, found.frozen.roles[name])) for name, role in state.trainable.items()}
+    prompt = _rounded(context, context.config.data.max_prompt_length)
+    prompts = rows(context, PromptBatch(_ints(config.batch_size, prompt), _flags(config.batch_size, prompt)))
+    blocks = -(-config.sampling.max_new_tokens // 8)
+    static = (context.decoder, config.sampling, END_TOKENS, context.pad_token)
+    rollout = compile(
+        Call("rollout", _respond, static, {"policy": whole["policy"], "backbone": backbone, "prompts": prompts, "key": _key()}, loop=blocks)
+    )
+    if config.sampling.stop_strings:  # cut on the host, and placed again
+        rollout = rows(context, rollout)
+    resident = {"backbone": backbone, "training state": state, "reference": reference, "reward model": model}
+    for index in range(sum(term.model is not None for term in config.rewards)):
+        scorer, params = model, backbone
+        if config.roles == "separate" and model.lora is not None:  # merged, into a backbone of its own
+            scorer, params = Role(head=model.head), backbone if model.params is None else model.params
+            resident[f"reward backbone {index}"] = params
+        compile(Call("score", _score, (context.decoder,), {"reward model": scorer, "backbone": params, "rollout": rollout}))
+    scores = rows(context, _floats(config.batch_size))
+    arguments = {
+        "backbone": backbone,
+        "policy": whole["policy"],
+        "reference": reference,
+        "value": whole.get("value"),
+        "rollout": rollout,
+        "scores": scores,
+        "kl_coef": found.frozen.kl_coef,
+    }
+    experience, _ = compile(Call("experience", make_experience, (context.decoder, config, chunk), arguments))
+    if rl._mini_batches(config) > 1:
+        order = jax.ShapeDtypeStruct((config.batch_size // rl._mini_batches(config),), jnp.int32)
+        experience = compile(Call("mini-batch", rl._take, (), {"experience": experience, "rows": order}))
+    frozen = placed(context, found.frozen)
+    compile(_update_call(context, rl.STAGE, found.step, state, frozen, experience))
+    return resident
+
+
+def _update_call(context: Context, stage: str, step: Any, state: PyTree, frozen: PyTree, batch: PyTree) -> Call:
+    arguments = {"training state": state, "frozen": frozen, "batch": batch, "key": _key()}
+    return Call("update", step, (), arguments, updates_a_step(context, stage))
+
+
+def _other_roles(context: Context, stage: str) -> dict[str, PyTree]:
+    """What earlier stages left in memory while this one trains."""
+    if stage == sft.STAGE or "sft" not in context.config.run.stages:
+        return {}
+    return {"reference": placed(context, jax.eval_shape(lambda params: roles(context, params)[0], context.backbone))}
+
+
+def _sft_update(context: Context) -> Update:
+    config = context.config.sft
+    state = jax.eval_shape(lambda params: sft.init(dataclasses.replace(context, backbone=params)), context.backbone)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
+    step = make_step(sft._loss(context), sft._targets, optimizer, config.batch_size, config.micro_batch_size)
+    width = _text_width(context)
+    mask = _flags(config.batch_size, width)
+    return Update(step, state, context.backbone, Batch(_ints(config.batch_size, width), mask, mask))
+
+
+def _reward_update(context: Context) -> Update:
+    config = context.config.reward
+
+    def start(params: PyTree) -> tuple[PyTree, PyTree]:
+        inside = dataclasses.replace(context, backbone=params)
+        reference = roles(context, params)[0]
+        return reward.init(inside, reference), (params, reward._rest(inside, reference))
+
+    state, frozen = jax.eval_shape(start, context.backbone)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
+    kind = reward.kind_of(config)
+    step = make_step(reward._loss(context, kind), lambda b: jnp.sum(b.weight), optimizer, config.batch_size, config.micro_batch_size)
+    width = _text_width(context)
+    tokens, mask, one = _ints(config.batch_size, width), _flags(config.batch_size, width), _floats(config.batch_size)
+    if kind.data == "label":
+        return Update(step, state, frozen, LabelBatch(tokens, mask, label=one, weight=one))
+    return Update(step, state, frozen, PreferenceBatch(tokens, mask, tokens, mask, margin=one, weight=one))
+
+
+def _rl_update(context: Context) -> Update:
+    config = context.config.rl
+
+    def start(params: PyTree) -> tuple[PyTree, rl.Frozen]:
+        inside = dataclasses.replace(context, backbone=params)
+        reference, model = roles(context, params)
+        state = rl.init(inside, reference, model)
+        return state.train, rl.Frozen(params, rl._frozen(inside, reference, model), state.kl_coef)
+
+    state, frozen = jax.eval_shape(start, context.backbone)
+    rows = config.batch_size // rl._mini_batches(config)
+    step = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), rows, config.micro_batch_size)
+    prompt, response = _rounded(context, context.config.data.max_prompt_length), config.sampling.max_new_tokens
+    numbers, seen = _floats(rows, response), _flags(rows, prompt)
+    rollout = Rollout(_ints(rows, prompt), seen, _ints(rows, response), _flags(rows, response), logprobs=numbers, ended=_flags(rows))
+    experience = Experience(rollout, old_logprobs=numbers, ref_logprobs=numbers, values=numbers, advantages=numbers, returns=numbers)
+    return Update(step, state, frozen, experience)
+
+
+def placed(context: Context, shapes: PyTree) -> PyTree:
+    """Shapes with their places by the parameter rule."""
+    return _with(shapes, shardings(shapes, context.mesh))
+
+
+def rows(context: Context, shapes: PyTree) -> PyTree:
+    """Shapes with their places by the batch rule. Raises ConfigError if the mesh does not divide the rows."""
+    count, parts = jax.tree.leaves(shapes)[0].shape[0], context.mesh.shape["data"] * context.mesh.shape["fsdp"]
+    if count % parts:
+        raise ConfigError(f"a batch of {count} rows cannot be split over mesh axes data and fsdp, together {parts}: make it a multiple")
+    return _with(shapes, jax.tree.map(lambda _: NamedSharding(context.mesh, ROWS), shapes))
+
+
+def _with(shapes: PyTree, places: PyTree) -> PyTree:
+    return jax.tree.map(lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, places)
+
+
+def _text_width(context: Context) -> int:
+    data = context.config.data
+    return _rounded(context, data.max_prompt_length + data.max_response_length)
+
+
+def _rounded(context: Context, length: int) -> int:
+    multiple = context.config.data.length_multiple
+    return -(-length // multiple) * multiple
+
+
+def _key() -> Any:
+    return jax.eval_shape(jax.random.key, 0)
+
+
+def _ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _flags(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.bool_)
+
+
+def _floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)

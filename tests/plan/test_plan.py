@@ -1,0 +1,167 @@
+"""Plans on this machine's device: what is added up, what fits, what is suggested, and what is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from rich.console import Console
+
+from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax import main
+from pe_rlhf_jax.config import Config, ConfigError
+from pe_rlhf_jax.plan.chips import CHIPS
+from pe_rlhf_jax.plan.plan import GIB, _notes, plan
+from pe_rlhf_jax.plan.suggest import candidates, changed, suggest
+from pe_rlhf_jax.plan.table import show
+from pe_rlhf_jax.plan.topology import Topology, describe
+
+CONFIG = """
+model: {source: unused, logprob_chunk: 16, dtype: float32}
+lora: {r: 2}
+mesh: {data: 1, fsdp: 1, tensor: 1}
+data: {max_prompt_length: 8, max_response_length: 8, length_multiple: 8}
+run: {stages: [reward]}
+reward: {batch_size: 32}
+rl: {batch_size: 4, sampling: {max_new_tokens: 6}}
+"""
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.fixture
+def on_a_chip(tiny, quick_compile):
+    """on_a_chip(hbm in bytes, "a.b=c", ...) -> configuration, architecture, topology."""
+
+    def of(hbm: float, *overrides: str) -> tuple[Config, object, Topology]:
+        chip = dataclasses.replace(CHIPS["v5e"], usable=hbm / GIB)
+        return configuration.parse(CONFIG, overrides), tiny.config, Topology("one", jax.devices()[:1], chip)
+
+    return of
+
+
+def test_what_it_takes_is_what_the_stage_keeps_and_what_its_fullest_program_adds(on_a_chip):
+    found = plan(*on_a_chip(GIB, "run.stages=[sft, rl]", "rl.value_init=zero", "rl.roles=shared"))
+    assert [stage.stage for stage in found.stages] == ["sft", "rl"]
+    rl = found.stages[1]
+    assert [timed.program.name for timed in rl.programs] == ["rollout", "score", "experience", "update"]
+    kept = sum(rl.resident.values())
+    for timed in rl.programs:
+        program = timed.program
+        assert program.peak == program.arguments + program.temporaries + program.outputs - program.reused
+        assert program.staying <= kept and timed.hbm == program.peak + kept - program.staying
+        # A CPU pads nothing; what jit drops (the score head in policies' programs) is not read.
+        assert 0.9 * sum(program.parts.values()) <= program.arguments <= sum(program.parts.values())
+    rollout = rl.programs[0]
+    assert rollout.hbm - rollout.program.peak > rl.resident["training state"] / 2  # Adam's moments wait meanwhile
+    assert found.hbm == max(timed.hbm for stage in found.stages for timed in stage.programs)
+    assert rl.fullest.hbm == rl.hbm
+
+
+def test_fits_is_a_matter_of_the_chip(on_a_chip):
+    need = plan(*on_a_chip(GIB)).hbm
+    assert plan(*on_a_chip(need + 1)).fits is True
+    assert plan(*on_a_chip(need - 1)).fits is False
+
+
+def test_a_smaller_micro_batch_is_found_where_the_whole_one_does_not_fit(on_a_chip):
+    small = plan(*on_a_chip(GIB, "reward.micro_batch_size=16")).hbm
+    assert small < 0.8 * plan(*on_a_chip(GIB)).hbm
+    config, shape, topology = on_a_chip(small + 1)
+    first = plan(config, shape, topology)
+    assert first.fits is False
+    found = suggest(config, shape, topology, first, limit=4)
+    assert [one.overrides for one in found][:1] == [("reward.micro_batch_size=16",)]
+    assert found[0].plan.hbm == small
+    assert suggest(*on_a_chip(1), plan(*on_a_chip(1)), limit=3) == []
+
+
+def test_candidates_divide_heads_and_batches(tiny):
+    config = configuration.parse(CONFIG, ["mesh.fsdp=8", "reward.tuning=full", "rl.roles=separate", "model.remat=none"])
+    tried = list(candidates(config, tiny.config, 8, fits=False))
+    meshes = {one for one in tried if all(override.startswith("mesh.") for override in one)}
+    assert ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2") in meshes
+    assert not [one for one in meshes if "mesh.tensor=4" in one]  # 2 key-value heads
+    assert [one for one in tried if "reward.tuning=lora" in one] and [one for one in tried if "model.remat=full" in one]
+    for one in tried:
+        assert changed(config, one) != config
+
+
+def test_heads_that_the_mesh_does_not_divide_are_named(tiny):
+    config = configuration.parse(CONFIG)
+    notes = _notes(config, dataclasses.replace(tiny.config, num_kv_heads=1, vocab_size=32), {"data": 1, "fsdp": 1, "tensor": 4})
+    assert notes == ["1 key-value heads do not divide over mesh.tensor 4: every chip of the axis has all of them. 1 would"]
+    notes = _notes(
+        config, dataclasses.replace(tiny.config, num_heads=6, num_kv_heads=3, vocab_size=32), {"data": 1, "fsdp": 1, "tensor": 4}
+    )
+    assert [note.rpartition(". ")[2] for note in notes] == ["1, 2, 3 would", "1, 3 would"]
+
+
+def test_a_program_that_the_compiler_refuses_does_not_fit(on_a_chip, tiny):
+    found = plan(*on_a_chip(GIB))
+    timed = found.stages[0].programs[0]
+    refused = dataclasses.replace(timed, program=dataclasses.replace(timed.program, refused="RESOURCE_EXHAUSTED: too much"))
+    broken = dataclasses.replace(found, stages=(dataclasses.replace(found.stages[0], programs=(refused,)),))
+    assert found.fits is True and broken.fits is False
+    console = Console(file=io.StringIO(), width=120)
+    show(broken, console)
+    assert "RESOURCE_EXHAUSTED: too much" in console.file.getvalue() and "does not fit" in console.file.getvalue()
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_the_command_prints_a_table_and_json(tmp_path: Path, capsys):
+    (tmp_path / "c.yaml").write_text(CONFIG.replace("source: unused", "source: 'hf:nobody/nothing'"))
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    arguments = ["plan", "--config", str(tmp_path / "c.yaml"), "--model-config", str(tmp_path / "config.json")]
+    assert main.cli(arguments) == 0
+    assert "reward" in capsys.readouterr().out
+    assert main.cli([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (program,) = found["stages"][0]["programs"]
+    assert found["topology"] == "local" and found["fits"] is None and found["hbm"] == program["hbm"] > 0
+    assert program["program"]["name"] == "update" and program["flops"] > 0
+
+
+def test_a_topology_that_is_none_and_a_model_that_is_not_there_are_explained(tmp_path: Path, capsys, monkeypatch):
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    arguments = ["plan", "--config", str(tmp_path / "c.yaml"), "--model-config"]
+    for name in ("v5e", "v9:4x4", "v5e:4by4"):
+        assert main.cli([*arguments, str(tmp_path / "config.json"), "--topology", name]) == 2
+        assert "expected GENERATION:SHAPE such as v5e:4x4" in " ".join(capsys.readouterr().out.split())
+    assert main.cli([*arguments, str(tmp_path / "missing.json")]) == 2
+    assert "expected Hugging Face's config.json" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"model_type": "mamba"}))
+    assert main.cli([*arguments, str(tmp_path / "config.json")]) == 2
+    assert "model_type 'mamba' is not supported" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_compiled(tiny, monkeypatch):
+    config = configuration.parse(CONFIG, ["reward.batch_size=6"])
+    monkeypatch.setattr("pe_rlhf_jax.plan.programs.make_mesh", lambda *_: jax.sharding.AbstractMesh((4, 1, 1), ("data", "fsdp", "tensor")))
+    with pytest.raises(ConfigError, match=r"reward.batch_size 6 must be a multiple of 4.*: 8 is one"):
+        plan(config, tiny.config, Topology("four", jax.devices()[:1], None))
+
+
+def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):
+    def none(**_):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", none)
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+        monkeypatch.setenv(name, "set before")
+    with pytest.raises(ConfigError, match=r"needs the TPU compiler; pip install 'pe_rlhf_jax\[tpu-plan\]'"):
+        describe("v5e:2x2")

@@ -1,0 +1,146 @@
+"""What is planned is what is run: the same functions with the same shapes, caught in a real step of every stage."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_context import tiny_context
+
+from pe_rlhf_jax.config import ConfigError
+from pe_rlhf_jax.data import PreferenceExample, PromptExample, SFTExample, Split
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.plan import programs
+from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
+from pe_rlhf_jax.training import loop, rewards, rl, rollouts, sft
+from pe_rlhf_jax.training import reward as reward_stage
+
+FIELDS = {
+    "data": {"max_prompt_length": 8, "max_response_length": 8, "length_multiple": 8},
+    "rl": {"steps": 1, "batch_size": 4, "num_mini_batches": 2, "sampling": {"max_new_tokens": 6}},
+    "run": {"stages": ["sft", "reward", "rl"]},
+    "sft": {"steps": 1, "batch_size": 4, "evaluate_every": 9},
+    "reward": {"steps": 1, "batch_size": 4, "evaluate_every": 9},
+}
+
+
+def signature(tree) -> list[str]:
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return [f"{jax.tree_util.keystr(path)} {np.shape(x)} {jnp.result_type(x) if not hasattr(x, 'dtype') else x.dtype}" for path, x in flat]
+
+
+def run_context(tiny, **changes):
+    """Rows of the longest lengths that the configuration allows, as the plan assumes."""
+    context = tiny_context(tiny, **{name: FIELDS.get(name, {}) | changes.get(name, {}) for name in FIELDS | changes})
+    words = np.arange(2, 10, dtype=np.int32)
+    pair, prompt = PreferenceExample(np.append(words, words), np.append(words, words), 0.0), PromptExample(words, "text", {})
+    data = dataclasses.replace(
+        context.data,
+        sft=Split([SFTExample(words, words)] * 8, [SFTExample(words, words)] * 2),
+        preference=Split([pair] * 8, [pair] * 2),
+        prompts=Split([prompt] * 8, [prompt] * 2),
+    )
+    return dataclasses.replace(context, data=data)
+
+
+def planned(context, stage: str) -> dict[str, list[str]]:
+    """The calls' arguments, by what is called."""
+    config = context.config
+    abstract = abstract_context(config, context.decoder.config, jnp.dtype("float32"), jax.devices()[:1])
+    calls: dict[str, list[str]] = {}
+
+    def compile(call: Call):
+        calls[call.name] = signature(list(call.arguments.values()))
+        return jax.eval_shape(lambda *arguments: call.function(*call.static, *arguments), *call.arguments.values())
+
+    stage_calls(abstract, stage, compile)
+    return calls
+
+
+@pytest.fixture
+def caught(monkeypatch):
+    """The arguments of the first call of each program."""
+    calls: dict[str, list[str]] = {}
+
+    def catch(name, function, static):
+        def called(*arguments, **named):
+            assert not named
+            calls.setdefault(name, signature(list(arguments[static:])))
+            return function(*arguments)
+
+        return called
+
+    def make(make_step):
+        return lambda *arguments: catch("update", make_step(*arguments), 0)
+
+    monkeypatch.setattr(rollouts, "_respond", catch("rollout", rollouts._respond, 4))
+    monkeypatch.setattr(rewards, "_score", catch("score", rewards._score, 1))
+    monkeypatch.setattr(rl, "make_experience", catch("experience", rl.make_experience, 3))
+    monkeypatch.setattr(rl, "_take", catch("mini-batch", rl._take, 0))
+    monkeypatch.setattr(rl, "make_step", make(rl.make_step))
+    monkeypatch.setattr(loop, "make_step", make(loop.make_step))
+    return calls
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_rl_calls_what_was_planned(tiny, caught, algorithm):
+    context = run_context(tiny, rl=FIELDS["rl"] | {"algorithm": algorithm, "group_size": 2})
+    with jax.set_mesh(context.mesh):
+        reference = sft.init(context).trainable
+        model = reward_stage.init(context, reference).trainable
+        given = rewards.Rewards(context, {"run": rewards.RewardModel(context.decoder, context.backbone, model)})
+        next(rl.run(context, reference, model, given, rl.init(context, reference, model)))
+    assert caught == planned(context, "rl")
+    assert caught.keys() == {"rollout", "score", "experience", "mini-batch", "update"}
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_sft_and_reward_call_what_was_planned(tiny, caught, tuning):
+    context = run_context(tiny, sft={"tuning": tuning}, reward={"tuning": tuning}, rl={"roles": "separate"})
+    with jax.set_mesh(context.mesh):
+        next(sft.run(context, sft.init(context)))
+        assert caught == planned(context, "sft")
+        caught.clear()
+        reference = sft.init(context).trainable
+        next(reward_stage.run(context, reference, reward_stage.init(context, reference)))
+    assert caught == planned(context, "reward")
+
+
+def test_separate_roles_keep_a_backbone_more(tiny):
+    """Of the reward model, its adapter merged in; with full tuning policy, value and reference have theirs too."""
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(tiny.params))
+
+    def kept(**changes) -> float:
+        fields = {name: FIELDS[name] | changes.get(name, {}) for name in FIELDS}
+        context = tiny_context(tiny, **fields)
+        abstract = abstract_context(context.config, tiny.config, jnp.dtype("float32"), jax.devices()[:1])
+        returned = lambda call: jax.eval_shape(lambda *a: call.function(*call.static, *a), *call.arguments.values())  # noqa: E731
+        leaves = jax.tree.leaves(stage_calls(abstract, "rl", returned))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / size
+
+    separate, full = {"roles": "separate"}, {"tuning": "full"}
+    shared = kept()
+    assert kept(rl=FIELDS["rl"] | separate) == pytest.approx(shared + 1, abs=0.1)
+    twin = kept(rl=FIELDS["rl"] | separate | full, sft=full, reward=full)
+    # Backbone, reference and reward model; policy and value with Adam's two moments each.
+    assert twin == pytest.approx(3 + 2 * 3, abs=0.05)
+
+
+def test_rows_that_the_mesh_does_not_divide_are_refused(tiny):
+    context = tiny_context(tiny)
+    context = dataclasses.replace(context, mesh=jax.sharding.AbstractMesh((4, 1, 2), ("data", "fsdp", "tensor")))
+    with pytest.raises(ConfigError, match="6 rows cannot be split over mesh axes data and fsdp, together 4"):
+        programs.rows(context, programs._ints(6, 3))
+
+
+def test_roles_without_a_reward_stage_need_no_reward_model(tiny):
+    fields = {"rl": {"rewards": [{"function": "math:sqrt"}], "value_init": "zero"}, "run": {"stages": ["rl"]}}
+    context = tiny_context(tiny, **fields)
+    abstract = abstract_context(context.config, tiny.config, jnp.dtype("float32"), jax.devices()[:1])
+    assert jax.eval_shape(lambda params: programs.roles(abstract, params), abstract.backbone) == (Role(), None)
+    assert "score" not in planned(context, "rl")
