@@ -110,7 +110,7 @@ def help_of(capsys):
 def test_every_command_and_option_exists(help_of):
     lines = [(place, match[1]) for place, match in found(r"(?:pe-rlhf|pe_rlhf_jax\.main)((?: [^\s`;|>)]+| \"[^\"]*\")*)")]
     assert len(lines) > 5
-    anywhere = help_of("run") + help_of("report") + help_of("generate")
+    anywhere = "".join(help_of(command) for command in ("run", "report", "generate", "plan"))
     alone = [match[0] for place, match in found(r"^--[a-z-]+") if place in DOCUMENTS]
     assert "--restart" in alone
     assert not [option for option in alone if not re.search(rf"{option}\b", anywhere)]
