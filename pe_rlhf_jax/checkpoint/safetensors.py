@@ -17,6 +17,7 @@ from pe_rlhf_jax.checkpoint.weights import WeightsError
 
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
+_ALIGNED = 64  # bytes
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -56,7 +57,17 @@ class SafetensorsFolder:
             raise WeightsError(f"{file}: {name} is of type {entry.kind}, which is not supported; supported: {', '.join(_TYPES)}")
         try:
             # Not by the library's memory map: its pages would stay in memory beside what is made of them.
-            found = np.fromfile(file, np.uint8, entry.size, offset=entry.start)
+            # Aligned, so that JAX can use it on a CPU as it is.
+            room = np.empty(entry.size + _ALIGNED, np.uint8)
+            start = -room.ctypes.data % _ALIGNED
+            found = room[start : start + entry.size]
+            with open(file, "rb", buffering=0) as source:
+                source.seek(entry.start)
+                read = source.readinto(found.data)
+                while read < entry.size and (more := source.readinto(found[read:].data)):
+                    read += more  # the system reads at most 2 GiB at once
+            if read != entry.size:
+                raise ValueError(f"{entry.size} bytes are needed, the file has {read}")
             return found.view(_TYPES[entry.kind]).reshape(entry.shape)
         except (OSError, ValueError) as error:
             raise WeightsError(f"{file}: cannot read {name}: {error}") from error

@@ -77,7 +77,9 @@ def test_pefts_own_here(tmp_path, name):
     config = LoRAConfig(r=3, lora_alpha=5)
     lora, head = import_adapter(tmp_path / "theirs", adapter(tiny, config), config, weights=table(tiny))
     assert head is None
-    np.testing.assert_allclose(our_logits(tiny, config, lora), families.torch_logits(adapted, tokens()), atol=LOGITS, rtol=0)
+    found, expected = our_logits(tiny, config, lora), families.torch_logits(adapted, tokens())
+    print(f"{name} import: {np.abs(found - expected).max():.1e}")
+    np.testing.assert_allclose(found, expected, atol=LOGITS, rtol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -20,7 +20,8 @@ from pe_rlhf_jax.models.rope import RopeScaling
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 # Logits are of order 1 to 10, gradients of 0.01 to 1, and both sides compute in float32: they were found to differ by 1.2e-5 and 1e-5
-# at most. A feature left out moves logits by 1e-2 (`test_every_feature_moves_the_logits`).
+# at most. A feature left out moves logits by 5e-4 at least (`test_every_feature_moves_the_logits`).
+NAMES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES]  # what is loaded is loaded once
 LOGITS = 1e-4
 GRADIENTS = 5e-5
 
@@ -49,7 +50,7 @@ def test_every_family_has_a_case():
     assert {case["model_type"] for case in CASES.values()} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_and_gradients_equal_torchs(name):
     architecture, params = loaded(name)
     mask = np.ones_like(tokens(), bool)
@@ -67,7 +68,7 @@ def test_logits_and_gradients_equal_torchs(name):
         assert np.abs(recorded(name)[leaf]).max() > 0.01
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_decoding_left_padded_rows_with_a_cache_equals_torchs_whole_rows(name):
     """Rows padded by 3 and 0 on the left; 7 slots at once, then one at a time, in a cache with room to spare."""
     architecture, params = loaded(name)
@@ -112,6 +113,8 @@ def test_decoding_left_padded_rows_with_a_cache_equals_torchs_whole_rows(name):
         ("smollm3", {"unrotated_layers": ()}),
         ("gpt_neox", {"rotary_dim": None}),
         ("gpt_neox", {"parallel_residual": False}),
+        ("gpt_neox", {"activation": "gelu_tanh"}),
+        ("gpt2", {"activation": "gelu"}),  # the smallest difference of all
     ],
 )
 def test_every_feature_moves_the_logits(name, change):
@@ -119,7 +122,7 @@ def test_every_feature_moves_the_logits(name, change):
     architecture, params = loaded(name)
     decoder = Decoder(dataclasses.replace(architecture, **change), remat="none")
     found = jax.jit(lambda p: loss(decoder, p, tokens(), np.ones_like(tokens(), bool))[1])(params)
-    assert np.abs(found - recorded(name)["logits"]).max() > 100 * LOGITS
+    assert np.abs(found - recorded(name)["logits"]).max() > 5 * LOGITS
 
 
 def test_windows_hide_exactly_what_lies_before_them():
