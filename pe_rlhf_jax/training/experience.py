@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from pe_rlhf_jax.algorithms import advantages, group, kl
 from pe_rlhf_jax.algorithms.masked import masked_mean, masked_sum, masked_whiten
 from pe_rlhf_jax.config import RLConfig
-from pe_rlhf_jax.models.decoder import Decoder, unembed
+from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.heads import apply_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_hidden, response_logprobs, response_values, token_logprobs
@@ -37,7 +37,7 @@ def predict(
     variables = policy.variables(backbone)
     hidden = response_hidden(decoder, backbone, policy, rollout)
     temperature = config.sampling.temperature
-    logprobs, entropy = token_logprobs(hidden, rollout.response, lambda h: unembed(variables["params"], h), temperature, chunk)
+    logprobs, entropy = token_logprobs(hidden, rollout.response, lambda h: decoder.unembed(variables["params"], h), temperature, chunk)
     if value is None:
         return Predictions(logprobs, entropy, jnp.zeros_like(logprobs))
     if config.value_model == "trunk":

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from pe_rlhf_jax.algorithms.sft import cross_entropy
 from pe_rlhf_jax.data import pad_sft
-from pe_rlhf_jax.models.decoder import Decoder, unembed
+from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import token_logprobs
 from pe_rlhf_jax.training.context import Context
@@ -71,7 +71,7 @@ def _logprobs(decoder: Decoder, chunk: int, role: Role, backbone: PyTree, batch:
     variables = role.variables(backbone)
     rngs = None if key is None else {"dropout": key}
     hidden, _ = decoder.apply(variables, batch.tokens[:, :-1], batch.mask[:, :-1], deterministic=key is None, rngs=rngs)
-    return token_logprobs(hidden, batch.tokens[:, 1:], lambda h: unembed(variables["params"], h), 1.0, chunk)[0]
+    return token_logprobs(hidden, batch.tokens[:, 1:], lambda h: decoder.unembed(variables["params"], h), 1.0, chunk)[0]
 
 
 def _loss(context: Context):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,3 +189,15 @@ def test_evaluation_of_equal_policies_finds_no_difference_in_divergence(make_con
     assert figures["rl"]["kl_per_response"] == 0.0
     assert figures["rl"]["gain_in_std"] == 0.0  # the same keys draw the same answers
     assert [row["reference"] for row in figures["samples"]] == [row["policy"] for row in figures["samples"]]
+
+
+def test_logits_are_capped_in_training_as_in_sampling(make_context):
+    """Gemma 2 caps its logits: the likelihoods that SFT and RL learn from are those of the capped ones."""
+    context = make_context(rl={"rewards": [{"model": "run"}], "steps": 1})
+    capped = dataclasses.replace(context.decoder, config=dataclasses.replace(context.decoder.config, final_softcap=0.5))
+    capped_context = dataclasses.replace(context, decoder=capped)
+    loss, plain = sft.evaluate(capped_context, Role()), sft.evaluate(context, Role())
+    assert abs(loss - np.log(capped.config.vocab_size)) < 0.5 < abs(plain - np.log(capped.config.vocab_size))  # near uniform
+    model = reward_role(capped_context)
+    _, metrics = next(rl.run(capped_context, Role(), model, judged_by(capped_context, model), rl.init(capped_context, Role(), model)))
+    assert metrics["val/sampler_kl"] < 1e-6
