@@ -114,7 +114,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "report":
             run_folder.read_config(arguments.folder)
-            console.print(f"report: {html.build(arguments.folder)}", markup=False)
+            console.print(f"report: {html.build(arguments.folder)}", markup=False, soft_wrap=True)
         elif arguments.command == "plan":
             return 0 if planning.run(arguments, console) else 1
         elif arguments.command == "generate":
@@ -130,7 +130,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
         console.print(f"Stopped by {reason}; everything is saved. Run the same command again to continue.", markup=False)
         return STOPPED
     except errors as error:
-        console.print(f"error: {error}", markup=False, style="red")
+        console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)  # a path stays in one piece
         return 2
     return 0
 

@@ -101,3 +101,9 @@ def test_modules_say_what_they_are():
         text = path.read_text(encoding="utf-8")
         assert not text or ast.get_docstring(ast.parse(text)), f"{path} has no module docstring"
         assert path.stem not in ("utils", "helpers", "base", "common", "misc"), f"{path} is named after no reason to exist"
+
+
+def test_test_files_have_names_of_their_own():
+    """Two of one name and pytest would leave one of them out, with an error that is easily overlooked among others."""
+    names = [path.name for path in (PACKAGE.parent / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
