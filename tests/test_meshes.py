@@ -25,11 +25,13 @@ from pe_rlhf_jax.training.rewards import RewardModel, Rewards
 
 assert jax.device_count() == 8
 jax.config.update("jax_disable_most_optimizations", True)
+# Adam divides by the size of a gradient; a large epsilon keeps it from blowing the rounding of the smallest ones up to whole steps.
+SMOOTH = dict(learning_rate=1e-2, eps=1e-2)
 SECTIONS = dict(
     run=dict(stages=["sft", "reward", "rl"]),
-    sft=dict(steps=9, batch_size=8),
-    reward=dict(steps=9, batch_size=8),
-    rl=dict(steps=9, batch_size=8, num_ppo_epochs=1, optimizer=dict(learning_rate=1e-2), sampling=dict(max_new_tokens=6), roles="separate"),
+    sft=dict(steps=9, batch_size=8, optimizer=SMOOTH),
+    reward=dict(steps=9, batch_size=8, optimizer=SMOOTH),
+    rl=dict(steps=9, batch_size=8, num_ppo_epochs=1, optimizer=SMOOTH, sampling=dict(max_new_tokens=6), roles="separate"),
 )
 
 
@@ -62,15 +64,10 @@ def trained(tiny, devices, mesh, tuning="lora", stages=("sft", "reward", "rl")):
 
 def same(found, expected):
     assert len(found) == len(expected)
-    first = set()
     for a, b in zip(found, expected, strict=True):
         assert a.keys() == b.keys()
-        stage = next(iter(b)).split()[0]
-        # A stage's first update differs by sums in another order; Adam, which divides by small gradients, carries that on.
-        rtol = 2e-3 if stage in first or stage != next(iter(expected[0])).split()[0] else 2e-5
-        first.add(stage)
-        for name in b:
-            np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=1e-5, err_msg=f"{{name}} {{len(first)}}")
+        for name in b:  # sums in another order
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=1e-5, err_msg=name)
 """
 
 MESHES = """
