@@ -67,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = configuration.load(arguments.config, arguments.overrides)
 
-    dtype = {"auto": "float32" if jax.default_backend() == "cpu" else "bfloat16"}.get(config.model.dtype, config.model.dtype)
+    dtype = config.model.dtype_on(jax.default_backend())
     context = abstract_context(config, architecture(config.model), jnp.dtype(dtype))
     result: dict[str, Any] = {"dtype": dtype, "device": jax.devices()[0].device_kind, "backbone": size(context.backbone)}
     for stage in STAGES:

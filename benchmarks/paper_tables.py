@@ -255,8 +255,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = configuration.load(arguments.config, arguments.overrides)
     shape = source.resolve(config.model).config
-    name = config.model.dtype
-    dtype = jnp.dtype(("float32" if jax.default_backend() == "cpu" else "bfloat16") if name == "auto" else name)
+    dtype = jnp.dtype(config.model.dtype_on(jax.default_backend()))
     context = abstract_context(config, shape, dtype)
     params = jax.jit(context.decoder.init_params)(jax.random.key(0))
     context = dataclasses.replace(context, backbone=params, tokenizer=cast(PreTrainedTokenizerBase, None))
@@ -264,7 +263,7 @@ def main() -> None:
         ranks = arguments.ranks or [config.lora.r]
         rows = [compare(config, context, stage, arguments.steps, rank) for stage in arguments.stages for rank in ranks]
     device = jax.devices()[0]
-    print(f"{config.model.source}, {name if name != 'auto' else dtype.name}, {jax.device_count()} x {device.device_kind}\n")
+    print(f"{config.model.source}, {dtype.name}, {jax.device_count()} x {device.device_kind}\n")
     print(table(rows))
     if arguments.output:
         arguments.output.write_text(json.dumps({"device": device.device_kind, "rows": rows}, indent=1) + "\n")

@@ -44,8 +44,7 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
 
 def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) -> tuple[Decoder, PyTree]:
     """The decoder and its parameters, on the devices."""
-    name = config.model.dtype
-    dtype = jnp.dtype(("float32" if jax.default_backend() == "cpu" else "bfloat16") if name == "auto" else name)
+    dtype = jnp.dtype(config.model.dtype_on(jax.default_backend()))
     decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat)
     return decoder, backbone.load_params(dtype, shardings(jax.eval_shape(decoder.init_params, jax.random.key(0)), mesh))
 

@@ -16,7 +16,7 @@ from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.loading import load_decoder
 from pe_rlhf_jax.models.lora import merge
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.sharding import shardings
+from pe_rlhf_jax.sharding import placed_shapes
 from pe_rlhf_jax.training import reward, rl, sft
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.rewards import RewardModel
@@ -107,9 +107,7 @@ class Outcomes:
 
     def like(self, init: Callable[[], PyTree]) -> PyTree:
         """Shapes and shardings of what `init` makes, without making it."""
-        shapes = jax.eval_shape(init)
-        places = shardings(shapes, self.context.mesh)
-        return jax.tree.map(lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, places)
+        return placed_shapes(jax.eval_shape(init), self.context.mesh)
 
     def check(self, meta: dict[str, Any]) -> None:
         """Raises CheckpointError if a checkpoint was made on another backbone, unless `model.any_backbone` allows it."""

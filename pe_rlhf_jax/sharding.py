@@ -72,6 +72,16 @@ def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
+def placed_shapes(shapes: PyTree, mesh: Mesh) -> PyTree:
+    """Shapes together with their places by the parameter rule: what a restored or a compiled tree is to look like."""
+    return with_places(shapes, shardings(shapes, mesh))
+
+
+def with_places(shapes: PyTree, places: PyTree) -> PyTree:
+    """Shapes with the given places."""
+    return jax.tree.map(lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, places)
+
+
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Says where an activation lives on the mesh in use (`jax.set_mesh`); unchanged without one.
 

@@ -59,6 +59,12 @@ class ModelConfig(Section):
         1024, ge=1, description="Tokens whose logits exist at once when log-probabilities are computed; bounds memory."
     )
 
+    def dtype_on(self, platform: str) -> str:
+        """The dtype on a platform such as `cpu` or `tpu`, `auto` decided."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if platform == "cpu" else "bfloat16"
+
 
 class LoRAConfig(Section):
     r: int = Field(16, ge=1, description="Rank.")

@@ -12,6 +12,7 @@ import jax
 
 from pe_rlhf_jax.plan import hlo
 from pe_rlhf_jax.plan.programs import Call
+from pe_rlhf_jax.sharding import with_places
 from pe_rlhf_jax.types import PyTree
 
 
@@ -80,11 +81,7 @@ def compile_call(call: Call, mesh: jax.sharding.Mesh, matrices: Mapping[str, tup
         whole=unsharded(arrays, matrices, vocabulary, mesh.shape["fsdp"]) if mesh.size > 1 else (),
         seconds=time.perf_counter() - began,
     )
-
-    def with_place(shape, place):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
-
-    return program, jax.tree.map(with_place, lowered.out_info, compiled.output_shardings)
+    return program, with_places(lowered.out_info, compiled.output_shardings)
 
 
 def unsharded(arrays: list[hlo.Array], matrices: Mapping[str, tuple[int, ...]], vocabulary: int, fsdp: int) -> tuple[str, ...]:

@@ -116,8 +116,7 @@ def plan(
     Raises:
         ConfigError: the mesh does not fit the devices or the batches.
     """
-    name = config.model.dtype
-    dtype = jnp.dtype(("float32" if topology.devices[0].platform == "cpu" else "bfloat16") if name == "auto" else name)
+    dtype = jnp.dtype(config.model.dtype_on(topology.devices[0].platform))
     context = abstract_context(config, architecture, dtype, topology.devices)
     check_batches(config, context.mesh)
     costs = Costs(config, architecture)

@@ -19,7 +19,8 @@ from pe_rlhf_jax.data import Data
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.sharding import ROWS, make_mesh, shardings
+from pe_rlhf_jax.rollout.generate import BLOCK
+from pe_rlhf_jax.sharding import ROWS, make_mesh, placed_shapes, row_multiple, with_places
 from pe_rlhf_jax.training import reward, rl, sft
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.experience import make_experience
@@ -124,7 +125,7 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
     whole = {name: role.join(placed(context, found.frozen.roles[name])) for name, role in state.trainable.items()}
     prompt = _rounded(context, context.config.data.max_prompt_length)
     prompts = rows(context, PromptBatch(_ints(config.batch_size, prompt), _flags(config.batch_size, prompt)))
-    blocks = -(-config.sampling.max_new_tokens // 8)
+    blocks = -(-config.sampling.max_new_tokens // BLOCK)
     static = (context.decoder, config.sampling, END_TOKENS, context.pad_token)
     rollout = compile(
         Call("rollout", _respond, static, {"policy": whole["policy"], "backbone": backbone, "prompts": prompts, "key": _key()}, loop=blocks)
@@ -219,19 +220,15 @@ def _rl_update(context: Context) -> Update:
 
 def placed(context: Context, shapes: PyTree) -> PyTree:
     """Shapes with their places by the parameter rule."""
-    return _with(shapes, shardings(shapes, context.mesh))
+    return placed_shapes(shapes, context.mesh)
 
 
 def rows(context: Context, shapes: PyTree) -> PyTree:
     """Shapes with their places by the batch rule. Raises ConfigError if the mesh does not divide the rows."""
-    count, parts = jax.tree.leaves(shapes)[0].shape[0], context.mesh.shape["data"] * context.mesh.shape["fsdp"]
+    count, parts = jax.tree.leaves(shapes)[0].shape[0], row_multiple(context.mesh)
     if count % parts:
         raise ConfigError(f"a batch of {count} rows cannot be split over mesh axes data and fsdp, together {parts}: make it a multiple")
-    return _with(shapes, jax.tree.map(lambda _: NamedSharding(context.mesh, ROWS), shapes))
-
-
-def _with(shapes: PyTree, places: PyTree) -> PyTree:
-    return jax.tree.map(lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, places)
+    return with_places(shapes, jax.tree.map(lambda _: NamedSharding(context.mesh, ROWS), shapes))
 
 
 def _text_width(context: Context) -> int:

@@ -51,7 +51,7 @@ def run(context: Context, sft: Role, state: TrainState) -> Iterator[tuple[TrainS
         state,
         frozen=(context.backbone, rest),
         examples=split.train,
-        collate=lambda rows: kind.collate(context, rows),
+        collate=kind.collator(context),
         loss=_loss(context, kind),
         total=lambda batch: jnp.sum(batch.weight),
         evaluate=lambda state: kind.quick(held_out, *kind.scores(context, state.trainable.join(rest), held_out)),

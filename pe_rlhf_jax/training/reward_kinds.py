@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -38,8 +38,8 @@ class Kind(Protocol):
     select: str
     """The held-out figure whose best checkpoint is kept; higher is better."""
 
-    def collate(self, context: Context, rows: Sequence[Any]) -> Any:
-        """A training batch."""
+    def collator(self, context: Context) -> Callable[[Sequence[Any]], Any]:
+        """What makes a training batch of rows."""
 
     def loss(
         self, config: RewardConfig, decoder: Decoder, role: Role, backbone: PyTree, batch: Any, total: Array, key: jax.Array | None
@@ -62,8 +62,8 @@ class Pairs:
     data: Literal["preference", "label"] = "preference"
     select = "accuracy"
 
-    def collate(self, context: Context, rows: Sequence[PreferenceExample]) -> PreferenceBatch:
-        return pad_preferences(rows, context.pad_token, context.config.data.length_multiple)
+    def collator(self, context: Context) -> Callable[[Sequence[PreferenceExample]], PreferenceBatch]:
+        return lambda rows: pad_preferences(rows, context.pad_token, context.config.data.length_multiple)
 
     def loss(
         self, config: RewardConfig, decoder: Decoder, role: Role, backbone: PyTree, batch: Any, total: Array, key: jax.Array | None
@@ -110,13 +110,18 @@ class Labels:
     data: Literal["preference", "label"] = "label"
     select = "auc"
 
-    def collate(self, context: Context, rows: Sequence[LabelExample]) -> LabelBatch:
-        batch = pad_labels(rows, context.pad_token, context.config.data.length_multiple)
-        if not context.config.reward.balance_classes:
-            return batch
-        share = np.mean([row.label for row in context.split("label").train])
-        weight: Any = np.where(np.asarray(batch.label) == 1, 0.5 / share, 0.5 / (1 - share)).astype(np.float32)
-        return batch.replace(weight=weight)
+    def collator(self, context: Context) -> Callable[[Sequence[LabelExample]], LabelBatch]:
+        share = float(np.mean(_labels(context.split("label").train)))
+        balanced = context.config.reward.balance_classes
+
+        def collate(rows: Sequence[LabelExample]) -> LabelBatch:
+            batch = pad_labels(rows, context.pad_token, context.config.data.length_multiple)
+            if not balanced:
+                return batch
+            weight: Any = np.where(np.asarray(batch.label) == 1, 0.5 / share, 0.5 / (1 - share)).astype(np.float32)
+            return batch.replace(weight=weight)
+
+        return collate
 
     def loss(
         self, config: RewardConfig, decoder: Decoder, role: Role, backbone: PyTree, batch: Any, total: Array, key: jax.Array | None

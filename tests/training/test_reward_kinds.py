@@ -105,11 +105,11 @@ def test_a_model_of_labels_learns_them(labelled, tuning):
 
 def test_balanced_classes_weigh_alike(labelled):
     context = labelled(positive_every=6, balance_classes=True)
-    batch = Labels().collate(context, context.data.label.train)
+    batch = Labels().collator(context)(context.data.label.train)
     label, weight = np.asarray(batch.label), np.asarray(batch.weight)
     assert label.sum() == 4
     assert weight[label == 1].sum() == pytest.approx(weight[label == 0].sum()) == pytest.approx(12)
-    plain = Labels().collate(labelled(positive_every=6), context.data.label.train)
+    plain = Labels().collator(labelled(positive_every=6))(context.data.label.train)
     np.testing.assert_array_equal(plain.weight, 1.0)
 
 
