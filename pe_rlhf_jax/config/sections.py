@@ -135,8 +135,10 @@ class DataConfig(Section):
     )
     max_prompt_length: int = Field(512, ge=1, description="Longest prompt, in tokens.")
     max_response_length: int = Field(512, ge=1, description="Longest response in SFT, preference and label data, in tokens, end included.")
-    too_long: Literal["error", "skip"] = Field(
-        "skip", description="What to do with a row over the length limits; skipped rows are counted."
+    too_long: Literal["error", "skip", "truncate"] = Field(
+        "skip",
+        description="What to do with a row over the length limits: stop, leave it out, or cut its prompt from the start (the end is what a "
+        "response answers; responses and texts without a prompt are not cut but left out). Rows are counted.",
     )
     on_error: Literal["error", "skip"] = Field("error", description="What to do with a bad row; skipped rows are counted and reported.")
     validation_share: float = Field(

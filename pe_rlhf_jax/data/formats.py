@@ -241,7 +241,20 @@ class Encoder:
         return [self._fits(row, sides) for row, sides in self._sides(rows)]
 
     def _encode(self, rows: Sequence[TextRow]) -> Iterator[tuple[TextRow, list[Sides]]]:
-        return ((row, sides) for row, sides in self._sides(rows) if self._fits(row, sides))
+        for row, sides in self._sides(rows):
+            cut = [(self._cut(prompt), response) for prompt, response in sides]
+            if self._fits(row, sides):
+                if any(len(after[0]) < len(before[0]) for after, before in zip(cut, sides, strict=True)):
+                    self.skipped.cut(row.place)
+                yield row, cut
+
+    def _cut(self, prompt: np.ndarray) -> np.ndarray:
+        """The end of a prompt, which is what a response answers, behind the start token if the model has one."""
+        limit = self.config.max_prompt_length
+        if self.config.too_long != "truncate" or len(prompt) <= limit:
+            return prompt
+        start = self.start[:limit]
+        return np.concatenate([np.asarray(start, np.int32), prompt[len(prompt) - (limit - len(start)) :]])
 
     def _sides(self, rows: Sequence[TextRow]) -> Iterator[tuple[TextRow, list[Sides]]]:
         tokens = iter(self._tokens([text for row in rows for text in row.texts]))
@@ -255,6 +268,8 @@ class Encoder:
             ]
             if not text.prompt:  # a whole text: nobody knows where its prompt ends
                 limits[1] = ("max_prompt_length + data.max_response_length", limits[0][1] + limits[1][1])
+            if self.config.too_long == "truncate":
+                tokens = (self._cut(tokens[0]), tokens[1])
             for (name, limit), side in zip(limits, tokens, strict=True):
                 if len(side) > limit:
                     self.skipped.long(row.place, name, limit, len(side))

@@ -43,10 +43,11 @@ class Skipped:
     """What to do with rows that cannot be used: raise at the first one, or count them for a note."""
 
     on_error: Literal["error", "skip"] = "error"
-    too_long: Literal["error", "skip"] = "skip"
+    too_long: Literal["error", "skip", "truncate"] = "skip"
     _bad: Counter[str] = field(default_factory=Counter)
     _first: dict[str, str] = field(default_factory=dict)
     _long: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _cut: Counter[str] = field(default_factory=Counter)
 
     def bad(self, place: str, problem: str) -> None:
         """A row that is wrong. Raises DataError unless bad rows are skipped."""
@@ -65,9 +66,14 @@ class Skipped:
             )
         self._long[place.rpartition(":")[0], limit] += 1
 
+    def cut(self, place: str) -> None:
+        """A row that is used with a shortened prompt."""
+        self._cut[place.rpartition(":")[0]] += 1
+
     def notes(self) -> list[str]:
         """One line for each file and reason, for the person who runs this."""
         long = [f"{_rows(count)} over {limit} skipped in {file}" for (file, limit), count in self._long.items()]
+        long += [f"{_rows(count)} with the start of the prompt cut off (max_prompt_length) in {file}" for file, count in self._cut.items()]
         return long + [f"{_rows(count)} skipped as bad in {file}; the first: {self._first[file]}" for file, count in self._bad.items()]
 
 

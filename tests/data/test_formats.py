@@ -1,5 +1,6 @@
 """Rows into tokens: the exact ids, and what is said about a row that is wrong."""
 
+import numpy as np
 import pytest
 from tiny_data import make_tokenizer
 
@@ -152,6 +153,28 @@ def test_length_limits_are_inclusive_and_count_the_end_token():
     assert not examples("preference", {"prompt": "1", "chosen": "1", "rejected": "1234"}, **limits)
     assert len(examples("preference", {"chosen": "123456", "rejected": "1"}, **limits)) == 1
     assert not examples("preference", {"chosen": "1", "rejected": "1234567"}, **limits)
+
+
+def test_truncated_prompts_keep_their_end_and_are_counted():
+    limits: dict = {"max_prompt_length": 3, "max_response_length": 4, "too_long": "truncate"}
+    skipped = Skipped(too_long="truncate")
+    rows = [{"prompt": "123", "completion": "1"}, {"prompt": "12345", "completion": "1"}, {"prompt": "1", "completion": "1234"}]
+    whole, cut = examples("sft", *rows, skipped=skipped, **limits)
+    end = examples("sft", {"prompt": "345", "completion": "1"})[0]
+    np.testing.assert_array_equal(cut.prompt, end.prompt)
+    np.testing.assert_array_equal(cut.response, whole.response)
+    assert skipped.notes() == [
+        "1 row over max_response_length skipped in x.jsonl",
+        "1 row with the start of the prompt cut off (max_prompt_length) in x.jsonl",
+    ]
+    # Both sides of a pair keep the same prompt; a whole text has none that could be cut; a start token stays in front.
+    [pair] = examples("preference", {"prompt": "12345", "chosen": "1", "rejected": "2"}, **limits)
+    np.testing.assert_array_equal(pair.chosen[:3], end.prompt)
+    np.testing.assert_array_equal(pair.rejected[:3], end.prompt)
+    assert not examples("preference", {"chosen": "1", "rejected": "1234567"}, **limits)
+    started = make_tokenizer(adds_start=True)
+    [first] = examples("prompts", {"prompt": "12345"}, tokenizer=started, **limits)
+    assert list(first.tokens) == [started.bos_token_id, *examples("prompts", {"prompt": "45"}, tokenizer=started)[0].tokens[1:]]
 
 
 def test_turns_without_a_template():
