@@ -145,6 +145,10 @@ class DataConfig(Section):
         0.1, gt=0, lt=1, description="Held-out share, by a hash of the prompt or group, where no file is given."
     )
     length_multiple: int = Field(16, ge=1, description="Batches are padded to a multiple of this, so that few programs are compiled.")
+    group_by_length: bool = Field(
+        False,
+        description="Batches of SFT and reward training hold rows of similar length, which saves padding.",
+    )
     train_pairs: int = Field(2048, ge=1, description="movie-reviews: number of training pairs.")
     validation_pairs: int = Field(512, ge=1, description="movie-reviews: number of held-out pairs.")
     min_margin: float = Field(0.5, ge=0, description="movie-reviews: least difference between the mean ratings of a pair's two sides.")

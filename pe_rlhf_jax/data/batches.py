@@ -20,18 +20,34 @@ class BatchOrder:
 
     Rows are shuffled anew in every epoch, and each comes once an epoch. Batches are always full: one may end an epoch and begin the
     next, and with fewer rows than `batch_size` it holds several epochs.
+
+    Args:
+        size: number of rows.
+        lengths: with the rows' lengths [size], batches hold rows of similar length: every `WINDOW` batches' worth of shuffled rows is
+            sorted by length before it is cut into batches, which come in random order.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int):
+    WINDOW = 50  # transformers' Trainer sorts as many with `group_by_length`
+
+    def __init__(self, size: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None):
         if size < 1 or batch_size < 1:
             raise ValueError(f"expected at least one row and one row a batch, found {size} rows, batch_size {batch_size}")
-        self._steps = grain.MapDataset.range(size).seed(seed).shuffle().repeat().batch(batch_size)
+        self._seed, self._batch_size = seed, batch_size
+        self._lengths = None if lengths is None else np.asarray(lengths)
+        # At least four windows an epoch, as the Trainer has it: otherwise the same rows would meet in every epoch.
+        self._window = 1 if lengths is None else max(1, min(self.WINDOW, size // (4 * batch_size)))
+        self._windows = grain.MapDataset.range(size).seed(seed).shuffle().repeat().batch(batch_size * self._window)
 
     def __call__(self, step: int) -> np.ndarray:
         """Indices [batch_size] of the batch at a step counted from 0."""
         if step < 0:
             raise ValueError(f"expected a step of at least 0, found {step}")
-        return np.asarray(self._steps[step])
+        window, place = divmod(step, self._window)
+        rows = np.asarray(self._windows[window])
+        if self._lengths is None:
+            return rows
+        batches = rows[np.argsort(self._lengths[rows], kind="stable")].reshape(self._window, self._batch_size)
+        return batches[np.random.default_rng((self._seed, window)).permutation(self._window)[place]]
 
 
 def pad_sft(examples: Sequence[SFTExample], pad_id: int, multiple: int) -> Batch:

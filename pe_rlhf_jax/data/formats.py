@@ -37,6 +37,11 @@ class SFTExample:
     prompt: Tokens
     response: Tokens
 
+    @property
+    def length(self) -> int:
+        """Tokens of the row, for batches of rows of similar length."""
+        return len(self.prompt) + len(self.response)
+
 
 @dataclass(frozen=True)
 class PreferenceExample:
@@ -46,6 +51,11 @@ class PreferenceExample:
     rejected: Tokens
     margin: float = 0.0
     """How much better the chosen side was rated; 0 where unknown."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer side."""
+        return max(len(self.chosen), len(self.rejected))
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,11 @@ class LabelExample:
     group: str | None = None
     """The row's value of `data.group_by`: labels of one group go together, so intervals are to be taken over groups."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of the row."""
+        return len(self.tokens)
+
 
 @dataclass(frozen=True)
 class PromptExample:
@@ -65,7 +80,7 @@ class PromptExample:
 
     tokens: Tokens
     text: str
-    """The prompt as the model sees it."""
+    """The prompt, whole even where `tokens` lost its start to the length limit."""
     columns: dict[str, Any]
     """The row's other keys, for judges."""
 

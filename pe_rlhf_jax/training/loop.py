@@ -39,7 +39,8 @@ def updates(
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
     step = make_step(loss, total, optimizer, config.batch_size, config.micro_batch_size)
     rate = learning_rate(config.optimizer, config.steps)
-    order, key = BatchOrder(len(examples), config.batch_size, context.config.run.seed), context.key(stage)
+    lengths = [example.length for example in examples] if context.config.data.group_by_length else None
+    order, key = BatchOrder(len(examples), config.batch_size, context.config.run.seed, lengths), context.key(stage)
     for index in range(int(state.step), config.steps):
         began = time.perf_counter()
         batch = collate([examples[i] for i in order(index)])
@@ -48,9 +49,10 @@ def updates(
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         stop_if_not_finite(state, context.config.run.max_nonfinite, stage)
         seconds = time.perf_counter() - began
-        tokens = sum(float(np.sum(mask)) for name, mask in vars(batch).items() if name in ("mask", "chosen_mask", "rejected_mask"))
+        masks = [mask for name, mask in vars(batch).items() if name in ("mask", "chosen_mask", "rejected_mask")]
+        tokens = float(sum(np.sum(mask) for mask in masks))
         values |= {"lr": float(rate(index)), "time/step": seconds, "perf/tokens_per_s": tokens / seconds}
-        values["perf/peak_memory_gib"] = peak_memory_gib()
+        values |= {"perf/padding": 1 - tokens / sum(mask.size for mask in masks), "perf/peak_memory_gib": peak_memory_gib()}
         if (index + 1) % config.evaluate_every == 0 or index + 1 == config.steps:
             values |= {f"eval/{name}": value for name, value in evaluate(state).items()}
         yield state, values

@@ -183,11 +183,13 @@ _score_labels = jax.jit(label_scores, static_argnums=0)
 
 def _in_batches(context: Context, rows: Sequence[Any], of: Any) -> tuple[np.ndarray, ...]:
     size = context.config.reward.batch_size
+    order = np.argsort([row.length for row in rows], kind="stable")  # rows of similar length need less padding
     parts = []
     for at in range(0, len(rows), size):
-        part = rows[at : at + size]
+        part = [rows[i] for i in order[at : at + size]]
         parts.append([np.asarray(x)[: len(part)] for x in jax.device_get(of(part, size))])
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+    places = np.argsort(order)
+    return tuple(np.concatenate(column)[places] for column in zip(*parts, strict=True))
 
 
 def _labels(rows: Sequence[LabelExample]) -> np.ndarray:

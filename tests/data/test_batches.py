@@ -44,6 +44,21 @@ def test_fewer_rows_than_a_batch():
     assert len(batch) == 8 and set(Counter(batch.tolist()).values()) <= {2, 3, 4} and set(batch.tolist()) == {0, 1, 2}
 
 
+def test_rows_of_similar_length_share_batches():
+    lengths = np.random.default_rng(0).integers(1, 500, size=400)
+    order, plain = BatchOrder(400, 8, seed=1, lengths=lengths), BatchOrder(400, 8, seed=1)
+    padded = {grouped: sum(8 * lengths[of(step)].max() for step in range(50)) for grouped, of in ((True, order), (False, plain))}
+    real = lengths.sum()
+    assert padded[True] - real < 0.25 * (padded[False] - real)
+    counts = Counter(np.concatenate([order(step) for step in range(300)]).tolist())
+    assert set(counts.values()) == {6} and len(counts) == 400  # 25 windows of 12 batches are 6 epochs
+    assert {tuple(sorted(order(step))) for step in range(50)}.isdisjoint(tuple(sorted(order(step))) for step in range(50, 100))
+    means = np.array([lengths[order(step)].mean() for step in range(48)])
+    assert abs(np.corrcoef(means, np.arange(48))[0, 1]) < 0.4  # short and long batches alternate
+    other = BatchOrder(400, 8, seed=1, lengths=lengths)
+    assert [other(step).tolist() for step in (60, 3)] == [order(step).tolist() for step in (60, 3)]
+
+
 @pytest.mark.parametrize(("size", "batch_size"), [(0, 4), (4, 0)])
 def test_nothing_to_order(size, batch_size):
     with pytest.raises(ValueError, match="at least one row"):
