@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.models.quantization import bits
 from pe_rlhf_jax.models.roles import Tuning
 from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.programs import abstract_context, placed_update
@@ -57,7 +58,7 @@ def figures(context: Context, stage: str, tuning: Tuning) -> dict[str, int]:
 
 def size(tree: PyTree) -> int:
     """Bytes of all leaves, arrays or shapes, on all devices together."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
 
 
 def main() -> None:

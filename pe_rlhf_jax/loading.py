@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -13,6 +15,7 @@ from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data.formats import Kind
 from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.quantization import count, quantize_layers
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.sharding import check_batches, make_mesh, shardings
@@ -30,10 +33,8 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     backbone = resolve(config.model)
     _check_lengths(config, backbone.config.max_position_embeddings)
     decoder, params = load_decoder(config, backbone, mesh)
-    progress.note(
-        f"{backbone.source}: {size(params) / 1e6:.1f}M parameters, {jnp.dtype(decoder.dtype).name}, on {jax.device_count()} "
-        f"{jax.default_backend()}"
-    )
+    held = jnp.dtype(decoder.dtype).name + (f" over {config.model.quantization}" if config.model.quantization else "")
+    progress.note(f"{backbone.source}: {count(params) / 1e6:.1f}M parameters, {held}, on {jax.device_count()} {jax.default_backend()}")
     loaded = data.load(config.data, backbone.tokenizer, needs=needs)
     for note in loaded.notes:
         progress.note(f"data: {note}")
@@ -43,10 +44,25 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
 
 
 def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) -> tuple[Decoder, PyTree]:
-    """The decoder and its parameters, on the devices."""
-    dtype = jnp.dtype(config.model.dtype_on(jax.default_backend()))
+    """The decoder and its parameters, on the devices; what is to be quantized is so as soon as it is read."""
+    dtype, how = jnp.dtype(config.model.dtype_on(jax.default_backend())), config.model.quantization
     decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat)
-    return decoder, backbone.load_params(dtype, shardings(jax.eval_shape(decoder.init_params, jax.random.key(0)), mesh))
+
+    def places(decoder: Decoder) -> PyTree:
+        return shardings(jax.eval_shape(decoder.init_params, jax.random.key(0)), mesh)
+
+    if how is None:
+        return decoder, backbone.load_params(dtype, places(decoder))
+    quantized = dataclasses.replace(decoder, config=dataclasses.replace(backbone.config, quantization=how))
+    kept = places(quantized)
+
+    def store(path: tuple[str, ...], leaf: jax.Array) -> PyTree:
+        if path[-1] != "kernel":
+            return leaf
+        place = functools.reduce(lambda node, name: node[name], path, kept)
+        return jax.block_until_ready(jax.jit(quantize_layers, static_argnums=1, out_shardings=place)(leaf, how))
+
+    return quantized, backbone.load_params(dtype, places(decoder), store)
 
 
 def _adapter(config: Config, folder: str | None, backbone: Backbone, decoder: Decoder) -> Role:
@@ -78,11 +94,6 @@ def needed(config: Config) -> set[Kind]:
         elif stage == "evaluate":
             needs |= {kind for kind in (judged, "prompts") if _has(config, kind)}
     return needs
-
-
-def size(tree: PyTree) -> int:
-    """Numbers in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _has(config: Config, kind: Kind) -> bool:

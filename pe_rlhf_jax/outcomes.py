@@ -12,7 +12,7 @@ import jax
 from pe_rlhf_jax import run_folder
 from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
-from pe_rlhf_jax.config import ConfigError
+from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.loading import load_decoder
 from pe_rlhf_jax.models.lora import merge
 from pe_rlhf_jax.models.roles import Role
@@ -63,7 +63,7 @@ class Outcomes:
         role, context = self.reward_model(), self.context
         if role is None:
             raise ConfigError(f"stage rl needs a reward model, and {self.store.folder.parent} has none; run the stage `reward` first")
-        if context.config.rl.roles == "separate" and role.lora is not None:
+        if context.config.rl.roles == "separate":
             return _merged(context, role)
         return RewardModel(context.decoder, context.backbone, role)
 
@@ -71,10 +71,11 @@ class Outcomes:
         config, mine = run_folder.read_config(folder), self.context
         backbone = resolve(config.model)
         decoder, params = dataclasses.replace(mine.decoder, lora=config.lora), mine.backbone
-        if backbone.sha256 != self.backbone.sha256:
+        if (backbone.sha256, config.model.quantization) != (self.backbone.sha256, mine.config.model.quantization):
             if mine.config.rl.roles == "shared":
+                stands, ours = (_described(b, c) for b, c in ((backbone, config), (self.backbone, mine.config)))
                 raise ConfigError(
-                    f"rl.rewards: the reward model of {folder} stands on {backbone.source}, this run on {self.backbone.source}; "
+                    f"rl.rewards: the reward model of {folder} stands on {stands}, this run on {ours}; "
                     "set rl.roles: separate to load that backbone too"
                 )
             if backbone.tokenizer.get_vocab() != self.backbone.tokenizer.get_vocab():
@@ -87,7 +88,7 @@ class Outcomes:
         role = Outcomes(Store(folder / "checkpoints"), backbone, theirs).reward_model()
         if role is None:
             raise ConfigError(f"rl.rewards: {folder} has no finished reward model; run its stage `reward` first")
-        if mine.config.rl.roles == "separate" and role.lora is not None:
+        if mine.config.rl.roles == "separate":
             return _merged(theirs, role)
         return RewardModel(decoder, params, role)
 
@@ -119,8 +120,17 @@ class Outcomes:
             )
 
 
+def _described(backbone: Backbone, config: Config) -> str:
+    return backbone.source + (f" in {config.model.quantization}" if config.model.quantization else "")
+
+
 def _merged(context: Context, role: Role) -> RewardModel:
-    """A reward model on a backbone of its own, its adapter merged in: more memory, and scoring without the adapter's cost."""
+    """A reward model on a backbone of its own, its adapter merged in: more memory, and scoring without the adapter's cost.
+
+    A quantized backbone stays as it is, with the adapter on top: rounding the sum to few bits again would change the scores.
+    """
+    if role.lora is None or context.config.model.quantization is not None:
+        return RewardModel(context.decoder, context.backbone, role)
     base = context.backbone if role.params is None else role.params
     params = jax.jit(lambda params, lora: merge(params, lora, context.config.lora))(base, role.lora)
     return RewardModel(context.decoder, params, Role(head=role.head))

@@ -16,7 +16,8 @@ from pe_rlhf_jax import run_folder
 from pe_rlhf_jax.checkpoint import export, merged
 from pe_rlhf_jax.checkpoint.store import Store
 from pe_rlhf_jax.config import Config
-from pe_rlhf_jax.loading import load, needed, size
+from pe_rlhf_jax.loading import load, needed
+from pe_rlhf_jax.models.quantization import count
 from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes
 from pe_rlhf_jax.report import health, html, samples
 from pe_rlhf_jax.report.metrics import MetricsLog
@@ -224,8 +225,9 @@ class Run:
             "model": {
                 "source": self.backbone.source,
                 "sha256": self.backbone.sha256,
-                "parameters": size(self.context.backbone),
+                "parameters": count(self.context.backbone),
                 "trainable_parameters": self._trainable(),
+                "quantization": self.config.model.quantization,
             },
             **({"sft": figures["sft"]} if "sft" in figures else {}),
             **({"reward_model": figures["reward"] | evaluated.get("reward_model", {})} if "reward" in figures else {}),
@@ -239,7 +241,7 @@ class Run:
         """Numbers that training changes in one model: the policy, or what has been trained so far."""
         policy, reward_model = self.outcomes.policy(), self.outcomes.reward_model()
         role = policy or reward_model or self.outcomes.reference()
-        return size(role.params if role.lora is None and role.params is not None else role.lora)
+        return count(role.params if role.lora is None and role.params is not None else role.lora)
 
     def _meta(self) -> dict[str, Any]:
         return {"backbone": {"source": self.backbone.source, "sha256": self.backbone.sha256}, "elapsed_s": 0.0, "peak_memory_gib": 0.0}

@@ -44,6 +44,8 @@ def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
     A bias lies with the outputs of its matrix where these are sharded over heads or hidden units, and norms are whole everywhere. A
     dimension that its axis does not divide stays whole.
     """
+    if path[-2:-1] == ("kernel",):  # values and scales of a quantized matrix
+        path = path[:-1]
     leaf, module = path[-1], path[-2] if len(path) > 1 else ""
     columns = {"kernel": ("fsdp", "tensor"), "bias": ("tensor",), "a": ("fsdp", None), "b": (None, "tensor")}
     rows = {"kernel": ("tensor", "fsdp"), "a": ("tensor", None), "b": (None, "fsdp")}

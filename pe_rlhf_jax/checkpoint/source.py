@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import jax
 from huggingface_hub import errors as hub_errors
 from transformers import PreTrainedTokenizerFast
 
@@ -39,9 +41,11 @@ class Backbone:
     sha256: str
     """Of the weight file; of several, of the lines `<sha256>  <name>` in the order of their names."""
 
-    def load_params(self, dtype: Any, shardings: PyTree | None = None) -> PyTree:
+    def load_params(
+        self, dtype: Any, shardings: PyTree | None = None, store: Callable[[tuple[str, ...], jax.Array], PyTree] | None = None
+    ) -> PyTree:
         """The decoder's parameters; see `weights.load_params`."""
-        return load_params(self.reader, self.family, self.config, dtype, shardings)
+        return load_params(self.reader, self.family, self.config, dtype, shardings, store)
 
 
 def resolve(config: ModelConfig) -> Backbone:

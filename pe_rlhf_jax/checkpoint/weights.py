@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,11 +43,19 @@ class WeightReader(Protocol):
         ...
 
 
-def load_params(reader: WeightReader, family: Family, config: DecoderConfig, dtype: Any, shardings: PyTree | None = None) -> PyTree:
+def load_params(
+    reader: WeightReader,
+    family: Family,
+    config: DecoderConfig,
+    dtype: Any,
+    shardings: PyTree | None = None,
+    store: Callable[[tuple[str, ...], jax.Array], PyTree] | None = None,
+) -> PyTree:
     """The decoder's parameters in `dtype`, on the default device or with `shardings` (a tree like the parameters, `NamedSharding`s).
 
     Every tensor of the file and every leaf of the tree is accounted for before the first one is read. The host holds one tensor of
-    the file at a time; layers are stacked, transposed and converted where the leaf lives.
+    the file at a time; layers are stacked, transposed and converted where the leaf lives. `store(path, leaf)` may
+    keep something else in a leaf's place, such as its quantized form, before the next one is read.
 
     Raises:
         WeightsError: tensors are missing, unknown, of another shape, unreadable, or not finite.
@@ -75,11 +83,12 @@ def load_params(reader: WeightReader, family: Family, config: DecoderConfig, dty
                 filled[i] = _put(filled[i], placed, layer) if weight.per_layer else placed
                 jax.block_until_ready(filled[i])  # or the host would hold this tensor while it reads the next
         for weight, leaf in zip(weights, filled, strict=True):
+            assert leaf is not None
             *parents, last = weight.leaf
             node = params
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[last] = leaf
+            node[last] = leaf if store is None else store(weight.leaf, leaf)
     return params
 
 

@@ -18,6 +18,8 @@ STAGES: tuple[StageName, ...] = typing.get_args(StageName)
 
 FormatName = Literal["anthropic-hh", "bolt", "openai-tldr-comparisons", "openai-tldr-sft", "shp", "taskmaster"]
 
+Quantization = Literal["int8", "int4", "nf4"]
+
 PRESETS = ("attention", "all-linear")
 
 
@@ -50,6 +52,11 @@ class ModelConfig(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Computation and backbone storage; `auto` is bfloat16 on accelerators and float32 on CPU."
+    )
+    quantization: Quantization | None = Field(
+        None,
+        description="Hold the backbone's linear layers in few bits, under adapters in full precision (QLoRA): `int8` with a scale for each "
+        "output; `int4` or `nf4` with one for every 64 inputs. Everything must then be tuned by `lora`.",
     )
     remat: Literal["none", "full", "dots"] = Field(
         "full",
@@ -238,6 +245,16 @@ class Config(Section):
         if full and self.rl.roles == "shared" and "rl" in self.run.stages:
             raise ValueError(
                 f"rl.roles shared keeps one backbone in memory, but {', '.join(full)} full makes another; set rl.roles: separate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_is_frozen(self) -> Config:
+        full = [name for name, tuning in self._tunings().items() if tuning == "full"]
+        if full and self.model.quantization is not None:
+            raise ValueError(
+                f"model.quantization {self.model.quantization}: a quantized backbone cannot be trained, but {', '.join(full)} is full; "
+                "set it to lora, or leave the quantization out"
             )
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from pe_rlhf_jax.config import Quantization
 from pe_rlhf_jax.models.rope import RopeScaling
 
 
@@ -65,6 +66,10 @@ class DecoderConfig:
     embedding_scale: float | None = None
     final_softcap: float | None = None
     """Soft cap of the logits (Gemma 2)."""
+
+    # Storage
+    quantization: Quantization | None = None
+    """How the matrices of linear layers are held in memory; None as floating point."""
 
     def is_windowed(self, layer: int) -> bool:
         """Whether a layer sees the window only."""

@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
         def linear(name: str, features: int, bias: bool) -> Linear:
             lora = self.lora if is_target(f"attention.{name}", self.lora) else None
-            return Linear(features, lora, self.dtype, self.param_dtype, bias, name=name)
+            return Linear(features, lora, self.dtype, self.param_dtype, bias, c.quantization, name=name)
 
         def heads(name: str, count: int) -> Float[Array, "B T count h"]:
             x = rearrange(linear(name, count * c.head_dim, c.qkv_bias)(x_BTD, deterministic), "B T (n h) -> B T n h", n=count)
@@ -173,7 +173,7 @@ class MLP(nn.Module):
 
         def linear(name: str, features: int) -> Linear:
             lora = self.lora if is_target(f"mlp.{name}", self.lora) else None
-            return Linear(features, lora, self.dtype, self.param_dtype, c.mlp_bias, name=name)
+            return Linear(features, lora, self.dtype, self.param_dtype, c.mlp_bias, c.quantization, name=name)
 
         act = ACTIVATIONS[c.activation]
         if c.gated_mlp:

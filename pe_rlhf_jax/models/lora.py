@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.config import LoRAConfig, Quantization
+from pe_rlhf_jax.models.quantization import product, quantize
 from pe_rlhf_jax.types import PyTree
 
 MODULES = (*(f"attention.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
@@ -46,12 +47,13 @@ class Linear(nn.Module):
     dtype: Any
     param_dtype: Any
     use_bias: bool = False
+    quantization: Quantization | None = None
+    """How the kernel is stored."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch d_out"]:
         d_in = x.shape[-1]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (d_in, self.features), self.param_dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = product(x, self.param("kernel", self._init_kernel, (d_in, self.features)), self.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         if self.lora is None or not (self.has_variable("lora", "a") or self.is_mutable_collection("lora")):
@@ -61,6 +63,10 @@ class Linear(nn.Module):
         b = self.variable("lora", "b", lambda: jnp.zeros((r, self.features), jnp.float32)).value
         x = nn.Dropout(self.lora.lora_dropout)(x, deterministic=deterministic)
         return y + (x @ a.astype(self.dtype)) @ (b * self.lora.scale).astype(self.dtype)
+
+    def _init_kernel(self, key: jax.Array, shape: tuple[int, int]) -> PyTree:
+        kernel = nn.initializers.lecun_normal()(key, shape, self.param_dtype)
+        return kernel if self.quantization is None else quantize(kernel, self.quantization)
 
 
 def merge(params: PyTree, lora: PyTree, config: LoRAConfig, sign: float = 1.0) -> PyTree:

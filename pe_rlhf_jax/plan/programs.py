@@ -70,6 +70,7 @@ def abstract_context(config: Config, architecture: DecoderConfig, dtype: Any, de
 
     Raises ConfigError if the mesh does not fit the devices.
     """
+    architecture = dataclasses.replace(architecture, quantization=config.model.quantization)
     decoder = Decoder(architecture, config.lora, dtype, dtype, config.model.remat)
     params = jax.eval_shape(decoder.init_params, jax.random.key(0))
     data = Data(sft=None, preference=None, prompts=None, notes=[])
@@ -135,7 +136,8 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
     resident = {"backbone": backbone, "training state": state, "reference": reference, "reward model": model}
     for index in range(sum(term.model is not None for term in config.rewards)):
         scorer, params = model, backbone
-        if config.roles == "separate" and model.lora is not None:  # merged, into a backbone of its own
+        # Merged, into a backbone of its own; a quantized one is shared as it is.
+        if config.roles == "separate" and model.lora is not None and context.config.model.quantization is None:
             scorer, params = Role(head=model.head), backbone if model.params is None else model.params
             resident[f"reward backbone {index}"] = params
         compile(Call("score", _score, (context.decoder,), {"reward model": scorer, "backbone": params, "rollout": rollout}))

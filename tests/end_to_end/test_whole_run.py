@@ -251,6 +251,33 @@ def test_full_tuning_beside_a_shared_backbone_is_refused_with_the_reason(project
     assert "reward.tuning full makes another; set rl.roles: separate" in output
 
 
+def test_a_quantized_backbone_serves_every_stage(project, compiled, tmp_path):
+    """On a mesh that splits its matrices: all stages end, adapters come out, and what is not the same backbone is kept apart."""
+    model = project["model"] | {"quantization": "nf4"}
+    config = write_config(project, tmp_path, model=model, mesh={"data": 2, "fsdp": 2, "tensor": 2}, rl=project["rl"] | {"steps": 2})
+    assert "nf4" in finish(start(config, compiled, devices=8))
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert summary["model"]["quantization"] == "nf4"
+    assert summary["sft"]["loss_after"] < summary["sft"]["loss_before"]
+    adapters, rows = result(tmp_path)
+    assert {name.split("/")[0] for name in adapters} == {"policy", "reward"}
+    kl = next(row["objective/kl"] for row in rows if row["stage"] == "rl")
+    assert kl == 0  # before the first update, policy and reference are one
+
+    other = {"rewards": [{"model": str(tmp_path / "runs" / "run")}], "steps": 2}
+    plain = write_config(project, tmp_path, rl=project["rl"] | other)
+    stages = ("--set", "run.name=plain", "--set", "run.stages=[sft, rl]")
+    output = finish(start(plain, compiled, *stages), code=2)
+    assert "tiny.gguf in nf4" in output and "rl.roles: separate" in output
+    finish(start(plain, compiled, *stages, "--set", "rl.roles=separate", "--restart"))
+
+
+def test_a_quantized_backbone_cannot_be_tuned(project, compiled, tmp_path):
+    config = write_config(project, tmp_path, model=project["model"] | {"quantization": "int8"}, sft=project["sft"] | {"tuning": "full"})
+    output = finish(start(config, compiled, "--set", "rl.roles=separate"), code=2)
+    assert "a quantized backbone cannot be trained, but sft.tuning is full" in " ".join(output.split())
+
+
 def test_an_exported_adapter_starts_another_run_and_comes_out_as_it_went_in(undisturbed, project, compiled, tmp_path):
     """To the bit; and merged into the backbone it is a plain model, whose weights a third run trains on from there."""
     made = undisturbed / "runs" / "run" / "export"
