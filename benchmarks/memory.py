@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 
 from pe_rlhf_jax import config as configuration
-from pe_rlhf_jax.models.quantization import bits
 from pe_rlhf_jax.models.roles import Tuning
 from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.programs import abstract_context, placed_update
@@ -58,7 +57,7 @@ def figures(context: Context, stage: str, tuning: Tuning) -> dict[str, int]:
 
 def size(tree: PyTree) -> int:
     """Bytes of all leaves, arrays or shapes, on all devices together."""
-    return sum(leaf.size * bits(leaf.dtype) // 8 for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def main() -> None:
@@ -71,8 +70,9 @@ def main() -> None:
     dtype = config.model.dtype_on(jax.default_backend())
     context = abstract_context(config, architecture(config.model), jnp.dtype(dtype))
     result: dict[str, Any] = {"dtype": dtype, "device": jax.devices()[0].device_kind, "backbone": size(context.backbone)}
+    tunings: tuple[Tuning, ...] = ("lora", "full") if config.model.quantization is None else ("lora",)  # nothing trains what is quantized
     for stage in STAGES:
-        result[stage] = {tuning: figures(context, stage, tuning) for tuning in ("lora", "full")}
+        result[stage] = {tuning: figures(context, stage, tuning) for tuning in tunings}
     print(json.dumps(result))
 
 

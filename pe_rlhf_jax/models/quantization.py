@@ -10,6 +10,7 @@ import functools
 import math
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import qwix
@@ -20,31 +21,62 @@ from pe_rlhf_jax.types import PyTree
 
 BLOCK = 64
 """Inputs that share a scale in the 4-bit formats; as QLoRA has it."""
+_NIBBLES = {"int4": jnp.int4, "nf4": jnp.uint4}
 
 
-def quantize(kernel: Float[Array, "d_in d_out"], how: Quantization) -> qwix.QArray:
-    """A matrix in few bits; its scales have the matrix's dtype. Where 64 does not divide `d_in`, blocks are as long as a common divisor."""
-    tiles = {} if how == "int8" else {0: math.gcd(kernel.shape[0], BLOCK)}
-    return qwix.quantize(kernel, how, channelwise_axes=(1,), tiled_axes=tiles)
+class QuantizedMatrix(flax.struct.PyTreeNode):
+    """A matrix [..., d_in, d_out] in few bits.
+
+    Two 4-bit values share a byte, [..., d_in, d_out / 2]: where a program has arrays of 4-bit numbers, XLA on the CPU expands the stacked
+    matrices of all layers before it takes one of them.
+    """
+
+    values: Array
+    scale: Float[Array, "*layers blocks d_out"]
+    format: Quantization = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix that it stands for."""
+        return (*self.values.shape[:-1], self.scale.shape[-1])
+
+    def expand(self, dtype: Any) -> Float[Array, "*layers d_in d_out"]:
+        """The matrix in floating point."""
+        values = self.values
+        if self.format in _NIBBLES:
+            values = jax.lax.bitcast_convert_type(values, _NIBBLES[self.format]).reshape(self.shape)
+        return qwix.dequantize(qwix.QArray(values, self.scale, qtype=self.format)).astype(dtype)
 
 
-def quantize_layers(kernels: Float[Array, "layers d_in d_out"], how: Quantization) -> qwix.QArray:
+def quantize(kernel: Float[Array, "d_in d_out"], how: Quantization) -> QuantizedMatrix:
+    """A matrix in few bits; its scales have the matrix's dtype. Where 64 does not divide `d_in`, blocks are as long as a common divisor.
+
+    Raises ValueError for an odd `d_out` in the 4-bit formats.
+    """
+    d_in, d_out = kernel.shape
+    if how == "int8":
+        stored = qwix.quantize(kernel, how, channelwise_axes=(1,))
+        return QuantizedMatrix(stored.qvalue, stored.scale, how)
+    if d_out % 2:
+        raise ValueError(f"{how} needs matrices with an even number of outputs, found one of {d_in} x {d_out}; use int8")
+    stored = qwix.quantize(kernel, how, channelwise_axes=(1,), tiled_axes={0: math.gcd(d_in, BLOCK)})
+    return QuantizedMatrix(jax.lax.bitcast_convert_type(stored.qvalue.reshape(d_in, d_out // 2, 2), jnp.uint8), stored.scale, how)
+
+
+def quantize_layers(kernels: Float[Array, "layers d_in d_out"], how: Quantization) -> QuantizedMatrix:
     """Stacked matrices, one after the other, so that what quantizing one needs exists once."""
     return jax.lax.map(functools.partial(quantize, how=how), kernels)
 
 
-def product(x: Float[Array, "*batch d_in"], kernel: Float[Array, "d_in d_out"] | qwix.QArray, dtype: Any) -> Float[Array, "*batch d_out"]:
+def product(
+    x: Float[Array, "*batch d_in"], kernel: Float[Array, "d_in d_out"] | QuantizedMatrix, dtype: Any
+) -> Float[Array, "*batch d_out"]:
     """x W, with W in `dtype`. The backward pass expands a quantized matrix again, so that no expanded copy is kept for it."""
-    if not isinstance(kernel, qwix.QArray):
+    if not isinstance(kernel, QuantizedMatrix):
         return x @ kernel.astype(dtype)
-    return jax.checkpoint(lambda x, kernel: x @ qwix.dequantize(kernel).astype(dtype))(x, kernel)
-
-
-def bits(dtype: Any) -> int:
-    """Of a number in memory; NumPy counts a whole byte for those of 4 bits."""
-    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * jnp.dtype(dtype).itemsize
+    return jax.checkpoint(lambda x, kernel: x @ kernel.expand(dtype))(x, kernel)
 
 
 def count(tree: PyTree) -> int:
     """Numbers in a tree; a quantized matrix counts its entries and not its scales."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, qwix.QArray)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QuantizedMatrix)))

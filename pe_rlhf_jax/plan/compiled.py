@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import jax
 
-from pe_rlhf_jax.models.quantization import bits
 from pe_rlhf_jax.plan import hlo
 from pe_rlhf_jax.plan.programs import Call
 from pe_rlhf_jax.sharding import with_places
@@ -118,7 +117,7 @@ def device_bytes(tree: PyTree) -> int:
     def of(leaf) -> int:
         place = getattr(leaf, "sharding", None)
         shape = leaf.shape if place is None else place.shard_shape(leaf.shape)
-        size = 64 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else bits(leaf.dtype)
-        return math.prod(shape) * size // 8
+        size = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        return math.prod(shape) * size
 
     return sum(of(leaf) for leaf in jax.tree.leaves(tree))
