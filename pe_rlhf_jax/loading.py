@@ -15,7 +15,7 @@ from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data.formats import Kind
 from pe_rlhf_jax.models.decoder import Decoder
-from pe_rlhf_jax.models.quantization import count, quantize_layers
+from pe_rlhf_jax.models.quantization import QuantizedMatrix, count, quantize_layers
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.sharding import check_batches, make_mesh, shardings
@@ -57,9 +57,9 @@ def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) ->
     kept = places(quantized)
 
     def store(path: tuple[str, ...], leaf: jax.Array) -> PyTree:
-        if path[-1] != "kernel":
-            return leaf
         place = functools.reduce(lambda node, name: node[name], path, kept)
+        if not isinstance(place, QuantizedMatrix):
+            return leaf
         return jax.block_until_ready(jax.jit(quantize_layers, static_argnums=1, out_shardings=place)(leaf, how))
 
     return quantized, backbone.load_params(dtype, places(decoder), store)
