@@ -5,7 +5,8 @@
 
 Both fetch what is not on the disk yet, into their own cache: the environment variables TFDS_DATA_DIR and HF_HOME say where. TFDS is read
 through `tfds.data_source`, which needs no TensorFlow; the data set must have been prepared in a random-access format such as
-ArrayRecord, in which TFDS prepares what it fetches for it. Rows are those of the catalog, without decoding of other features than text.
+ArrayRecord, in which TFDS prepares what it fetches for it. Rows are those of the catalog, without decoding of other features than text;
+pictures under `images` or `image` stay the bytes of their files.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pe_rlhf_jax.data.images import KEYS
 from pe_rlhf_jax.data.sources import DataError, Row
 
 _PART = r"[\w.-]+(\[[^\]]*\])?"  # such as train or train[:90%]
@@ -49,7 +51,10 @@ def read(source: str) -> Iterator[Row]:
     number = 0
     try:
         for number, values in enumerate(rows, start=1):
-            yield Row({str(key): plain(value) for key, value in values.items()}, f"{source}:{number}")
+            yield Row(
+                {str(key): value if key in KEYS else plain(value) for key, value in values.items()},
+                f"{source}:{number}",
+            )
     except UnicodeDecodeError as error:
         raise DataError(f"{source}:{number}: expected text in UTF-8, found {error}") from error
 
@@ -71,7 +76,9 @@ def _tfds(source: str, match: re.Match[str]) -> Iterable[dict[str, Any]]:
     try:
         import tensorflow_datasets as tfds
 
-        data = tfds.data_source(match["name"], split=match["split"])
+        features = dict(tfds.builder(match["name"]).info.features.items())
+        decoders = {key: tfds.decode.SkipDecoding() for key in KEYS if isinstance(features.get(key), tfds.features.Image)}
+        data = tfds.data_source(match["name"], split=match["split"], decoders=decoders)
         return [data[i] for i in range(len(data))]
     except Exception as error:  # whatever a builder, a download or a file raises
         raise DataError(
@@ -86,7 +93,11 @@ def _hf(source: str, match: re.Match[str]) -> Iterable[dict[str, Any]]:
     except ImportError as error:
         raise DataError(f"{source}: Hugging Face data sets need a further package; run `pip install 'pe_rlhf_jax[datasets]'`") from error
     try:
-        return datasets.load_dataset(match["name"], match["config"], data_dir=match["folder"], split=match["split"])
+        data = datasets.load_dataset(match["name"], match["config"], data_dir=match["folder"], split=match["split"])
+        for key in KEYS:
+            if isinstance((data.features or {}).get(key), datasets.Image):
+                data = data.cast_column(key, datasets.Image(decode=False))
+        return data
     except Exception as error:  # whatever a loader or a download raises
         raise DataError(
             f"{source}: Hugging Face datasets cannot give it: {_said(error)}. Check owner, name, folder, configuration and split, and that "

@@ -61,6 +61,13 @@ class ImageProcessing:
             raise ValueError("this preprocessing makes several tiles of a picture; call `tiles`")
         return self._finish(self._fit(pixels))
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tiles of a picture with this size in pixels; (0, 0) where it stays whole."""
+        if self.tile is None:
+            return 0, 0
+        rows, columns = (side // self.tile for side in self._tiled((height, width), self.tile))
+        return (0, 0) if rows == columns == 1 else (rows, columns)
+
     def tiles(self, pixels: Pixels) -> tuple[list[Values], int, int]:
         """Tiles row by row and the whole picture after them, all [tile, tile, 3], with the numbers of rows and columns.
 
@@ -68,18 +75,22 @@ class ImageProcessing:
         """
         if self.tile is None:
             return [self(pixels)], 0, 0
-        image, edge = self._fit(pixels), self.tile
-        height, width = image.shape[:2]
-        if width >= height:
-            width, height = _up(width, edge), _up(int(_up(width, edge) / (width / height)), edge)
-        else:
-            height, width = _up(height, edge), _up(int(_up(height, edge) * (width / height)), edge)
-        image = _resized(image, (height, width), self.resample)
-        rows, columns = height // edge, width // edge
-        if rows == columns == 1:
+        edge = self.tile
+        rows, columns = self.grid(*pixels.shape[:2])
+        image = _resized(self._fit(pixels), self._tiled(pixels.shape[:2], edge), self.resample)
+        if not rows:
             return [self._finish(image)], 0, 0
         cut = [image[r * edge : (r + 1) * edge, c * edge : (c + 1) * edge] for r in range(rows) for c in range(columns)]
         return [self._finish(tile) for tile in [*cut, _resized(image, (edge, edge), self.resample)]], rows, columns
+
+    def _tiled(self, shape: Size, edge: int) -> Size:
+        """The size at which a picture is cut: its shape as nearly as whole tiles allow."""
+        height, width = shape if self.longest_edge is None else _longest(shape, self.longest_edge)
+        if width >= height:
+            full = _up(width, edge)
+            return _up(int(full / (width / height)), edge), full
+        full = _up(height, edge)
+        return full, _up(int(full * (width / height)), edge)
 
     def _fit(self, image: Pixels) -> Pixels:
         if self.pad_to_square:

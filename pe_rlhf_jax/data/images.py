@@ -14,6 +14,7 @@ import hashlib
 import io
 import re
 import struct
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from jaxtyping import UInt8
 
 from pe_rlhf_jax.data.sources import BadRow
 
+KEYS = ("images", "image")
+"""Keys of a row under which its pictures are."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """File formats that are opened; a short list, because each decoder is code that strangers' bytes run through."""
 MAX_PIXELS = 89_478_485
@@ -45,6 +48,8 @@ class Picture:
 
     key: str
     """Identity: a hash of the content, or of place, size and time of change of a file. Features of pictures are cached by it."""
+    label: str
+    """The path as the row has it, or else the key: by it rows are held out, so a moved folder changes nothing."""
     name: str
     """What messages call it: its path, or how it came."""
     height: int
@@ -63,6 +68,10 @@ class Picture:
         return pixels
 
 
+# One object for one picture: many questions about it keep its bytes once, and its header is read once.
+_KNOWN: weakref.WeakValueDictionary[str, Picture] = weakref.WeakValueDictionary()
+
+
 def find(value: Any, folder: Path | None, key: str) -> Picture:
     """The picture that a row's value stands for; reads no more than its header.
 
@@ -78,14 +87,14 @@ def find(value: Any, folder: Path | None, key: str) -> Picture:
     if isinstance(value, str):
         return _of_text(value, folder, key)
     if isinstance(value, Path):
-        return _of_path(value, folder, key)
+        return _of_path(str(value), folder, key)
     if isinstance(value, (bytes, bytearray, memoryview)):
         return _of_bytes(bytes(value), f"in `{key}`")
     if isinstance(value, PIL.Image.Image):
         return _of_pil(value, f"in `{key}`")
     if isinstance(value, (np.ndarray, list, tuple)):
         return _of_array(value, f"in `{key}`")
-    raise BadRow(f"expected a picture in `{key}` (a path, bytes, a data URI, an array or a PIL image), found {_shown(value)}")
+    raise BadRow(f"expected a picture in `{key}` (a path, bytes, a data URI, an array or a PIL image), found {shown(value)}")
 
 
 def _of_dict(value: dict[str, Any], key: str) -> Any:
@@ -97,23 +106,23 @@ def _of_dict(value: dict[str, Any], key: str) -> Any:
         return content
     if isinstance(path, str) and path:
         return path
-    raise BadRow(f"expected a picture in `{key}` with `bytes` or `path`, found {_shown(value)}")
+    raise BadRow(f"expected a picture in `{key}` with `bytes` or `path`, found {shown(value)}")
 
 
 def _of_text(text: str, folder: Path | None, key: str) -> Picture:
     if text[:5].lower() == "data:":
         head, comma, body = text.partition(",")
         if not comma or not head.lower().endswith(";base64"):
-            raise BadRow(f"expected a data URI in `{key}` as data:image/png;base64,..., found {_shown(text)}")
+            raise BadRow(f"expected a data URI in `{key}` as data:image/png;base64,..., found {shown(text)}")
         return _of_bytes(_of_base64(body, key), f"in `{key}`")
     if _ADDRESS.match(text):
         raise BadRow(
-            f"expected a picture in `{key}`, found the address {_shown(text)}. Nothing is fetched while a run reads its data: fetch the "
+            f"expected a picture in `{key}`, found the address {shown(text)}. Nothing is fetched while a run reads its data: fetch the "
             "file once, and name its path"
         )
     if not text.strip() or "\0" in text:
-        raise BadRow(f"expected the path of a picture in `{key}`, found {_shown(text)}")
-    return _of_path(Path(text), folder, key)
+        raise BadRow(f"expected the path of a picture in `{key}`, found {shown(text)}")
+    return _of_path(text, folder, key)
 
 
 def _of_base64(text: str, key: str) -> bytes:
@@ -123,8 +132,8 @@ def _of_base64(text: str, key: str) -> bytes:
         raise BadRow(f"expected a picture in base64 in `{key}`, found what is not ({error})") from error
 
 
-def _of_path(path: Path, folder: Path | None, key: str) -> Picture:
-    path = path.expanduser()
+def _of_path(text: str, folder: Path | None, key: str) -> Picture:
+    path = Path(text).expanduser()
     if folder is None and not path.is_absolute():
         raise BadRow(f"expected the picture itself in `{key}`, found the path {str(path)!r}: in a catalog it is relative to nothing")
     path = path if folder is None else folder / path
@@ -136,16 +145,16 @@ def _of_path(path: Path, folder: Path | None, key: str) -> Picture:
         raise BadRow(f"expected a picture in `{key}`, found that {path} is {'a folder' if path.is_dir() else 'no plain file'}")
     if not state.st_size:
         raise BadRow(f"expected a picture in `{key}`, found the empty file {path}")
-    height, width = _header(path, str(path))
-    identity = repr((str(path.resolve()), state.st_size, state.st_mtime_ns))
-    return Picture(_hash(b"path", identity.encode("utf-8", "surrogatepass")), str(path), height, width, path)
+    identity = repr((text, str(path.resolve()), state.st_size, state.st_mtime_ns))
+    key = _hash(b"path", identity.encode("utf-8", "surrogatepass"))
+    return _KNOWN.get(key) or _new(key, text, str(path), *_header(path, str(path)), path)
 
 
 def _of_bytes(content: bytes, name: str) -> Picture:
     if not content:
         raise BadRow(f"expected a picture {name}, found no bytes")
-    height, width = _header(content, name)
-    return Picture(_hash(b"file", content), name, height, width, content)
+    key = _hash(b"file", content)
+    return _KNOWN.get(key) or _new(key, key, name, *_header(content, name), content)
 
 
 def _of_pil(image: PIL.Image.Image, name: str) -> Picture:
@@ -156,7 +165,8 @@ def _of_pil(image: PIL.Image.Image, name: str) -> Picture:
     except Exception as error:  # as in `_decoded`
         raise BadRow(f"expected a whole picture {name}, found damaged or truncated data ({_said(error)})") from error
     palette = repr((image.mode, image.size, image.getpalette() if image.mode == "P" else None, _orientation(image)))
-    return Picture(_hash(b"pil", palette.encode(), content), name, height, width, image)
+    key = _hash(b"pil", palette.encode(), content)
+    return _KNOWN.get(key) or _new(key, key, name, height, width, image)
 
 
 def _of_array(value: Any, name: str) -> Picture:
@@ -174,7 +184,14 @@ def _of_array(value: Any, name: str) -> Picture:
         array = array.astype(np.uint8)
     height, width = array.shape[:2]
     _check_size(height, width, name)
-    return Picture(_hash(b"array", repr(array.shape).encode(), array.tobytes()), name, height, width, array)
+    key = _hash(b"array", repr(array.shape).encode(), array.tobytes())
+    return _KNOWN.get(key) or _new(key, key, name, height, width, array)
+
+
+def _new(key: str, label: str, name: str, height: int, width: int, content: Path | bytes | np.ndarray | PIL.Image.Image) -> Picture:
+    picture = Picture(key, label, name, height, width, content)
+    _KNOWN[key] = picture
+    return picture
 
 
 def _header(content: Path | bytes, name: str) -> tuple[int, int]:
@@ -280,6 +297,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a message, cut short."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from pe_rlhf_jax.config import DataConfig, FilesConfig
 from pe_rlhf_jax.data import catalogs, movie_reviews, sources
 from pe_rlhf_jax.data.converters import convert
-from pe_rlhf_jax.data.formats import Encoder, Kind, Reader, TextRow
+from pe_rlhf_jax.data.encoder import Encoder
+from pe_rlhf_jax.data.formats import Kind, Reader, TextRow
 from pe_rlhf_jax.data.sources import DataError, Row, Skipped, hash_share
+from pe_rlhf_jax.data.turns import Vision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,12 +41,13 @@ class Data:
     label: Split | None = None
 
 
-def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Collection[Kind]) -> Data:
+def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Collection[Kind], vision: Vision | None = None) -> Data:
     """Reads, checks, splits and tokenizes.
 
     Args:
         tokenizer: the model's; its chat template serves rows with turns.
         needs: the kinds that the run's stages use; nothing else is read.
+        vision: what the model asks of pictures; None: it takes none, and rows that have some are refused.
 
     Raises:
         DataError: a kind has no source, a file or row cannot be used, or nothing is left to train on or to hold out.
@@ -59,10 +62,10 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Colle
         if kind not in needs:
             continue
         skipped = Skipped(config.on_error, config.too_long)
-        encoder = Encoder(config, tokenizer, skipped)
+        encoder = Encoder(config, tokenizer, skipped, vision)
         files: FilesConfig | None = getattr(config, kind)
         if files is not None:
-            parse = getattr(Reader(tokenizer, skipped, config.group_by), kind)
+            parse = getattr(Reader(tokenizer, skipped, config.group_by, vision), kind)
             train, validation = _from_files(kind, files, parse, skipped, config.validation_share, notes)
         elif config.source == "movie-reviews" and kind != "label":
             sentences = sentences or movie_reviews.sentences(config, encoder.fits)

@@ -1,11 +1,13 @@
 """Rows out of TFDS and of Hugging Face datasets. Nothing is fetched: the tests prepare a data set, or stand in for the package."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_images import encoded, pixels
 
 from pe_rlhf_jax.data import catalogs
 from pe_rlhf_jax.data.sources import DataError
@@ -35,6 +37,22 @@ def tfds_folder(tmp_path_factory):
                 yield i, {"prompt": f"día {i}", "label": i % 2, "ratio": i / 4, "tags": ["a", f"b{i}"]}
 
     folder = tmp_path_factory.mktemp("tfds")
+
+    class TinyPictures(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"prompt": tfds.features.Text(), "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png")}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(3)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, {"prompt": f"{i}", "image": io.BytesIO(encoded(pixels(seed=i)))}
+
+    TinyPictures(data_dir=folder, file_format="array_record").download_and_prepare()
     TinyTalks(data_dir=folder, file_format="array_record").download_and_prepare()
     assert "tensorflow" not in sys.modules
     return folder
@@ -63,6 +81,11 @@ def test_tfds_splits_and_versions(tfds_data):
     assert values("tfds:tiny_talks:train[8:]+test") == whole[8:] + values("tfds:tiny_talks:test")
 
 
+def test_tfds_pictures_stay_the_bytes_of_their_files(tfds_data):
+    rows = values("tfds:tiny_pictures:train")
+    assert {int(row["prompt"]): row["image"] for row in rows} == {i: encoded(pixels(seed=i)) for i in range(3)}
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -79,17 +102,36 @@ def test_what_a_catalog_does_not_have_is_explained(tfds_data, source, message):
         list(catalogs.read(source))
 
 
+class Picture:
+    """Stands in for `datasets.Image`."""
+
+    def __init__(self, decode=True):
+        self.decode = decode
+
+
+class Rows(list):
+    """Stands in for `datasets.Dataset`."""
+
+    features: dict | None = None
+
+    def cast_column(self, key, feature):
+        return Rows({**row, key: {"bytes": b"as stored", "path": None}} if not feature.decode else row for row in self)
+
+
 class Datasets(SimpleNamespace):
     """Stands in for the package `datasets`: keeps what was asked for, and gives two rows."""
 
     def __init__(self):
-        super().__init__(asked=[])
+        super().__init__(asked=[], Image=Picture)
 
     def load_dataset(self, *arguments, **named):
         self.asked.append((arguments, named))
         if named["split"] == "none":
             raise ValueError("Unknown split 'none'.\nmore")
-        return [{"prompt": "a", "turns": [{"role": "user", "content": "x"}]}, {"prompt": "b", "turns": None}]
+        rows = Rows([{"prompt": "a", "turns": [{"role": "user", "content": "x"}]}, {"prompt": "b", "turns": None}])
+        if named["split"] == "seen":
+            rows.features = {"prompt": None, "image": Picture()}
+        return rows
 
 
 def test_hugging_face_names_are_taken_apart(monkeypatch):
@@ -107,6 +149,11 @@ def test_hugging_face_names_are_taken_apart(monkeypatch):
     assert values("hf:o/n:train")[0] == {"prompt": "a", "turns": [{"role": "user", "content": "x"}]}
     with pytest.raises(DataError, match=r"hf:o/n:none: .*cannot give it: ValueError: Unknown split 'none'\.\. Check owner"):
         values("hf:o/n:none")
+
+
+def test_hugging_face_pictures_are_not_decoded_when_rows_are_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", Datasets())
+    assert [row["image"] for row in values("hf:o/n:seen")] == [{"bytes": b"as stored", "path": None}] * 2
 
 
 def test_hugging_face_without_its_package(monkeypatch):

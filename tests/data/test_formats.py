@@ -5,7 +5,8 @@ import pytest
 from tiny_data import make_tokenizer
 
 from pe_rlhf_jax.config import DataConfig
-from pe_rlhf_jax.data.formats import Encoder, Reader
+from pe_rlhf_jax.data.encoder import Encoder
+from pe_rlhf_jax.data.formats import Reader
 from pe_rlhf_jax.data.sources import DataError, Row, Skipped
 
 TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]

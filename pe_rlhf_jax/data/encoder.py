@@ -1,0 +1,121 @@
+"""From texts to examples: tokens of a row, with its pictures written out, within the length limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pe_rlhf_jax.config import DataConfig
+from pe_rlhf_jax.data.formats import LabelExample, PreferenceExample, PromptExample, SFTExample, Text, TextRow, Tokens
+from pe_rlhf_jax.data.sources import DataError, Skipped
+from pe_rlhf_jax.data.turns import Vision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Sides = tuple[Tokens, Tokens]
+"""Tokens of a prompt and of a response."""
+
+
+class Encoder:
+    """Makes tokens of `TextRow`s and applies the length limits."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerFast, skipped: Skipped, vision: Vision | None = None):
+        if tokenizer.eos_token_id is None:
+            raise DataError("the model's tokenizer has no end token, so responses cannot be ended")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.skipped = skipped
+        self.vision = vision
+        # Models that were trained with a start token need it; a chat template writes its own.
+        start = tokenizer.bos_token_id
+        self.start = [start] if start is not None and tokenizer("x")["input_ids"][:1] == [start] else []
+
+    @property
+    def _begins_after_pictures(self) -> bool:
+        return self.vision is not None and self.vision.prompt.begin_after_pictures
+
+    def sft(self, rows: Sequence[TextRow]) -> list[SFTExample]:
+        return [SFTExample(prompt, response, row.pictures, row.place) for row, [(prompt, response)] in self._encode(rows)]
+
+    def preference(self, rows: Sequence[TextRow]) -> list[PreferenceExample]:
+        return [
+            PreferenceExample(np.concatenate(chosen), np.concatenate(rejected), row.margin, row.pictures, len(chosen[0]), row.place)
+            for row, [chosen, rejected] in self._encode(rows)
+        ]
+
+    def label(self, rows: Sequence[TextRow]) -> list[LabelExample]:
+        return [
+            LabelExample(np.concatenate(sides), row.label, row.group, row.pictures, len(sides[0]), row.place)
+            for row, [sides] in self._encode(rows)
+        ]
+
+    def prompts(self, rows: Sequence[TextRow]) -> list[PromptExample]:
+        return [
+            PromptExample(tokens, row.texts[0].prompt, row.columns, row.pictures, row.place) for row, [(tokens, _)] in self._encode(rows)
+        ]
+
+    def fits(self, rows: Sequence[TextRow]) -> list[bool]:
+        """Which rows keep the length limits. `skipped` is told of the others, which may raise DataError."""
+        return [self._fits(row, sides) for row, sides in self._sides(rows)]
+
+    def _encode(self, rows: Sequence[TextRow]) -> Iterator[tuple[TextRow, list[Sides]]]:
+        for row, sides in self._sides(rows):
+            cut = [(self._cut(row, prompt), response) for prompt, response in sides]
+            if self._fits(row, sides):
+                if any(len(after[0]) < len(before[0]) for after, before in zip(cut, sides, strict=True)):
+                    self.skipped.cut(row.place)
+                yield row, cut
+
+    def _cut(self, row: TextRow, prompt: np.ndarray) -> np.ndarray:
+        """The end of a prompt, which is what a response answers, behind the start token if the model has one.
+
+        Prompts with pictures stay whole: their start is where the pictures are.
+        """
+        limit = self.config.max_prompt_length
+        if self.config.too_long != "truncate" or len(prompt) <= limit or row.pictures:
+            return prompt
+        start = self.start[:limit]
+        return np.concatenate([np.asarray(start, np.int32), prompt[len(prompt) - (limit - len(start)) :]])
+
+    def _sides(self, rows: Sequence[TextRow]) -> Iterator[tuple[TextRow, list[Sides]]]:
+        tokens = iter(self._tokens([self._written(row, text) for row in rows for text in row.texts]))
+        return ((row, [next(tokens) for _ in row.texts]) for row in rows)
+
+    def _fits(self, row: TextRow, sides: list[Sides]) -> bool:
+        for text, tokens in zip(row.texts, sides, strict=True):
+            limits = [
+                ("max_prompt_length", self.config.max_prompt_length),
+                ("max_response_length", self.config.max_response_length),
+            ]
+            if not text.prompt:  # a whole text: nobody knows where its prompt ends
+                limits[1] = ("max_prompt_length + data.max_response_length", limits[0][1] + limits[1][1])
+            if self.config.too_long == "truncate":
+                tokens = (self._cut(row, tokens[0]), tokens[1])
+            for (name, limit), side in zip(limits, tokens, strict=True):
+                if len(side) > limit:
+                    self.skipped.long(row.place, name, limit, len(side))
+                    return False
+        return True
+
+    def _written(self, row: TextRow, text: Text) -> Text:
+        if self.vision is None or not text.prompt:
+            return text
+        return text._replace(prompt=self.vision.write(text.prompt, row.pictures, self.tokenizer.bos_token or ""))
+
+    def _tokens(self, texts: Sequence[Text]) -> list[Sides]:
+        prompts, responses = self._ids([t.prompt for t in texts]), self._ids([t.response for t in texts])
+        pairs = []
+        for text, prompt, response in zip(texts, prompts, responses, strict=True):
+            first = prompt if text.prompt else response
+            if self.start and first[:1] != self.start and not (text.prompt and self._begins_after_pictures):
+                first[:0] = self.start
+            if text.response and response[-1:] != [self.tokenizer.eos_token_id]:
+                response.append(self.tokenizer.eos_token_id)
+            pairs.append((np.asarray(prompt, np.int32), np.asarray(response, np.int32)))
+        return pairs
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []

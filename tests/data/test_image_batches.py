@@ -1,0 +1,116 @@
+"""Pixel values of batches: padded, kept within a bound, made ahead of their step; what cannot be decoded is found at first use."""
+
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+from tiny_images import encoded, pixels
+
+from pe_rlhf_jax.data import images
+from pe_rlhf_jax.data.batches import BatchOrder
+from pe_rlhf_jax.data.formats import PromptExample
+from pe_rlhf_jax.data.image_batches import PixelReader, WholeExamples, ahead
+from pe_rlhf_jax.data.image_processing import ImageProcessing
+from pe_rlhf_jax.data.sources import DataError, Skipped
+
+PROCESSING = ImageProcessing((0, 0, 0), (1, 1, 1), size=(3, 5), rescale_factor=1.0)
+CUT = encoded(pixels(64, 64))[:3000]
+
+
+def example(number: int, *contents: bytes) -> PromptExample:
+    pictures = tuple(images.find(content, None, "images") for content in contents)
+    return PromptExample(np.array([number], np.int32), "", {}, pictures, f"rows.jsonl:{number}")
+
+
+def numbers(examples) -> list[int]:
+    return [int(found.tokens[0]) for found in examples]
+
+
+A, B, C = (encoded(pixels(seed=seed)) for seed in (1, 2, 3))
+
+
+def expected(content: bytes) -> np.ndarray:
+    return PROCESSING(images.find(content, None, "images").decode())
+
+
+def test_rows_are_padded_to_the_most_pictures():
+    read = PixelReader(PROCESSING)
+    values = read.pad([example(1, A), example(2), example(3, B, C)])
+    assert values.shape == (3, 2, 3, 5, 3) and values.dtype == np.float32
+    for (row, at), content in {(0, 0): A, (2, 0): B, (2, 1): C}.items():
+        np.testing.assert_array_equal(values[row, at], expected(content))
+    assert not values[0, 1].any() and not values[1].any()
+    assert read.pad([example(1, A, B, C)], multiple=2).shape[:2] == (1, 4)
+    assert read.pad([example(1), example(2)]) is None
+
+
+def test_tiles_are_pictures_of_their_own():
+    tiled = ImageProcessing((0, 0, 0), (1, 1, 1), longest_edge=8, tile=4)
+    assert PixelReader(tiled).pad([example(1, encoded(pixels(4, 8))), example(2, encoded(pixels(4, 4)))]).shape == (2, 5, 4, 4, 3)
+
+
+def test_pixels_are_kept_up_to_a_bound(monkeypatch):
+    decoded = []
+    decode = images.Picture.decode
+    monkeypatch.setattr(images.Picture, "decode", lambda self: decoded.append(self.key) or decode(self))
+    a, b, c = (images.find(content, None, "images") for content in (A, B, C))
+    read = PixelReader(PROCESSING, cached_bytes=2 * 3 * 5 * 3 * 4)  # two pictures
+    for picture in (a, b, a, c, a, b):
+        np.testing.assert_array_equal(read(picture)[0], PROCESSING(decode(picture)))
+    assert decoded == [a.key, b.key, c.key, b.key]
+
+
+def test_damage_stops_the_run_with_the_row_s_place():
+    with pytest.raises(DataError, match=r"^rows.jsonl:7: expected a whole picture in `images`, found damaged .*data.on_error: skip"):
+        PixelReader(PROCESSING).pad([example(3, A), example(7, CUT)])
+    with pytest.raises(DataError, match=r"^rows.jsonl:7: expected a whole picture"):
+        WholeExamples([example(7, CUT)], PixelReader(PROCESSING), Skipped())[0]
+
+
+def test_the_next_row_comes_in_the_place_of_a_damaged_one():
+    rows = [example(1, A), example(2, CUT), example(3, B, CUT), example(4), example(5, CUT)]
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0]):  # whatever is used first
+        skipped = Skipped("skip")
+        whole = WholeExamples(rows, PixelReader(PROCESSING), skipped)
+        assert {i: int(whole[i].tokens[0]) for i in order} == {0: 1, 1: 4, 2: 4, 3: 4, 4: 1}
+        assert len(whole) == 5 and numbers(whole[1:4]) == [4, 4, 4] and numbers([whole[-1]]) == [1]
+        [note] = skipped.notes()
+        assert note.startswith("3 rows skipped as bad in rows.jsonl; the first: rows.jsonl:")
+    with pytest.raises(DataError, match=r"none of 2 rows has pictures that can be decoded. 2 rows skipped as bad"):
+        WholeExamples([rows[1], rows[4]], PixelReader(PROCESSING), Skipped("skip"))[0]
+    with pytest.raises(IndexError):
+        whole[5]
+
+
+def test_batches_made_ahead_are_those_of_their_steps():
+    rows = [example(i, (A, B, C)[i % 3]) for i in range(10)]
+    order, read = BatchOrder(len(rows), 4, seed=0), PixelReader(PROCESSING)
+    started = set()
+
+    def make(step):
+        started.add(step)
+        time.sleep(0.02 if step % 2 else 0)  # the second is ready before the first
+        found = [rows[i] for i in order(step)]
+        return numbers(found), read.pad(found)
+
+    resumed = list(itertools.islice(ahead(make, start=3, threads=3), 4))
+    for step, (tokens, values) in enumerate(resumed, start=3):
+        again = make(step)
+        assert tokens == again[0]
+        np.testing.assert_array_equal(values, again[1])
+    assert min(started) == 3 and max(started) == 9, "nothing was made ahead, or too much"
+    assert threading.active_count() < 20
+
+
+def test_what_fails_fails_at_its_step():
+    def make(step):
+        if step == 2:
+            raise DataError("rows.jsonl:7: damaged")
+        return step
+
+    steps = ahead(make, start=0)
+    assert [next(steps), next(steps)] == [0, 1]
+    with pytest.raises(DataError, match=r"rows.jsonl:7: damaged"):
+        next(steps)
