@@ -12,16 +12,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pe_rlhf_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"config", "files", "image_prompt", "package", "types", "sharding"}
+GROUND = {"config", "files", "image_prompt", "package", "protobuf", "types", "sharding"}
 PARTS = GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint", "plan", "report"}
 MAY_IMPORT = {
     "config": set(),
     "files": set(),
     "image_prompt": set(),
     "package": {"files"},
+    "protobuf": set(),
     "types": {"config"},
     "sharding": {"config", "types"},
-    "data": {"config", "files", "image_prompt", "package", "types"},
+    "data": {"config", "files", "image_prompt", "package", "protobuf", "types"},
     "models": GROUND,
     "rollout": GROUND | {"models"},
     "algorithms": {"config", "types"},

@@ -16,7 +16,7 @@ from pe_rlhf_jax.config.section import Section
 StageName = Literal["sft", "reward", "rl", "evaluate", "export"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
 
-FormatName = Literal["anthropic-hh", "bolt", "openai-tldr-comparisons", "openai-tldr-sft", "shp", "taskmaster"]
+FormatName = Literal["android-control", "anthropic-hh", "bolt", "openai-tldr-comparisons", "openai-tldr-sft", "shp", "taskmaster", "vqa"]
 
 Quantization = Literal["int8", "int4", "nf4"]
 
@@ -119,7 +119,7 @@ class FilesConfig(Section):
     train: list[str] = Field(
         description="Where the training rows are: files (`.jsonl`, `.jsonl.gz`, `.json` or `.parquet`; `*` matches several), "
         "`tfds:NAME[/CONFIG][:VERSION]:SPLIT` (TensorFlow Datasets), or `hf:OWNER/NAME[/FOLDER][:CONFIG]:SPLIT` (Hugging Face, extra "
-        "`datasets`)."
+        "`datasets`). The formats `vqa` and `android-control` take FOLDER:SPLIT."
     )
     validation: list[str] = Field([], description="Where held-out rows are; empty takes `validation_share` of the training rows.")
     format: FormatName | None = Field(None, description="Original format to convert rows from; null where rows have this kind's keys.")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
 from pe_rlhf_jax.config import FormatName
+from pe_rlhf_jax.data import android_control, vqa
 from pe_rlhf_jax.data.formats import Kind
 from pe_rlhf_jax.data.sources import BadRow, DataError, Row, Skipped
 
@@ -207,15 +208,25 @@ def _conversation(turns: list[str]) -> str:
 
 
 FORMATS: dict[FormatName, dict[Kind, Convert]] = {
+    "android-control": {
+        "sft": android_control.sft,
+        "preference": android_control.preference,
+        "label": android_control.label,
+        "prompts": android_control.prompts,
+    },
     "anthropic-hh": {"sft": _hh_sft, "preference": _hh_preference, "prompts": _hh_prompt},
     "bolt": {"sft": _bolt_sft, "prompts": _bolt_prompt},
     "openai-tldr-comparisons": {"preference": _tldr_preference},
     "openai-tldr-sft": {"sft": _tldr_sft, "prompts": _tldr_prompt},
     "shp": {"sft": _shp_sft, "preference": _shp_preference, "prompts": _shp_prompt},
     "taskmaster": {"sft": _taskmaster_sft, "label": _taskmaster_label, "prompts": _taskmaster_prompt},
+    "vqa": {"sft": vqa.sft, "preference": vqa.preference, "label": vqa.label, "prompts": vqa.prompts},
 }
 """Which kinds of rows each format gives, and how."""
 assert set(FORMATS) == set(get_args(FormatName))
+
+READERS: dict[FormatName, Callable[[str, Skipped], Iterator[Row]]] = {"android-control": android_control.read, "vqa": vqa.read}
+"""Formats whose files are read together, or are of a kind of their own: what a source is, they say."""
 
 
 def _get(values: Values, key: str, kind: type | tuple[type, ...], optional: bool = False) -> Any:

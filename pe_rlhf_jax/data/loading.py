@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pe_rlhf_jax.config import DataConfig, FilesConfig
 from pe_rlhf_jax.data import catalogs, movie_reviews, sources
-from pe_rlhf_jax.data.converters import convert
+from pe_rlhf_jax.data.converters import READERS, convert
 from pe_rlhf_jax.data.encoder import Encoder
 from pe_rlhf_jax.data.formats import Kind, Reader, TextRow
 from pe_rlhf_jax.data.sources import DataError, Row, Skipped, hash_share
@@ -95,8 +95,10 @@ def _from_files(
     share: float,
     notes: list[str],
 ) -> tuple[list[TextRow], list[TextRow]]:
+    reader = READERS.get(files.format, _rows) if files.format else _rows
+
     def read(places: Sequence[str]) -> list[TextRow]:
-        rows = (row for place in places for row in _rows(place, skipped))
+        rows = (row for place in places for row in reader(place, skipped))
         return parse(convert(files.format, kind, rows, skipped) if files.format else rows)
 
     train = read(files.train)

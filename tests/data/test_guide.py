@@ -5,13 +5,17 @@ import re
 from pathlib import Path
 
 import yaml
+from tiny_images import encoded, pixels
 
 from pe_rlhf_jax.config import DataConfig
 from pe_rlhf_jax.data import sources
 from pe_rlhf_jax.data.converters import FORMATS, convert
 from pe_rlhf_jax.data.formats import Reader
+from pe_rlhf_jax.data.image_processing import ImageProcessing
 from pe_rlhf_jax.data.loading import KINDS
 from pe_rlhf_jax.data.sources import Row, Skipped
+from pe_rlhf_jax.data.turns import Vision
+from pe_rlhf_jax.image_prompt import ImagePrompt
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GUIDE = (CONFIGS / "DATA.md").read_text(encoding="utf-8")
@@ -21,11 +25,19 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", GUIDE, flags=re.M | re.S)
 
 
-def test_example_rows_are_read(tokenizer):
+def test_example_rows_are_read(tokenizer, tmp_path):
     for kind in KINDS:
         [text] = blocks(f"jsonl {kind}")
         rows = [Row(json.loads(line), f"DATA.md:{number}") for number, line in enumerate(text.splitlines(), start=1)]
         assert len(getattr(Reader(tokenizer, Skipped()), kind)(rows)) == len(rows) >= 2
+    [pictures] = blocks("jsonl pictures")
+    for name in ("pictures/sky.png", "a.png", "b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(pixels()))
+    vision = Vision(ImagePrompt("[picture]", "*", 1), ImageProcessing((0, 0, 0), (1, 1, 1), size=(2, 2)))
+    rows = [Row(json.loads(line), f"{tmp_path}/DATA.jsonl:{number}") for number, line in enumerate(pictures.splitlines(), start=1)]
+    read = Reader(tokenizer, Skipped(), vision=vision).sft(rows)
+    assert [len(row.pictures) for row in read] == [1, 2, 1] and [row.texts[0].prompt.count("[picture]") for row in read] == [1, 2, 1]
     [bolt] = blocks("json")
     assert len(list(convert("bolt", "sft", [Row(json.loads(bolt), "DATA.md:1")], Skipped()))) == 1
 
