@@ -97,7 +97,7 @@ def needed(config: Config) -> set[Kind]:
 
 
 def _has(config: Config, kind: Kind) -> bool:
-    embedded = config.data.source is not None and kind != "label"
+    embedded = config.data.source is not None and (kind != "label" or config.data.source == "easy-vqa")
     return embedded or getattr(config.data, kind) is not None
 
 

