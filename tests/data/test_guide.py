@@ -60,6 +60,6 @@ def test_every_kind_of_file_is_named():
 def test_files_of_the_papers_configurations_are_explained():
     task_files = {f for path in (CONFIGS / "paper").glob("*.yaml") for f in re.findall(r"data/[\w/*.-]+", path.read_text())}
     folders = {re.match(r"data/\w+", name)[0] for name in task_files}
-    assert {"data/tldr", "data/bolt", "data/taskmaster"} == folders
+    assert {"data/tldr", "data/bolt", "data/taskmaster", "data/vqav2", "data/android_control"} == folders
     assert not [folder for folder in folders if folder not in GUIDE]
     assert not [path.name for path in (CONFIGS / "paper").glob("*.yaml") if f"`{path.name}`" not in GUIDE]
