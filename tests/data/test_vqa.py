@@ -152,6 +152,13 @@ def test_a_question_without_a_wrong_answer_gives_no_pair(folder):
     assert [len(rows(folder, kind)[0]) for kind in ("label", "preference")] == [1, 0]
 
 
+def test_what_an_annotator_said_in_other_words_is_not_wrong(folder):
+    questions = [{"image_id": 42, "question": "How many?", "question_id": number} for number in (1, 2)]
+    answers = {1: ["2"] * 7 + ["3"] * 3, 2: ["Three"] * 10}
+    write(folder, questions, [annotation(number, 42, given, "number") for number, given in answers.items()])
+    assert [row.values["wrong"] for row in vqa.read(f"{folder}:val2014", Skipped())] == [None, "2"]
+
+
 def test_the_pipeline_reads_it_with_its_pictures(folder):
     files = FilesConfig(train=[f"{folder}:val2014"], format="vqa")
     vision = Vision(ImagePrompt("<image>", "*", 2), ImageProcessing((0, 0, 0), (1, 1, 1), size=(2, 2)))
