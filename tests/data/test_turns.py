@@ -131,6 +131,16 @@ def test_tiles_follow_from_the_size_of_the_picture():
     assert len(processing.tiles(pixels(4, 8))[0]) == 3
 
 
+def test_prompts_with_pictures_are_not_cut():
+    skipped = Skipped(too_long="truncate")
+    tokenizer = make_tokenizer(PARTS_TEMPLATE)
+    rows = [Row({"prompt": "0123456789", "image": image}, f"x.jsonl:{i}") for i, image in enumerate((A, None))]
+    rows = Reader(tokenizer, skipped, vision=VISION).prompts(rows)
+    config = DataConfig(max_prompt_length=12, too_long="truncate")
+    [example] = Encoder(config, tokenizer, skipped, VISION).prompts(rows)
+    assert not example.pictures and skipped.notes() == ["1 row over max_prompt_length skipped in x.jsonl"]
+
+
 REFUSED = {
     "more places than pictures": (
         "prompts",
