@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.checkpoint.store import Store
+from pe_rlhf_jax.loading import needed
 from pe_rlhf_jax.report.metrics import MetricsLog
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.run import Run
@@ -130,3 +131,15 @@ def test_a_run_that_was_killed_where_it_would_have_ended_ends_there(tmp_path):
     assert stopped.start(stop_at=3) is None  # the signal comes with the step that ends it
     assert stopped.start() == 1
     assert stopped.rows == [1, 2, 3]
+
+
+def test_a_named_data_set_serves_the_evaluation_with_what_it_has():
+    """Sentences have no labels; questions about pictures do."""
+
+    def kinds(source: str, kind: str) -> set[str]:
+        return needed(
+            configuration.Config(model={"source": "x"}, data={"source": source}, reward={"kind": kind}, run={"stages": ["evaluate"]})
+        )
+
+    assert kinds("movie-reviews", "pairs") == kinds("easy-vqa", "pairs") == {"preference", "prompts"}
+    assert kinds("movie-reviews", "labels") == {"prompts"} and kinds("easy-vqa", "labels") == {"label", "prompts"}
