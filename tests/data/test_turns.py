@@ -94,6 +94,37 @@ def test_a_template_for_texts_gets_texts():
     assert shown("prompts", rows[1], template=CHAT_TEMPLATE)[0] == "<|start|>user\nHi<|end|><|start|>assistant\n"
 
 
+PUBLISHED = {  # shortened where it does not matter
+    "Idefics 3": (
+        "{% for message in messages %}{{ message['role'] | capitalize }}{% if message['content'][0]['type'] == 'image' %}{{ ':' }}"
+        "{% else %}{{ ': ' }}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+        "{% elif line['type'] == 'image' %}{{ '[picture]' }}{% endif %}{% endfor %}<end>{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+        "System: Sys.<end>User:[picture][picture]What?<end>Assistant:",
+    ),
+    "LLaVA 1.5": (
+        "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '[picture]\n' }}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+        "Sys. USER: [picture]\n[picture]\nWhat? ASSISTANT:",
+    ),
+    "SmolLM2, which sees nothing": (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "<|im_start|>system\nSys.<|im_end|>\n<|im_start|>user\n[picture]\n[picture]\nWhat?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_get_what_they_take(name):
+    template, expected = PUBLISHED[name]
+    prompt = [{"role": "system", "content": "Sys."}, {"role": "user", "content": "What?"}]
+    [row], _, _ = read("prompts", {"prompt": prompt, "images": [A, B]}, template=template)
+    assert row.texts[0].prompt == expected
+
+
 def test_parts_that_are_all_text_need_no_model_that_sees():
     row = {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}]}
     assert shown("prompts", row, vision=None, template=CHAT_TEMPLATE)[0] == "<|start|>user\na b<|end|><|start|>assistant\n"
