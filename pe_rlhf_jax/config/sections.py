@@ -81,7 +81,12 @@ class LoRAConfig(Section):
     target_modules: str = Field(
         "all-linear",
         description="`attention` (q, k, v, o: the paper), `all-linear` (also gate, up, down), or a regular expression that must match a "
-        "whole module name such as `attention.q_proj` or `mlp.up_proj`.",
+        "whole module name such as `attention.q_proj` or `mlp.up_proj`. In a vision tower, which is frozen by default, the same names "
+        "have `vision.` before them: `(vision\\.)?attention\\..*` adapts attention in both.",
+    )
+    modules_to_save: tuple[Literal["projector"], ...] = Field(
+        (),
+        description="Modules that are trained whole beside the factors: `projector`, the map from a picture's features to embeddings.",
     )
 
     @field_validator("target_modules")

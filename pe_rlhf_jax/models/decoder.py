@@ -1,6 +1,6 @@
-"""One decoder-only transformer, driven by a configuration; layers are scanned over stacked weights.
+"""One decoder-only transformer, driven by a configuration; layers are scanned over stacked weights. What it does with pictures: vlm.py.
 
-Letters: B batch, T query tokens, S key slots, D hidden, V vocabulary, L layers.
+Letters: B batch, T query tokens, S key slots, D hidden, V vocabulary, L layers; M pictures a row, F tokens a picture, E feature size.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.layers import MLP, Attention, KVCache, Rotation, make_norm, softcap
 from pe_rlhf_jax.models.lora import MODULES
 from pe_rlhf_jax.models.rope import RopeScaling, rope_angles
+from pe_rlhf_jax.models.vision import VisionTower, tower_features
+from pe_rlhf_jax.models.vlm import Projector, blocks, condense, insert, placeholders
 from pe_rlhf_jax.sharding import BATCH, constrain
 from pe_rlhf_jax.types import PyTree
 
@@ -46,7 +48,7 @@ class Layer(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, carry, layer: PerLayer, rotation: Rotation | None, mask, start, deterministic):
+    def __call__(self, carry, layer: PerLayer, rotation: Rotation | None, mask, beyond, start, deterministic):
         x, cache = carry
         x = constrain(x, BATCH, None, None)
         c = self.config
@@ -58,7 +60,7 @@ class Layer(nn.Module):
         if layer.kind is not None:
             rotation = jax.tree.map(lambda leaf: leaf[layer.kind], rotation)
         if layer.window is not None:
-            mask = mask & within_window(layer.window, mask.shape, start)
+            mask = windowed(mask, layer.window, start, beyond)
         attention, mlp = Attention(c, **common, name="attention"), MLP(c, **common, name="mlp")
         y, cache = attention(norm("attention_norm", x), rotation, mask, cache, layer.index, start, deterministic)
         if c.post_norms:
@@ -92,15 +94,21 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         start: Int[Array, ""] | int = 0,
         deterministic: bool = True,
+        features: Float[Array, "B M F E"] | None = None,
+        prompt: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns final-normed hidden states and the updated cache (None without one).
 
         `mask_BS` marks real tokens among the key slots: the sequence itself (S = T), or all slots of the cache. The tokens stand at
         slots start .. start + T - 1 and see real tokens up to their own slot. Positions default to counting real tokens only, so that
-        left padding changes nothing; they must be given when `start` is not 0.
+        left padding changes nothing; they must be given when `start` is not 0. `features` of pictures take the place of the prompt's
+        placeholders, and tokens that are read in both directions see each other: vlm.py says how, and when `prompt` is needed.
         """
         c = self.config
         length = tokens_BT.shape[1]
+        if features is not None and (c.vision is None or prompt is None):
+            what = "a model without a vision tower" if c.vision is None else "no `prompt`, which says where its placeholders are"
+            raise ValueError(f"expected features of pictures only for a model that sees, together with `prompt`; found {what}")
         if positions_BT is None:
             positions_BT = positions(mask_BS)[:, :length]
         embedding = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.param_dtype)
@@ -109,17 +117,30 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(c.embedding_scale, self.dtype)  # rounded first, as the models were trained
         if c.learned_positions:
             x = x + self._learned_positions(positions_BT)
+        block_BT = None
+        if c.vision is not None:
+            placeholder_BT = placeholders(c.vision, tokens_BT, prompt)
+            x = self._insert(x, features, placeholder_BT)
+            block_BT = None if prompt is None or placeholder_BT is None else blocks(c.vision, prompt, placeholder_BT)
         slots_T = start + jnp.arange(length)
-        sees_TS = jnp.arange(mask_BS.shape[1])[None, :] <= slots_T[:, None]
-        mask = mask_BS[:, None, None, :] & sees_TS[None, None]
+        sees = (jnp.arange(mask_BS.shape[1])[None, :] <= slots_T[:, None])[None, None]
+        beyond = None
+        if block_BT is not None:
+            # A block lies among these tokens as a whole: whatever else is in the cache belongs to none.
+            block_BS = jax.lax.dynamic_update_slice(jnp.zeros(mask_BS.shape, block_BT.dtype), block_BT, (0, start))
+            together = ((block_BT[:, :, None] == block_BS[:, None, :]) & (block_BT[:, :, None] > 0))[:, None]
+            sees = sees | together
+            if c.vision is not None and c.vision.blocks_beyond_windows:
+                beyond = together & mask_BS[:, None, None, :]
+        mask = mask_BS[:, None, None, :] & sees
         layer_class = Layer
         if self.remat != "none":
-            layer_class = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(6,))
+            layer_class = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(7,))
         layers = nn.scan(
             layer_class,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "lora": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 5),
             length=c.num_layers,
         )(c, self.lora, self.dtype, self.param_dtype, name="layers")
         rotation, kinds = rotations(c, positions_BT)
@@ -128,13 +149,39 @@ class Decoder(nn.Module):
         if len(set(windows)) > 1:
             window = jnp.array([mask.shape[-1] if w is None else w for w in windows], jnp.int32)
         elif windows[0] is not None:
-            mask = mask & within_window(windows[0], mask.shape, start)
+            mask = windowed(mask, windows[0], start, beyond)
         per_layer = PerLayer(jnp.arange(c.num_layers), window, kinds)
-        (x, cache), _ = layers((x, cache), per_layer, rotation, mask, start, deterministic)
+        (x, cache), _ = layers((x, cache), per_layer, rotation, mask, beyond, start, deterministic)
         x = make_norm(c, self.dtype, self.param_dtype, "final_norm")(x)
         if not c.tie_word_embeddings and self.is_initializing():
             self.param("lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.param_dtype)
         return x, cache
+
+    def _insert(
+        self, x: Float[Array, "B T D"], features: Float[Array, "B M F E"] | None, placeholder_BT: Bool[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
+        vision = self.config.vision
+        assert vision is not None
+        if self.is_initializing():  # makes the tower's parameters; later it is applied on its own, by `encode_images`
+            size = vision.tower.image_size
+            VisionTower(vision.tower, self.lora, self.dtype, self.param_dtype, self.remat, name="vision")(jnp.zeros((1, size, size, 3)))
+            features = jnp.zeros((1, 1, vision.tokens_per_image, vision.feature_size))
+        if features is None:
+            return x
+        projector = Projector(vision, self.config.hidden_size, self.lora, self.dtype, self.param_dtype, name="projector")
+        projected = projector(features)
+        return x if placeholder_BT is None else insert(x, projected, placeholder_BT)
+
+    def encode_images(
+        self, variables: PyTree, images: Float[Array, "*batch H W 3"], deterministic: bool = True
+    ) -> Float[Array, "*batch F E"]:
+        """Features of pictures, for the argument `features`: the tower's, as the projector takes them. See vlm.py for both."""
+        vision = self.config.vision
+        if vision is None:
+            raise ValueError("expected a model with a vision tower, found one for text only")
+        own = {name: tree["vision"] for name, tree in variables.items() if name in ("params", "lora") and "vision" in tree}
+        tower = VisionTower(vision.tower, self.lora, self.dtype, self.param_dtype, self.remat)
+        return condense(vision, tower_features(tower, own, images, deterministic))
 
     def _learned_positions(self, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         c = self.config
@@ -203,6 +250,14 @@ def rotations(c: DecoderConfig, positions_BT: Int[Array, "B T"]) -> tuple[Rotati
     if len(distinct) == 1:
         return Rotation(angles(distinct[0]), None if length is None else length[0]), None
     return Rotation(jnp.stack([angles(kind) for kind in distinct]), length), jnp.array([distinct.index(kind) for kind in kinds])
+
+
+def windowed(
+    mask: Bool[Array, "B 1 T S"], window: Int[Array, ""] | int, start: Int[Array, ""] | int, beyond: Bool[Array, "B 1 T S"] | None
+) -> Bool[Array, "B 1 T S"]:
+    """The mask of a windowed layer; `beyond` is what no window hides."""
+    inside = mask & within_window(window, mask.shape, start)
+    return inside if beyond is None else inside | beyond
 
 
 def within_window(window: Int[Array, ""] | int, mask_shape: tuple[int, ...], start: Int[Array, ""] | int) -> Bool[Array, "1 1 T S"]:

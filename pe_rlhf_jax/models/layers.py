@@ -1,4 +1,7 @@
-"""Layers of a decoder. Letters: B batch, T query tokens, S key slots, D hidden, H query heads, K key-value heads, h head size, L layers."""
+"""Layers of decoders and vision towers.
+
+Letters: B batch, T query tokens, S key slots, D hidden, H query heads, K key-value heads, h head size, L layers.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from pe_rlhf_jax.config import LoRAConfig
-from pe_rlhf_jax.models.architecture import DecoderConfig
-from pe_rlhf_jax.models.lora import Linear, is_target
+from pe_rlhf_jax.models.architecture import DecoderConfig, TowerConfig
+from pe_rlhf_jax.models.lora import Linear, is_target, parameter
 from pe_rlhf_jax.models.rope import rotate
 from pe_rlhf_jax.sharding import BATCH, constrain
 
@@ -23,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),
 }
 
 
@@ -48,11 +52,13 @@ class RMSNorm(nn.Module):
     dtype: Any
     param_dtype: Any
     offset: float = 0.0
+    whole: bool = False
+    """See `lora.parameter`."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         start = nn.initializers.zeros if self.offset else nn.initializers.ones
-        scale = self.param("scale", start, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        scale = parameter(self, "scale", start, (x.shape[-1],), self.param_dtype, whole=self.whole).astype(jnp.float32)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return (x * (scale + self.offset if self.offset else scale)).astype(self.dtype)
@@ -75,7 +81,7 @@ class LayerNorm(nn.Module):
         return (x * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
 
 
-def make_norm(config: DecoderConfig, dtype: Any, param_dtype: Any, name: str) -> RMSNorm | LayerNorm:
+def make_norm(config: DecoderConfig | TowerConfig, dtype: Any, param_dtype: Any, name: str) -> RMSNorm | LayerNorm:
     """The architecture's norm."""
     if config.norm == "layer":
         return LayerNorm(config.rms_norm_eps, dtype, param_dtype, name=name)
@@ -91,14 +97,16 @@ def capped_attention(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B S K h"],
     v: Float[Array, "B S K h"],
-    mask: Bool[Array, "B 1 T S"],
+    mask: Bool[Array, "B 1 T S"] | None,
     scale: float,
     cap: float,
 ) -> Float[Array, "B T H h"]:
     """Attention with soft-capped scores (Gemma 2), which `jax.nn.dot_product_attention` has no argument for; softmax in float32."""
     q_BTKGh = rearrange(q, "B T (K G) h -> B T K G h", K=k.shape[2])
     scores = jnp.einsum("BTKGh,BSKh->BKGTS", q_BTKGh, k, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(mask[:, :, None], softcap(scores, cap), jnp.finfo(jnp.float32).min)
+    scores = softcap(scores, cap)
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     out = jnp.einsum("BKGTS,BSKh->BTKGh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
     return rearrange(out, "B T K G h -> B T (K G) h")
 
@@ -106,17 +114,19 @@ def capped_attention(
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and an optional key-value cache."""
 
-    config: DecoderConfig
+    config: DecoderConfig | TowerConfig
     lora: LoRAConfig | None
     dtype: Any
     param_dtype: Any
+    prefix: str = ""
+    """What `lora.target_modules` has before the names of the linear layers: `vision.` in a tower."""
 
     @nn.compact
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         rotation: Rotation | None,
-        mask: Bool[Array, "B 1 T S"],
+        mask: Bool[Array, "B 1 T S"] | None,
         cache: KVCache | None,
         layer: Int[Array, ""],
         start: Int[Array, ""] | int,
@@ -125,7 +135,7 @@ class Attention(nn.Module):
         c = self.config
 
         def linear(name: str, features: int, bias: bool) -> Linear:
-            lora = self.lora if is_target(f"attention.{name}", self.lora) else None
+            lora = self.lora if is_target(f"{self.prefix}attention.{name}", self.lora) else None
             return Linear(features, lora, self.dtype, self.param_dtype, bias, c.quantization, name=name)
 
         def heads(name: str, count: int) -> Float[Array, "B T count h"]:
@@ -162,17 +172,18 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)), a gated unit (Shazeer 2020); or down(act(up(x))) without a gate."""
 
-    config: DecoderConfig
+    config: DecoderConfig | TowerConfig
     lora: LoRAConfig | None
     dtype: Any
     param_dtype: Any
+    prefix: str = ""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], deterministic: bool) -> Float[Array, "B T D"]:
         c = self.config
 
         def linear(name: str, features: int) -> Linear:
-            lora = self.lora if is_target(f"mlp.{name}", self.lora) else None
+            lora = self.lora if is_target(f"{self.prefix}mlp.{name}", self.lora) else None
             return Linear(features, lora, self.dtype, self.param_dtype, c.mlp_bias, c.quantization, name=name)
 
         act = ACTIVATIONS[c.activation]
