@@ -68,6 +68,8 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "max_window_layers": 1,
     },
+    "gemma": {"model_type": "gemma", **_WIDE, "rope_parameters": _ROPE},
+    "gemma-untied": {"model_type": "gemma", **_WIDE, "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False},
     "gemma2": {
         "model_type": "gemma2",
         **_WIDE,
@@ -156,16 +158,17 @@ class Tiny:
         self.tensors: dict[str, np.ndarray] = {}
         for weight in self.family.weights(self.architecture):
             shape = weight.file_shape(leaves[weight.leaf][1:] if weight.per_layer else leaves[weight.leaf])
-            fan_in = shape[-1] if weight.transposed else shape[0]
+            fan_in = int(np.prod(shape[1:])) if weight.transposed else shape[0]
             self.tensors |= {n: self._draw(n, shape, weight.leaf, fan_in) for n in weight.names(self.architecture.num_layers)}
         self.names = tuple(self.tensors)
 
     def _draw(self, name: str, shape: tuple[int, ...], leaf: tuple[str, ...], fan_in: int) -> np.ndarray:
         """Sizes at which every part moves the logits."""
         noise = np.random.default_rng(zlib.crc32(f"{self.name}/{name}".encode())).standard_normal(shape)
-        if leaf[-1] == "scale":
-            noise = 0.3 * noise + (1 - self.architecture.norm_offset)
-        elif leaf[-1] == "kernel":
+        if leaf[-1].endswith("scale"):
+            offset = {"vision": 0.0, "projector": 1.0}.get(leaf[0], self.architecture.norm_offset)
+            noise = 0.3 * noise + (1 - offset)
+        elif leaf[-1].endswith("kernel"):
             noise = 1.5 * noise * fan_in**-0.5
         else:  # embeddings and biases
             noise = 0.4 * noise

@@ -77,7 +77,7 @@ def load_params(
             if not _is_finite(tensor):
                 raise WeightsError(f"{reader.path}: {file_names[name]} holds values that are not finite; the file is damaged")
             for i, weight in enumerate(weights):
-                part = tensor if weight.part is None else weight.take(tensor)
+                part = tensor.reshape(tensor.shape[weight.ones :]) if weight.part is None else weight.take(tensor)
                 turned = weight.transposed and weight.part is None
                 placed = _turn(_place(part, shards[i], weight.per_layer, turned), turned, dtype)
                 filled[i] = _put(filled[i], placed, layer) if weight.per_layer else placed

@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         if vision is None:
             raise ValueError("expected a model with a vision tower, found one for text only")
         own = {name: tree["vision"] for name, tree in variables.items() if name in ("params", "lora") and "vision" in tree}
-        tower = VisionTower(vision.tower, self.lora, self.dtype, self.param_dtype, self.remat)
+        tower = VisionTower(vision.tower, self.lora, self.dtype, self.param_dtype, self.remat, parent=None)
         return condense(vision, tower_features(tower, own, images, deterministic))
 
     def _learned_positions(self, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from pe_rlhf_jax.image_prompt import ImagePrompt
 from pe_rlhf_jax.models.architecture import DecoderConfig
 
 
@@ -33,33 +34,39 @@ class Part:
 class Weight:
     """One tensor of the published model, or with `{layer}` in its name one per layer, and the leaf that it fills.
 
-    `transposed`: the file holds [out, in] (PyTorch's linear layers), the leaf [in, out]. Per-layer tensors are stacked
-    on the leaf's first axis. With `part`, the tensor fills several leaves, and each has an entry of its own.
+    `transposed`: the file holds [out, in] (PyTorch's linear layers), the leaf [in, out]; of more axes, all are reversed. Per-layer
+    tensors are stacked on the leaf's first axis. With `part`, the tensor fills several leaves, and each has an entry of its own.
     """
 
     name: str
     leaf: tuple[str, ...]
     transposed: bool = False
     part: Part | None = None
+    layers: int | None = None
+    """How many layers it has one in, where these are not the decoder's but a vision tower's."""
+    ones: int = 0
+    """Axes of length one that the file's tensor has before the leaf's."""
 
     @property
     def per_layer(self) -> bool:
         return "{layer}" in self.name
 
     def names(self, num_layers: int) -> list[str]:
-        """The tensors' names in the file, in the order of the layers."""
-        return [self.name.format(layer=i) for i in range(num_layers)] if self.per_layer else [self.name]
+        """The tensors' names in the file, in the order of the layers; `num_layers` is the decoder's."""
+        count = num_layers if self.layers is None else self.layers
+        return [self.name.format(layer=i) for i in range(count)] if self.per_layer else [self.name]
 
     def file_shape(self, leaf_shape: Sequence[int]) -> tuple[int, ...]:
         """The tensor's shape in the file, by the leaf's of one layer."""
         shape = list(leaf_shape)
         if self.part is not None:
             shape[-1] *= self.part.count
-        return tuple(reversed(shape)) if self.transposed else tuple(shape)
+        return (1,) * self.ones + tuple(reversed(shape) if self.transposed else shape)
 
     def take(self, tensor: Shaped[np.ndarray, "*file"]) -> Shaped[np.ndarray, "*leaf"]:
         """The leaf (of one layer) out of the file's tensor."""
-        leaf = tensor.T if self.transposed else tensor
+        leaf = tensor.reshape(tensor.shape[self.ones :])
+        leaf = leaf.T if self.transposed else leaf
         if self.part is None:
             return leaf
         part, lead = self.part, leaf.shape[:-1]
@@ -75,7 +82,8 @@ def join(weights: Sequence[Weight], leaves: Sequence[Shaped[np.ndarray, "*leaf"]
         ordered = [leaf for _, leaf in sorted(zip(weights, leaves, strict=True), key=lambda pair: pair[0].part.index)]  # type: ignore[union-attr]
         lead = ordered[0].shape[:-1]
         leaf = np.stack([x.reshape(*lead, first.part.heads, -1) for x in ordered], axis=-2).reshape(*lead, -1)
-    return leaf.T if first.transposed else leaf
+    leaf = leaf.T if first.transposed else leaf
+    return leaf.reshape((1,) * first.ones + leaf.shape)
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,8 @@ class Family:
     """Regular expressions for tensors that files carry although they follow from the configuration."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Other names that files have for the same tensors: (regular expression at the start of a name, what to write there)."""
+    image_prompt: Callable[[DecoderConfig], ImagePrompt] | None = None
+    """How pictures are written in its prompts; None for text only."""
 
     def canonical(self, name: str) -> str:
         """A tensor's name as the table of weights has it."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
+from pe_rlhf_jax.models.architecture import Activation
 from pe_rlhf_jax.models.families.family import UnsupportedModelError
 from pe_rlhf_jax.models.rope import RopeScaling
 
-ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -72,7 +74,7 @@ def flag(config: Fields, key: str, default: bool) -> bool:
     return found
 
 
-def activation(config: Fields, key: str, default: str) -> Literal["silu", "gelu", "gelu_tanh"]:
+def activation(config: Fields, key: str, default: str) -> Activation:
     """The MLP's activation by its name."""
     found = config.get(key) or default
     if not isinstance(found, str) or found not in ACTIVATIONS:
