@@ -31,8 +31,6 @@ class TowerConfig:
     class_token: bool = False
     position_side: int | None = None
     """Sides of the table of positions in patches, where pictures have another number: it is interpolated (DINOv2)."""
-    bucketed_positions: bool = False
-    """Positions are looked up by fractions of the side in float32, whose rounding takes some of them twice (Idefics 3)."""
 
     # Block and ends
     qkv_bias: bool = True

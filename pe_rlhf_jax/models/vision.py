@@ -112,8 +112,6 @@ class VisionTower(nn.Module):
         c = self.config
         stored = c.side if c.position_side is None else c.position_side
         table = self.param("position_embed", nn.initializers.normal(0.02), (stored**2 + c.class_token, c.hidden_size), self.param_dtype)
-        if c.bucketed_positions:
-            return table[bucketed_positions(c.side)].astype(self.dtype)
         if stored == c.side:
             return table.astype(self.dtype)
         first, grid = jnp.split(table.astype(jnp.float32), [int(c.class_token)])
@@ -138,19 +136,6 @@ def cubic_interpolation(old: int, new: int) -> Float[np.ndarray, "new old"]:
             weight = (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
             matrix[i, min(max(j, 0), old - 1)] += weight
     return matrix.astype(np.float32)
-
-
-@functools.cache
-def bucketed_positions(side: int) -> Int[np.ndarray, " patches"]:
-    """Rows of the position table as Idefics 3 looks them up for a square picture, patch by patch.
-
-    It puts i / side into buckets that begin at multiples of 1 / side, in float32, and where i * (1 / side) is rounded below i / side, a
-    patch gets its neighbour's position: the models were trained so.
-    """
-    borders = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
-    places = np.arange(side, dtype=np.float32) * (np.float32(1) / np.float32(side))
-    buckets = np.searchsorted(borders, np.minimum(places, np.float32(1 - 1e-6)), side="right")
-    return (buckets[:, None] * side + buckets[None, :]).reshape(-1)
 
 
 def tower_features(

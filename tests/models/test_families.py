@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 from tiny_families import CASES, LENGTH, RECORDED, RECORDED_LEAVES, Tiny, flat, loss, tokens
+from tiny_vision import CASES as SEEING_CASES
 
 from pe_rlhf_jax.checkpoint.weights import load_params
 from pe_rlhf_jax.models.decoder import Decoder
@@ -47,7 +48,7 @@ def with_leaves(tree, leaves, path=()):
 
 
 def test_every_family_has_a_case():
-    assert {case["model_type"] for case in CASES.values()} == set(FAMILIES)
+    assert {case["model_type"] for case in (*CASES.values(), *SEEING_CASES.values())} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", NAMES)

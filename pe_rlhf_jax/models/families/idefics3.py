@@ -14,6 +14,9 @@ from pe_rlhf_jax.models.families.seeing import all_ignorable, all_weights, image
 from pe_rlhf_jax.models.families.towers import tower
 
 _TEXT, _TOWER = "model.text_model.", "model.vision_model."
+# transformers looks positions up by i / side in float32; with these sides, rounding gives some patches their neighbour's position.
+ROUNDED_SIDES = frozenset((19, 25, 29, 31, 38, 40, 41, 43, 47, 49, 50, 54, 55, 58, 59, 61, 62))
+LARGEST_SIDE = 64
 
 
 def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
@@ -21,6 +24,11 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     only(section(config, "text_config"), {"qk_layer_norms": False, "use_resampler": False})
     language = text(config, "llama", ("llama", "mistral", "qwen2"), config.get("tie_word_embeddings", False))
     sees = tower(section(config, "vision_config"), "idefics3_vision")
+    if sees.side in ROUNDED_SIDES or sees.side > LARGEST_SIDE:
+        raise UnsupportedModelError(
+            f"vision_config: {sees.side} patches along a picture (image_size / patch_size) are not supported: transformers rounds their "
+            f"positions, or may (it does not for sides up to {LARGEST_SIDE} but {', '.join(map(str, sorted(ROUNDED_SIDES)))})"
+        )
     shuffle = positive(config, "scale_factor", 2)
     if sees.side % shuffle:
         raise UnsupportedModelError(f"scale_factor: {shuffle} does not divide the {sees.side} patches along a picture")

@@ -12,11 +12,9 @@ from pe_rlhf_jax.models.families.reading import activation, flag, layer_count, o
 # Files leave out what equals transformers' defaults.
 _SIZES = {"num_hidden_layers": 12, "num_channels": 3}
 _SIGLIP = {**_SIZES, "intermediate_size": 3072, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "image_size": 224}
-_IDEFICS = {**_SIGLIP, "hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "siglip_vision_model": {**_SIGLIP, "hidden_size": 768, "num_attention_heads": 12, "patch_size": 16},
-    "idefics3_vision": _IDEFICS,
-    "smolvlm_vision": _IDEFICS,
+    "idefics3_vision": {**_SIGLIP, "hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32},  # and SmolVLM's
     "clip_vision_model": {
         **_SIZES,
         "hidden_size": 768,
@@ -82,7 +80,6 @@ def tower(section: Mapping[str, Any], kind: str, feature_layers: tuple[int, ...]
         class_token=kind == "clip_vision_model",
         pre_norm=kind == "clip_vision_model",
         patch_bias=kind != "clip_vision_model",
-        bucketed_positions=kind in ("idefics3_vision", "smolvlm_vision"),
     )
 
 
