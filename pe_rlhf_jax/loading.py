@@ -44,7 +44,15 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
 
 
 def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) -> tuple[Decoder, PyTree]:
-    """The decoder and its parameters, on the devices; what is to be quantized is so as soon as it is read."""
+    """The decoder and its parameters, on the devices; what is to be quantized is so as soon as it is read.
+
+    Raises ConfigError for a model with images: no stage feeds it any yet.
+    """
+    if backbone.config.vision is not None:
+        raise ConfigError(
+            f"model.source {backbone.source}: a model with images ({backbone.family.model_type}), which the stages do not train yet; "
+            "expected one for text"
+        )
     dtype, how = jnp.dtype(config.model.dtype_on(jax.default_backend())), config.model.quantization
     decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat)
 

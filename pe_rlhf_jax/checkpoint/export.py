@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from pe_rlhf_jax.checkpoint.folder import written_whole
 from pe_rlhf_jax.checkpoint.peft_import import CONFIG_FILE, SCORE, WEIGHTS_FILE, AdapterError, import_adapter
-from pe_rlhf_jax.checkpoint.peft_layout import adapted_modules, pack, patterns
+from pe_rlhf_jax.checkpoint.peft_layout import adapted_modules, pack, patterns, target_modules
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.families import Weight
 from pe_rlhf_jax.models.families.llama import LINEAR_LAYERS
@@ -48,7 +48,7 @@ def export_policy(
     Raises:
         ValueError: the adapter is not of that family.
     """
-    usage = _USAGE.format(auto="AutoModelForCausalLM", arguments="")
+    usage = _USAGE.format(auto="AutoModelForImageTextToText" if _sees(weights) else "AutoModelForCausalLM", arguments="")
     _export(folder, lora, config, "CAUSAL_LM", base_model, sha256, recipe, weights, tensors={}, header={}, usage=usage)
 
 
@@ -67,7 +67,12 @@ def export_reward(
 
     Args:
         head: {"kernel": [D, 1], "bias": [1]}.
+
+    Raises:
+        ValueError: the backbone sees pictures: transformers has no sequence classifier for most of these.
     """
+    if _sees(weights):
+        raise ValueError("expected a reward model on a backbone for text; on one with images it cannot be written in PEFT's format yet")
     bias = float(np.asarray(head["bias"], np.float32)[0])
     usage = _USAGE.format(auto="AutoModelForSequenceClassification", arguments=", num_labels=1") + _SCORING.format(bias=bias)
     tensors, header = {SCORE: np.asarray(head["kernel"]).T}, {"score_bias": repr(bias)}
@@ -96,7 +101,7 @@ def _export(
         "lora_alpha": _plain(config.lora_alpha),
         "use_rslora": config.use_rslora,
         "lora_dropout": config.lora_dropout,
-        "target_modules": [module.target for module in modules],
+        "target_modules": target_modules(modules, weights),
         "modules_to_save": ["score"] if task_type == "SEQ_CLS" else None,
         "bias": "none",
         "fan_in_fan_out": not modules[0].weights[0].transposed,  # for merging only; the factors lie alike
@@ -126,6 +131,10 @@ def _export(
         safetensors.numpy.save_file(contiguous, unfinished / WEIGHTS_FILE, metadata=header)
         (unfinished / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (unfinished / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _sees(weights: Sequence[Weight]) -> bool:
+    return any(weight.leaf[0] == "vision" for weight in weights)
 
 
 def _plain(number: float) -> float:

@@ -52,8 +52,10 @@ def export_merged(
         recipe: what the README tells about the training.
 
     Raises:
-        WeightsError: the backbone's weights are damaged, or a sum does not fit into the dtype.
+        WeightsError: the backbone's weights are damaged, a sum does not fit into the dtype, or the backbone is one with images.
     """
+    if backbone.config.vision is not None:
+        raise WeightsError(f"{backbone.reader.path}: expected a model for text; one with images cannot be written merged yet")
     leaves = leaf_shapes(backbone.config)
     table = backbone.family.weights(backbone.config)
     names = account(backbone.reader, backbone.family, backbone.config, [(weight, leaves[weight.leaf]) for weight in table])

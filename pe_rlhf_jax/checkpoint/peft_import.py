@@ -88,7 +88,7 @@ def import_adapter(
             raise AdapterError(f"{file}: {name} is of type {tensor.dtype}, which is not supported; supported: F32, F16, BF16")
         if not np.isfinite(tensor).all():
             raise AdapterError(f"{file}: {name} holds values that are not finite; the file is damaged")
-    lora: dict[str, Any] = {"layers": {}}
+    lora: dict[str, Any] = {}
     for module in modules:
         shapes = module.factors(like)
         stacks = [{factor: np.empty(shape[factor].shape, np.float32) for factor in "ab"} for shape in shapes]
@@ -96,8 +96,10 @@ def import_adapter(
             for stack, (a, b) in zip(stacks, _layer(file, module, layer, tensors, shapes, config.r), strict=True):
                 stack["a"][layer], stack["b"][layer] = a, b
         for weight, stack in zip(module.weights, stacks, strict=True):
-            _, part, name, _ = weight.leaf
-            lora["layers"].setdefault(part, {})[name] = {factor: jnp.asarray(x) for factor, x in stack.items()}
+            node = lora
+            for part in weight.leaf[:-1]:
+                node = node.setdefault(part, {})
+            node |= {factor: jnp.asarray(x) for factor, x in stack.items()}
     return lora, _head(file, tensors, header)
 
 

@@ -10,7 +10,8 @@ adapter of rank r that PEFT made on such a module is read as one A for all three
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,10 @@ class Module:
 
 
 def adapted_modules(lora: PyTree, weights: Sequence[Weight]) -> list[Module]:
-    """The modules that an adapter (or its shapes) lies on. `weights` is the family's table.
+    """The modules that an adapter (or its shapes) lies on, in the decoder and in a vision tower. `weights` is the family's table.
 
     Raises:
-        ValueError: an adapted leaf is in no module of the family.
+        ValueError: an adapted leaf is in no module of the family, or a module is trained whole.
     """
     kernels = [weight for weight in weights if weight.per_layer and weight.leaf[-1] == "kernel"]
     groups = grouped(kernels)
@@ -68,11 +69,28 @@ def adapted_modules(lora: PyTree, weights: Sequence[Weight]) -> list[Module]:
         if adapted:
             found.append(Module(group[0].name.removesuffix(".weight"), target, adapted, len(group)))
     known = {weight.leaf[:-1] for weight in kernels}
-    for part, modules in lora["layers"].items():
-        for name in modules:
-            if ("layers", part, name) not in known:
-                raise ValueError(f"the adapter has {part}.{name}, which the model does not; is it of the right family?")
+    for path in _leaves(lora):
+        if path[-1] not in ("a", "b"):
+            raise ValueError(f"the adapter trains {path[0]} whole (lora.modules_to_save), which is not written in PEFT's format yet")
+        if path[:-1] not in known:
+            name = ".".join(path[:-1]).replace("layers.", "", 1)
+            raise ValueError(f"the adapter has {name}, which the model does not; is it of the right family?")
     return found
+
+
+def target_modules(modules: Sequence[Module], weights: Sequence[Weight]) -> list[str] | str:
+    """PEFT's `target_modules`: endings of names, or, as a tower's modules end alike, one regular expression for whole names."""
+    if all(weight.leaf[0] != "vision" for weight in weights):
+        return [module.target for module in modules]
+    return "|".join(re.escape(module.name).replace(re.escape("{layer}"), r"\d+") for module in modules)
+
+
+def _leaves(tree: PyTree, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, part in tree.items():
+        if isinstance(part, Mapping):
+            yield from _leaves(part, (*path, name))
+        else:
+            yield (*path, name)
 
 
 def patterns(modules: Sequence[Module], config: LoRAConfig) -> dict[str, dict[str, float]]:

@@ -15,9 +15,13 @@ from pe_rlhf_jax.types import PyTree
 Tuning = Literal["lora", "full"]
 
 
+TOWER = "vision"
+
+
 class Role(flax.struct.PyTreeNode):
     """An adapter or none, a head or none, and, after full tuning only, parameters of its own in place of the shared backbone's.
 
+    A vision tower is no part of these: it stays the backbone's, frozen, so that pictures are encoded once for all roles.
     `Role()` is the backbone itself. A role is also the tree that gradients are taken of; `trained` leaves in it what is trained.
     """
 
@@ -27,7 +31,7 @@ class Role(flax.struct.PyTreeNode):
 
     def variables(self, backbone: PyTree) -> PyTree:
         """Variables for `Decoder.apply`."""
-        variables = {"params": backbone if self.params is None else self.params}
+        variables = {"params": backbone if self.params is None else {**_tower(backbone), **self.params}}
         return variables if self.lora is None else {**variables, "lora": self.lora}
 
     def trained(self, tuning: Tuning) -> Role:
@@ -44,10 +48,22 @@ class Role(flax.struct.PyTreeNode):
         return Role(*(a if a is not None else b for a, b in zip(mine, theirs, strict=True)))
 
     def tuned(self, tuning: Tuning, backbone: PyTree, fresh_lora: PyTree, config: LoRAConfig) -> Role:
-        """A copy of this role as a start for training: with an adapter (its own or `fresh_lora`), or with merged float32 parameters."""
+        """A copy of this role as a start for training: with an adapter (its own or `fresh_lora`), or with merged float32 parameters.
+
+        Raises:
+            ValueError: full tuning leaves the vision tower as it is, so it cannot start from an adapter on it.
+        """
         head = jax.tree.map(jnp.copy, self.head)
         if tuning == "lora":
             lora = jax.tree.map(jnp.copy, fresh_lora if self.lora is None else self.lora)
             return Role(lora=lora, head=head, params=self.params)
-        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), backbone if self.params is None else self.params)
+        if self.lora is not None and TOWER in self.lora:
+            raise ValueError("full tuning cannot start from an adapter on the vision tower: it is the backbone's; use tuning: lora")
+        source = backbone if self.params is None else self.params
+        tuned = {name: tree for name, tree in source.items() if name != TOWER}
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tuned)
         return Role(head=head, params=params if self.lora is None else merge(params, self.lora, config))
+
+
+def _tower(backbone: PyTree) -> PyTree:
+    return {name: tree for name, tree in backbone.items() if name == TOWER}

@@ -32,9 +32,7 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     tokens = positive(config, "mm_tokens_per_image", 256)
     pool = sees.side // math.isqrt(tokens)
     if not pool or (sees.side // pool) ** 2 != tokens:
-        raise UnsupportedModelError(
-            f"mm_tokens_per_image: {tokens} is no whole share of the {sees.side} x {sees.side} patches of a picture"
-        )
+        raise UnsupportedModelError(f"mm_tokens_per_image: {tokens} is no whole share of a picture's {sees.side} x {sees.side} patches")
     token = image_token(config, "image_token_index", 262144)
     return join(language, VisionConfig(sees, token, "norm-linear", projector_bias=False, attention="images", pool=pool))
 

@@ -45,8 +45,8 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     if strategy not in ("default", "full"):
         raise UnsupportedModelError(f"vision_feature_select_strategy: expected default or full, found {strategy!r}")
     sees = tower(given, kind, _layers(config, layer_count({**DEFAULTS[kind], **given})))
-    if kind == "dinov2" and config.get("image_seq_length") is not None:
-        # Pictures need not have the size that the positions were made for.
+    if kind == "dinov2" and config.get("image_seq_length") not in (None, 576):
+        # Pictures need not have the size that positions were made for. 576, the default, is written for towers of every size.
         side = math.isqrt(positive(config, "image_seq_length"))
         if side != sees.side:
             sees = dataclasses.replace(sees, image_size=side * sees.patch_size, position_side=sees.side)
