@@ -4,8 +4,8 @@ Run in an environment with the extra `parity`, from the repository's root:
 
     PYTHONPATH=.:tests python tests/models/record_vision.py
 
-Per case: features of both pictures after the projector, logits of the rows with two, one and no pictures, the gradients of a few leaves, and
-a checksum of the weights, which follow from their names.
+Per case: features of both pictures after the projector, logits of the rows with two, one and no pictures, the gradients of a few leaves,
+and a checksum of the weights, which follow from their names.
 """
 
 from __future__ import annotations

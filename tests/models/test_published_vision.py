@@ -14,7 +14,13 @@ from pe_rlhf_jax.models.families import UnsupportedModelError, family_of
 
 def _siglip(hidden, inner, layers, patch, **others):
     heads = {1152: 16, 1024: 16, 768: 12}[hidden]
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "patch_size": patch}
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "patch_size": patch,
+    }
     return sizes | others
 
 
@@ -171,9 +177,17 @@ def test_published_models_have_their_number_of_parameters(name):
         ("paligemma", {"vision_config": {"model_type": "clip_vision_model"}}, "model_type: 'clip_vision_model' is not supported"),
         ("paligemma", {"image_token_index": "no"}, "image_token_index: expected a token id, found 'no'"),
         ("gemma3", {"mm_tokens_per_image": 9}, "mm_tokens_per_image: 9 is no whole share of a picture's 4 x 4 patches"),
-        ("gemma3", {"text_config": {**CASES["gemma3"]["text_config"], "hidden_size": "x"}}, "text_config: hidden_size: expected a positive int"),
+        (
+            "gemma3",
+            {"text_config": {**CASES["gemma3"]["text_config"], "hidden_size": "x"}},
+            "text_config: hidden_size: expected a positive int",
+        ),
         ("idefics3", {"scale_factor": 3}, "scale_factor: 3 does not divide the 4 patches"),
-        ("idefics3", {"vision_config": {**CASES["idefics3"]["vision_config"], "image_size": 76}}, "19 patches along a picture .* not supported"),
+        (
+            "idefics3",
+            {"vision_config": {**CASES["idefics3"]["vision_config"], "image_size": 76}},
+            "19 patches along a picture .* not supported",
+        ),
         ("idefics3", {"vision_config": {**CASES["idefics3"]["vision_config"], "num_channels": 4}}, "num_channels: 4 is not supported"),
         ("llava", {"vision_config": {"model_type": "pixtral"}}, "vision_config: model_type 'pixtral' is not supported"),
         ("llava", {"vision_feature_layer": -4}, "vision_feature_layer: expected layers of the tower's 2, found -4"),

@@ -90,3 +90,15 @@ def test_heads_start_as_documented():
     assert abs(head["kernel"].std() * 64 - 1) < 0.05 and not head["bias"].any()  # standard error 1 / sqrt(2 * 4095) = 0.011
     assert not any(x.any() for x in leaves(zero_head(5)))
     assert jax.tree.map(jnp.shape, zero_head(4095)) == jax.tree.map(jnp.shape, head)
+
+
+def test_the_tower_stays_the_backbones(tiny):
+    """Full tuning copies everything but the vision tower, and finds it in the backbone."""
+    backbone = {**tiny.params, "vision": {"patch_kernel": jnp.ones((2, 2))}}
+    start = Role().tuned("full", backbone, tiny.lora, tiny.decoder.lora)
+    assert set(start.params) == set(tiny.params)
+    variables = start.variables(backbone)["params"]
+    assert variables["vision"] is backbone["vision"] and variables["embed"] is start.params["embed"]
+    adapted = Role(lora={**tiny.lora, "vision": {}})
+    with pytest.raises(ValueError, match="full tuning cannot start from an adapter on the vision tower"):
+        adapted.tuned("full", backbone, tiny.lora, tiny.decoder.lora)

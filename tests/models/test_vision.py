@@ -34,7 +34,7 @@ COUNTS = (2, 1, 0)
 def recorded(name: str) -> dict[str, np.ndarray]:
     with safetensors.safe_open(RECORDED, framework="numpy") as file:
         assert file.metadata()[name] == str(TinyVision(name).checksum()), "the weights changed: run tests/models/record_vision.py again"
-        return {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}/")}
+        return {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}/")}  # noqa: SIM118
 
 
 @functools.cache
@@ -275,7 +275,7 @@ def test_features_are_put_in_order():
 
 
 def test_cubic_interpolation():
-    """Equal sizes change nothing, constants stay, and one row by hand: a place a quarter of the way has four neighbours, two at each end."""
+    """Equal sizes change nothing, constants stay, and one row by hand: a quarter of the way lie four neighbours, two at each end."""
     np.testing.assert_array_equal(cubic_interpolation(5, 5), np.eye(5, dtype=np.float32))
     np.testing.assert_allclose(cubic_interpolation(12, 9).sum(axis=1), 1, atol=1e-6)
     np.testing.assert_array_equal(cubic_interpolation(2, 4)[1], [-0.10546875 + 0.87890625, 0.26171875 - 0.03515625])

@@ -1,0 +1,53 @@
+"""Adapters on models that see, in PEFT's format; the comparison with PEFT itself is in `test_vision_peft_parity.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from tiny_families import flat
+from tiny_vision import TinyVision
+
+from pe_rlhf_jax.checkpoint.export import export_policy, export_reward, import_adapter
+from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.heads import zero_head
+
+SOURCE = {"base_model": "hf:someone/something", "sha256": "0" * 64}
+
+
+def adapter(tiny: TinyVision, config: LoRAConfig):
+    shapes = jax.eval_shape(Decoder(tiny.architecture, config).init_lora, jax.random.key(0))
+    return jax.tree.map(lambda x: np.random.default_rng(x.size).standard_normal(x.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "llava-dinov2-gated"])
+@pytest.mark.parametrize("target", ["attention", r"(vision\.)?(attention|mlp)\..*"])
+def test_export_names_modules_of_both_and_reads_them_back(tmp_path, name, target):
+    tiny, config = TinyVision(name), LoRAConfig(r=2, target_modules=target)
+    lora, weights = adapter(tiny, config), tiny.family.weights(tiny.architecture)
+    export_policy(tmp_path / "policy", lora, config, **SOURCE, weights=weights)
+    settings = json.loads((tmp_path / "policy" / "adapter_config.json").read_text())
+    written = safetensors.numpy.load_file(tmp_path / "policy" / "adapter_model.safetensors")
+    adapted = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in written if ".lora_A." in key}
+    linear = {name.removesuffix(".weight") for name in tiny.names if tiny.tensors[name].ndim == 2 and name.endswith("_proj.weight")}
+    assert adapted and {name for name in linear | adapted if re.fullmatch(settings["target_modules"], name)} == adapted
+    assert any("vision" in name for name in adapted) == (target != "attention")
+    assert "AutoModelForImageTextToText" in (tmp_path / "policy" / "README.md").read_text()
+    back, head = import_adapter(tmp_path / "policy", lora, config, weights=weights)
+    assert head is None and flat(back).keys() == flat(lora).keys()
+    assert all(np.array_equal(flat(back)[leaf], value) for leaf, value in flat(lora).items())
+
+
+def test_what_has_no_format_yet_is_refused(tmp_path):
+    tiny, config = TinyVision("llava"), LoRAConfig(r=2, modules_to_save=("projector",))
+    lora, weights = adapter(tiny, config), tiny.family.weights(tiny.architecture)
+    with pytest.raises(ValueError, match=r"trains projector whole \(lora.modules_to_save\), which is not written in PEFT's format yet"):
+        export_policy(tmp_path / "policy", lora, config, **SOURCE, weights=weights)
+    with pytest.raises(ValueError, match="expected a reward model on a backbone for text"):
+        export_reward(tmp_path / "reward", lora, zero_head(16), config, **SOURCE, weights=weights)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,63 @@
+"""Adapters on models that see with the real PEFT: ours there, with the same logits, and back again to the bit."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_families import flat
+from tiny_vision import TinyVision
+
+from pe_rlhf_jax.checkpoint.export import export_policy, import_adapter
+from pe_rlhf_jax.checkpoint.weights import load_params
+from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.models.decoder import Decoder
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.usefixtures("quick_compile"),
+]
+SOURCE = {"base_model": "hf:someone/something", "sha256": "0" * 64}
+BOTH = r"(vision\.)?(attention|mlp)\..*"
+LOGITS = 1e-4  # an adapter left out moves logits by more than 0.1
+
+
+def adapter(decoder: Decoder):
+    fresh = decoder.init_lora(jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * np.random.default_rng(x.size).standard_normal(x.shape), jnp.float32), fresh)
+
+
+CASES = [("llava", "attention"), ("llava", BOTH), ("gemma3", BOTH), ("smolvlm", BOTH), ("llava-dinov2", BOTH)]
+
+
+@pytest.mark.parametrize(("name", "target"), CASES)
+def test_ours_in_peft(tmp_path, name, target):
+    theirs, peft = pytest.importorskip("torch_vision"), pytest.importorskip("peft")
+    tiny, config = TinyVision(name), LoRAConfig(r=3, lora_alpha=5, target_modules=target)
+    decoder = Decoder(tiny.architecture, config, remat="none")
+    params, lora = load_params(tiny, tiny.family, tiny.architecture, jnp.float32), adapter(decoder)
+    weights = tiny.family.weights(tiny.architecture)
+    export_policy(tmp_path / "policy", lora, config, **SOURCE, weights=weights)
+    adapted = peft.PeftModel.from_pretrained(theirs.torch_model(tiny), tmp_path / "policy").eval()
+    # Where only the text model is adapted, no module of the tower is, though they are called alike.
+    modules = {key.split(".lora_A")[0] for key in adapted.state_dict() if ".lora_A." in key}
+    assert any("vision" in module for module in modules) == (target == BOTH)
+    tokens, mask, prompt, pictures = tiny.batch((0, 0, 0))
+
+    @jax.jit
+    def logits(variables):
+        hidden, _ = decoder.apply(variables, tokens, mask, features=decoder.encode_images(variables, pictures), prompt=prompt)
+        return decoder.unembed(params, hidden)[0]
+
+    expected = theirs.torch_logits(tiny, adapted, 2)
+    found = logits({"params": params, "lora": lora})[: len(expected)]
+    print(f"{name} {target}: {np.abs(found - expected).max():.1e}")
+    np.testing.assert_allclose(found, expected, atol=LOGITS, rtol=0)
+    assert np.abs(found - logits({"params": params})[: len(expected)]).max() > 0.1
+    back, _ = import_adapter(tmp_path / "policy", jax.eval_shape(lambda: lora), config, weights=weights)
+    assert flat(back).keys() == flat(lora).keys()
+    for leaf, value in flat(lora).items():
+        np.testing.assert_array_equal(flat(back)[leaf], value, err_msg=leaf)
