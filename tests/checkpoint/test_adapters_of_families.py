@@ -17,7 +17,7 @@ from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.lora import merge
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3", "gpt_neox", "gpt2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "smollm3", "gpt_neox", "gpt2")
 SOURCE = {"base_model": "hf:owner/name", "sha256": "0" * 64}
 
 

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_families import CASES, Tiny
 from tiny_gguf import CONFIG, hf_tensors, write_folder
+from tiny_vision import CASES as SEEING_CASES
 
 from pe_rlhf_jax.checkpoint.export import export_reward
 from pe_rlhf_jax.checkpoint.peft_import import AdapterError, import_adapter
@@ -140,6 +141,31 @@ def test_configurations_that_nobody_meant(name, changes):
     hash(architecture)  # it is a key of compiled programs
     assert architecture.num_heads % architecture.num_kv_heads == 0
     assert all(0 <= layer < architecture.num_layers for layer in architecture.windowed_layers or ())
+
+
+SEEING_KEYS = sorted(
+    {key for case in SEEING_CASES.values() for part in (case, case["text_config"], case["vision_config"]) for key in part}
+    | {"num_channels", "layer_norm_eps", "hidden_act", "projector_hidden_act", "rope_scaling"}
+)
+
+
+@bounded
+@given(
+    st.sampled_from(sorted(SEEING_CASES)),
+    st.sampled_from([None, "text_config", "vision_config"]),
+    st.dictionaries(st.sampled_from(SEEING_KEYS), values | ropes, min_size=1, max_size=3),
+)
+def test_configurations_with_images_that_nobody_meant(name, section, changes):
+    case = SEEING_CASES[name]
+    config = {**case, **changes} if section is None else {**case, section: {**case[section], **changes}}
+    config["model_type"] = case["model_type"]
+    try:
+        architecture = family_of(config).config_from_hf(config)
+    except UnsupportedModelError:
+        return
+    hash(architecture)
+    assert architecture.vision.tokens_per_image >= 0 and architecture.vision.tower.side >= 1
+    assert architecture.vision.feature_size >= architecture.vision.tower.hidden_size
 
 
 @given(values)

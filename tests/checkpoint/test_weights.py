@@ -113,7 +113,7 @@ def test_tensors_that_follow_from_the_configuration_may_be_there(tmp_path):
     ("change", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama"),
-        ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported.*of Gemma 3, the text models are"),
+        ({"model_type": "gemma3n"}, "model_type 'gemma3n' is not supported; supported: llama"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rope_scaling: rope type 'dynamic' is not supported"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_scaling: rope type 'longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor: expected a positive float, found None"),

@@ -24,7 +24,9 @@ def tokenizer(name: str):
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    extra = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"} if name == "gemma3" else {}
+    extra = (
+        {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"} if name == "gemma3" else {}
+    )
     begin = {"bos_token": "<bos>"} if name == "paligemma" else {}
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", extra_special_tokens=extra, **begin
