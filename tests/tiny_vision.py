@@ -8,8 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tiny_families import Tiny
+
+from pe_rlhf_jax.models.decoder import Decoder
 
 RECORDED = Path(__file__).parent / "models" / "recorded_vision.safetensors"
 RECORDED_LEAVES = ("embed", "projector/{linear}/kernel", "vision/layers/attention/q_proj/kernel", "vision/position_embed")
@@ -185,3 +188,44 @@ class TinyVision(Tiny):
         first, second = self.pictures()
         noise = np.random.default_rng(9).standard_normal(first.shape).astype(np.float32)
         return tokens, mask, prompt, np.stack([np.stack([first, second]), np.stack([second, noise]), np.stack([noise, noise])])
+
+
+def forward(decoder: Decoder, variables, batch):
+    """Logits of a batch of `TinyVision.batch`."""
+    tokens, mask, prompt, pictures = batch
+    hidden, _ = decoder.apply(variables, tokens, mask, features=decoder.encode_images(variables, pictures), prompt=prompt)
+    return decoder.unembed(variables["params"], hidden)
+
+
+def decode(tiny: TinyVision, params) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """The rows' logits and paddings, with a cache: prompts and pictures at once, padded on the left to one length, then token by token.
+
+    The cache has room to spare.
+    """
+    decoder = Decoder(tiny.architecture, remat="none")
+    two, one, none = (len(tiny.row(count)) for count in (2, 1, 0))
+    pads = (0, two - one, two - none)
+    tokens, mask, prompt, pictures = tiny.batch(pads)
+    length = two - ANSWER
+    slots = np.arange(mask.shape[1])
+    places = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    variables = {"params": params}
+
+    @jax.jit
+    def prefill(cache):
+        features = decoder.encode_images(variables, pictures)
+        known = mask & (slots < length)
+        hidden, cache = decoder.apply(variables, tokens[:, :length], known, cache=cache, features=features, prompt=prompt[:, :length])
+        return decoder.unembed(params, hidden), cache
+
+    @jax.jit
+    def step(token, known, position, cache, slot):
+        hidden, cache = decoder.apply(variables, token, known, position, cache, slot)
+        return decoder.unembed(params, hidden), cache
+
+    logits, cache = prefill(decoder.new_cache(3, len(slots)))
+    parts = [logits]
+    for slot in range(length, length + ANSWER):
+        logits, cache = step(tokens[:, slot : slot + 1], mask & (slots <= slot), places[:, slot : slot + 1], cache, slot)
+        parts.append(logits)
+    return np.concatenate(parts, axis=1), pads

@@ -86,6 +86,7 @@ class LoRAConfig(Section):
     )
     modules_to_save: tuple[Literal["projector"], ...] = Field(
         (),
+        strict=False,  # YAML has lists only
         description="Modules that are trained whole beside the factors: `projector`, the map from a picture's features to embeddings.",
     )
 

@@ -208,6 +208,8 @@ class Decoder(nn.Module):
         if "lora" not in jax.eval_shape(self._init, key):
             wanted = "None" if self.lora is None else repr(self.lora.target_modules)
             raise ValueError(f"no adapter to make: lora.target_modules = {wanted} fits no module; modules are {', '.join(MODULES)}")
+        if self.lora is not None and self.lora.modules_to_save and self.config.vision is None:
+            raise ValueError(f"lora.modules_to_save = {list(self.lora.modules_to_save)}: a model for text has no projector to train")
         return jax.jit(lambda k: self._init(k)["lora"])(key)
 
     def init_params(self, key: jax.Array) -> PyTree:

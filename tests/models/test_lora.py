@@ -58,6 +58,11 @@ def test_without_configuration_there_is_no_adapter(tiny):
     assert targeted(Decoder(tiny.config)) == set()
 
 
+def test_a_text_model_has_no_projector_to_train(tiny):
+    with pytest.raises(ValueError, match="a model for text has no projector to train"):
+        Decoder(tiny.config, LoRAConfig(modules_to_save=("projector",))).init_lora(jax.random.key(0))
+
+
 @pytest.mark.parametrize("lora", [None, LoRAConfig(target_modules="q_proj")])
 def test_an_adapter_that_fits_nothing_is_an_error(tiny, lora):
     with pytest.raises(ValueError, match=r"fits no module.*attention\.q_proj.*mlp\.down_proj"):

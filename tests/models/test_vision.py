@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 from tiny_families import flat
-from tiny_vision import ANSWER, CASES, IMAGE, RECORDED, TinyVision
+from tiny_vision import ANSWER, CASES, IMAGE, RECORDED, TinyVision, decode, forward
 
 from pe_rlhf_jax.checkpoint.weights import load_params
 from pe_rlhf_jax.config import LoRAConfig
@@ -49,14 +49,6 @@ def with_leaves(tree, leaves, path=()):
     return {name: with_leaves(part, leaves, (*path, name)) for name, part in tree.items()}
 
 
-def forward(decoder, params, batch, lora=None):
-    """Logits of a batch of `TinyVision.batch`."""
-    tokens, mask, prompt, pictures = batch
-    variables = {"params": params} if lora is None else {"params": params, "lora": lora}
-    hidden, _ = decoder.apply(variables, tokens, mask, features=decoder.encode_images(variables, pictures), prompt=prompt)
-    return decoder.unembed(params, hidden)
-
-
 def assert_rows_equal(logits, name, pads):
     for row, (count, pad) in enumerate(zip(COUNTS, pads, strict=True)):
         expected = recorded(name)[f"logits/{count}"]
@@ -75,7 +67,7 @@ def test_features_logits_and_gradients_equal_torchs(name):
     @functools.partial(jax.grad, has_aux=True)
     def compared(leaves):
         tree = with_leaves(params, leaves)
-        logits = forward(decoder, tree, batch)
+        logits = forward(decoder, {"params": tree}, batch)
         logprobs = jax.nn.log_softmax(logits[0, answer.start - 1 : answer.stop - 1])
         loss = -jnp.mean(jnp.take_along_axis(logprobs, batch[0][0, answer][:, None], axis=-1))
         projector = Projector(tiny.vision, tiny.architecture.hidden_size, None, jnp.float32, jnp.float32)
@@ -92,34 +84,9 @@ def test_features_logits_and_gradients_equal_torchs(name):
 
 @pytest.mark.parametrize("name", [param for param in NAMES if param.values[0] in ("paligemma2", "gemma3", "idefics3", "llava-dinov2")])
 def test_decoding_with_a_cache_equals_torchs_whole_rows(name):
-    """Prompts with their pictures at once, padded on the left to one length; then token by token, in a cache with room to spare."""
     tiny, params = loaded(name)
-    decoder = Decoder(tiny.architecture, remat="none")
-    pads = tuple(len(tiny.row(2)) - len(tiny.row(count)) for count in COUNTS)
-    tokens, mask, prompt, pictures = tiny.batch(pads)
-    length = len(tiny.row(2)) - ANSWER
-    places = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    variables = {"params": params}
-
-    @jax.jit
-    def prefill(cache):
-        features = decoder.encode_images(variables, pictures)
-        known = mask & (np.arange(mask.shape[1]) < length)
-        hidden, cache = decoder.apply(variables, tokens[:, :length], known, cache=cache, features=features, prompt=prompt[:, :length])
-        return decoder.unembed(params, hidden), cache
-
-    @jax.jit
-    def step(token, known, position, cache, slot):
-        hidden, cache = decoder.apply(variables, token, known, position, cache, slot)
-        return decoder.unembed(params, hidden), cache
-
-    logits, cache = prefill(decoder.new_cache(3, mask.shape[1]))
-    parts = [logits]
-    for slot in range(length, length + ANSWER):
-        known = mask & (np.arange(mask.shape[1]) <= slot)
-        logits, cache = step(tokens[:, slot : slot + 1], known, places[:, slot : slot + 1], cache, slot)
-        parts.append(logits)
-    assert_rows_equal(np.concatenate(parts, axis=1), name, pads)
+    logits, pads = decode(tiny, params)
+    assert_rows_equal(logits, name, pads)
 
 
 def vision(**changes):
@@ -147,7 +114,7 @@ def tower(**changes):
 def test_every_feature_moves_the_logits(name, change):
     """Otherwise the comparisons above would not notice that it is missing."""
     tiny, params = loaded(name)
-    logits = jax.jit(lambda p: forward(Decoder(change(tiny.architecture), remat="none"), p, tiny.batch((0, 0, 0))))(params)
+    logits = jax.jit(lambda p: forward(Decoder(change(tiny.architecture), remat="none"), {"params": p}, tiny.batch((0, 0, 0))))(params)
     expected = recorded(name)["logits/2"]
     assert np.abs(logits[0, : len(expected)] - expected).max() > 5 * LOGITS
 
@@ -244,16 +211,16 @@ def test_adapters_on_tower_and_projector():
     projector = {f"projector/linear_{i}/kernel" for i in (1, 2)}
     assert set(shapes) == {f"{part}layers/{factor}" for part in ("", "vision/") for factor in factors} | projector
     assert all(not np.abs(leaf).any() for name, leaf in flat(fresh).items() if not name.endswith("/a"))
-    base = jax.jit(lambda p: forward(decoder, p, batch))(params)
-    adapted = jax.jit(lambda lora: forward(decoder, params, batch, lora))
+    base = jax.jit(lambda p: forward(decoder, {"params": p}, batch))(params)
+    adapted = jax.jit(lambda lora: forward(decoder, {"params": params, "lora": lora}, batch))
     np.testing.assert_allclose(adapted(fresh), base, atol=2e-5, rtol=0)  # another program rounds otherwise
     drawn = jax.tree.map(lambda x: 0.1 * np.random.default_rng(x.size).standard_normal(x.shape).astype(np.float32), fresh)
-    gradients = jax.jit(jax.grad(lambda lora: jnp.sum(jnp.sin(forward(decoder, params, batch, lora)))))(drawn)
+    gradients = jax.jit(jax.grad(lambda lora: jnp.sum(jnp.sin(forward(decoder, {"params": params, "lora": lora}, batch)))))(drawn)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in flat(gradients).values())
     moved = adapted(drawn)
     assert np.abs(moved - base).max() > 0.1
     merged = merge(params, drawn, LORA)
-    np.testing.assert_allclose(jax.jit(lambda p: forward(decoder, p, batch))(merged), moved, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(jax.jit(lambda p: forward(decoder, {"params": p}, batch))(merged), moved, atol=1e-4, rtol=0)
     back = merge(merged, drawn, LORA, sign=-1.0)
     assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True))
 

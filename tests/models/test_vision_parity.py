@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_families import flat
-from tiny_vision import ANSWER, CASES, TinyVision
+from tiny_vision import ANSWER, CASES, TinyVision, decode, forward
 
 from pe_rlhf_jax.checkpoint.safetensors import SafetensorsFolder
 from pe_rlhf_jax.checkpoint.weights import load_params
@@ -30,15 +30,14 @@ def test_features_logits_and_gradients_equal_torchs(name):
     model = theirs.torch_model(tiny)
     params = load_params(tiny, tiny.family, tiny.architecture, jnp.float32)
     decoder, pads = Decoder(tiny.architecture, remat="none"), (3, 0, 1)
-    tokens, mask, prompt, pictures = tiny.batch(pads)
+    batch = tiny.batch(pads)
+    tokens = batch[0]
     end = pads[0] + len(tiny.row(2))
 
     @jax.jit
     def compared(params):
         def loss(params):
-            variables = {"params": params}
-            hidden, _ = decoder.apply(variables, tokens, mask, features=decoder.encode_images(variables, pictures), prompt=prompt)
-            logits = decoder.unembed(params, hidden)
+            logits = forward(decoder, {"params": params}, batch)
             logprobs = jax.nn.log_softmax(logits[0, end - ANSWER - 1 : end - 1])
             return -jnp.mean(jnp.take_along_axis(logprobs, tokens[0, end - ANSWER : end, None], axis=-1)), logits
 
@@ -49,9 +48,11 @@ def test_features_logits_and_gradients_equal_torchs(name):
     features, (gradients, logits) = compared(params)
     expected = theirs.torch_features(tiny, model)
     errors = {"features": np.abs(features - expected).max()}
-    for row, (count, pad) in enumerate(zip((2, 1, 0), pads, strict=True)):
+    decoded, decode_pads = decode(tiny, params)
+    for row, count in enumerate((2, 1, 0)):
         wanted = theirs.torch_logits(tiny, model, count)
-        errors[f"{count} pictures"] = np.abs(logits[row, pad : pad + len(wanted)] - wanted).max()
+        for kind, ours, pad in (("whole", logits, pads[row]), ("with cache", decoded, decode_pads[row])):
+            errors[f"{count} pictures {kind}"] = np.abs(ours[row, pad : pad + len(wanted)] - wanted).max()
     found, wanted = flat(gradients), theirs.torch_gradients(tiny, model)
     worst = {leaf: np.abs(found[leaf] - wanted[leaf]).max() for leaf in wanted}
     print(f"{name}: {', '.join(f'{key} {error:.1e}' for key, error in errors.items())}, gradients {max(worst.values()):.1e}")
