@@ -89,6 +89,26 @@ def test_decoding_with_a_cache_equals_torchs_whole_rows(name):
     assert_rows_equal(logits, name, pads)
 
 
+def test_a_prompt_may_be_read_in_two_parts():
+    """The part with the pictures stands behind another in the cache; its blocks are there, and not at the cache's start."""
+    tiny, params = loaded("gemma3")
+    decoder, row, first = Decoder(tiny.architecture, remat="none"), tiny.row(2), 3
+    tokens, mask, places = row[None], np.ones((1, len(row)), bool), np.arange(len(row))[None]
+    prompt = places < len(row) - ANSWER
+
+    @jax.jit
+    def read(params):
+        variables = {"params": params}
+        known, cache = mask & (places < first), decoder.new_cache(1, len(row))
+        one, cache = decoder.apply(variables, tokens[:, :first], known, cache=cache, prompt=prompt[:, :first])
+        features = decoder.encode_images(variables, tiny.pictures()[None])
+        rest = (tokens[:, first:], mask, places[:, first:], cache, first)
+        two, _ = decoder.apply(variables, *rest, features=features, prompt=prompt[:, first:])
+        return decoder.unembed(params, jnp.concatenate([one, two], axis=1))[0]
+
+    np.testing.assert_allclose(read(params), recorded("gemma3")["logits/2"], atol=LOGITS, rtol=0)
+
+
 def vision(**changes):
     return lambda config: dataclasses.replace(config, vision=dataclasses.replace(config.vision, **changes))
 
