@@ -79,3 +79,16 @@ def test_token_ids_equal_the_processors(name, count):
     token = inner.convert_tokens_to_ids(prompt.token)
     pixels = np.concatenate([np.asarray(part).reshape(-1, 3, edge, edge) for part in found["pixel_values"]])
     assert list(found["input_ids"][0]).count(token) == len(pixels) * tiny.vision.tokens_per_image
+
+
+def test_smolvlm_writes_pictures_as_idefics3_does():
+    """Its processor itself needs torchvision; the function that it calls does not."""
+    pytest.importorskip("torch")
+    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+    tiny = TinyVision("smolvlm")
+    prompt = tiny.family.image_prompt(tiny.architecture)
+    for tiles in ((0, 0), (1, 2), (3, 3)):
+        assert prompt.expand(tiles) == get_image_prompt_string(
+            *tiles, prompt.tokens, "<fake_token_around_image>", "<image>", "<global-img>"
+        )
