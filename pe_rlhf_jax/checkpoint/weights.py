@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.models.architecture import DecoderConfig, TowerConfig
 from pe_rlhf_jax.models.decoder import Decoder
-from pe_rlhf_jax.models.families import Family, Weight
+from pe_rlhf_jax.models.families import Family, Weight, towers
+from pe_rlhf_jax.models.vision import VisionTower
 from pe_rlhf_jax.types import PyTree
 
 
@@ -62,9 +63,44 @@ def load_params(
     """
     leaves = leaf_shapes(config)
     table = family.weights(config)
-    if sorted(weight.leaf for weight in table) != sorted(leaves):
-        raise AssertionError(f"{family.model_type}'s weights do not fit the decoder: {set(leaves) ^ {w.leaf for w in table}}")
+    _check_table(table, leaves, family.model_type)
     file_names = account(reader, family, config, [(weight, leaves[weight.leaf]) for weight in table])
+    return _fill(reader, table, leaves, file_names, config.num_layers, dtype, shardings, store)
+
+
+def load_tower(reader: WeightReader, config: TowerConfig, dtype: Any, shardings: PyTree | None = None) -> PyTree:
+    """A vision tower's parameters, the decoder's `vision`, out of a file that holds a tower alone. As `load_params` else.
+
+    `shardings`: a tree like the decoder's parameters, of which `vision` is read.
+
+    Raises:
+        WeightsError: see `load_params`.
+    """
+    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+    leaves = _shapes({"vision": jax.eval_shape(VisionTower(config).init, jax.random.key(0), image)["params"]})
+    table = towers.weights(config, "")
+    _check_table(table, leaves, "the tower")
+    expected = [(weight, leaves[weight.leaf]) for weight in table]
+    file_names = _account(reader, towers.canonical, towers.ignorable(config, ""), "vision tower", config.num_layers, expected)
+    tower: PyTree = _fill(reader, table, leaves, file_names, config.num_layers, dtype, shardings)["vision"]
+    return tower
+
+
+def _check_table(table: Sequence[Weight], leaves: Mapping[tuple[str, ...], Any], what: str) -> None:
+    if sorted(weight.leaf for weight in table) != sorted(leaves):
+        raise AssertionError(f"{what}'s weights do not fit: {set(leaves) ^ {w.leaf for w in table}}")
+
+
+def _fill(
+    reader: WeightReader,
+    table: Sequence[Weight],
+    leaves: Mapping[tuple[str, ...], tuple[int, ...]],
+    file_names: Mapping[str, str],
+    num_layers: int,
+    dtype: Any,
+    shardings: PyTree | None,
+    store: Callable[[tuple[str, ...], jax.Array], PyTree] | None = None,
+) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for weights in grouped(table):
         shards = [None if shardings is None else _at(shardings, weight.leaf) for weight in weights]
@@ -72,7 +108,7 @@ def load_params(
             jnp.zeros(leaves[weight.leaf], dtype, device=shard) if weight.per_layer else None
             for weight, shard in zip(weights, shards, strict=True)
         ]
-        for layer, name in enumerate(weights[0].names(config.num_layers)):
+        for layer, name in enumerate(weights[0].names(num_layers)):
             tensor = reader.read(file_names[name])
             if not _is_finite(tensor):
                 raise WeightsError(f"{reader.path}: {file_names[name]} holds values that are not finite; the file is damaged")
@@ -94,7 +130,10 @@ def load_params(
 
 def leaf_shapes(config: DecoderConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     """The shape of every leaf of the decoder's parameters, by its path."""
-    tree = jax.eval_shape(Decoder(config).init_params, jax.random.key(0))
+    return _shapes(jax.eval_shape(Decoder(config).init_params, jax.random.key(0)))
+
+
+def _shapes(tree: PyTree) -> dict[tuple[str, ...], tuple[int, ...]]:
     return {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
@@ -144,23 +183,33 @@ def account(
     reader: WeightReader, family: Family, config: DecoderConfig, expected: Sequence[tuple[Weight, tuple[int, ...]]]
 ) -> dict[str, str]:
     """The file's name of every expected tensor. Raises WeightsError for what is missing, has another shape or would be ignored."""
+    return _account(reader, family.canonical, family.ignorable(config), f"{family.model_type} model", config.num_layers, expected)
+
+
+def _account(
+    reader: WeightReader,
+    canonical: Callable[[str], str],
+    patterns: Sequence[str],
+    kind: str,
+    num_layers: int,
+    expected: Sequence[tuple[Weight, tuple[int, ...]]],
+) -> dict[str, str]:
     shapes: dict[str, tuple[int, ...]] = {}
     for weight, leaf_shape in expected:
         shape = weight.file_shape(leaf_shape[1:] if weight.per_layer else leaf_shape)
-        shapes |= dict.fromkeys(weight.names(config.num_layers), shape)
+        shapes |= dict.fromkeys(weight.names(num_layers), shape)
     present: dict[str, str] = {}
     for name in reader.names:
-        if (other := present.setdefault(family.canonical(name), name)) != name:
+        if (other := present.setdefault(canonical(name), name)) != name:
             raise WeightsError(f"{reader.path}: {other} and {name} are the same weight; the file is damaged")
     if missing := [name for name in shapes if name not in present]:
         raise WeightsError(f"{reader.path}: the file lacks {_some(missing)}; is the download complete?")
     for name, shape in shapes.items():
         if (found := reader.shape(present[name])) != shape:
             raise WeightsError(f"{reader.path}: {present[name]} should be {shape} by the configuration, but is {found}")
-    patterns = family.ignorable(config)
     extra = [name for name in present if name not in shapes]
     if unknown := [present[name] for name in extra if not any(re.fullmatch(pattern, name) for pattern in patterns)]:
-        raise WeightsError(f"{reader.path}: {_some(unknown)} would be ignored, so this is not a plain {family.model_type} model")
+        raise WeightsError(f"{reader.path}: {_some(unknown)} would be ignored, so this is not a plain {kind}")
     return {name: present[name] for name in shapes}
 
 

@@ -13,7 +13,7 @@ import safetensors
 from tiny_families import flat
 from tiny_vision import ANSWER, CASES, IMAGE, RECORDED, TinyVision, decode, forward
 
-from pe_rlhf_jax.checkpoint.weights import load_params
+from pe_rlhf_jax.checkpoint.weights import WeightsError, load_params, load_tower
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.lora import merge
@@ -243,6 +243,43 @@ def test_adapters_on_tower_and_projector():
     np.testing.assert_allclose(jax.jit(lambda p: forward(decoder, {"params": p}, batch))(merged), moved, atol=1e-4, rtol=0)
     back = merge(merged, drawn, LORA, sign=-1.0)
     assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True))
+
+
+class Alone:
+    """A case's tower in a file of its own, under the names that files of DINOv2 had before transformers 5."""
+
+    old = (("attention.q_proj", "attention.attention.query"), ("attention.o_proj", "attention.output.dense"))
+
+    def __init__(self, tiny: TinyVision, prefix: str):
+        self.path, self.tensors = tiny.path, {}
+        for name, tensor in tiny.tensors.items():
+            if name.startswith(prefix):
+                name = name.removeprefix(prefix)
+                for new, old in self.old:
+                    name = name.replace(new, old)
+                self.tensors[name] = tensor
+        self.names = (*self.tensors, "embeddings.mask_token")
+
+    def shape(self, name):
+        return self.tensors[name].shape
+
+    def read(self, name):
+        return self.tensors[name]
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("llava-dinov2", "model.vision_tower."), ("idefics3", "model.vision_model.")])
+def test_towers_are_read_from_files_of_their_own(name, prefix):
+    tiny, params = loaded(name)
+    reader = Alone(tiny, prefix)
+    found = flat(load_tower(reader, tiny.vision.tower, jnp.float32))
+    assert found.keys() == flat(params["vision"]).keys()
+    assert all(np.array_equal(value, flat(params["vision"])[leaf]) for leaf, value in found.items())
+    reader.names = (*reader.names, "classifier.weight")
+    with pytest.raises(WeightsError, match=r"classifier\.weight would be ignored, so this is not a plain vision tower"):
+        load_tower(reader, tiny.vision.tower, jnp.float32)
+    reader.names = tuple(name for name in reader.tensors if "layer.1" not in name and "layers.1" not in name)
+    with pytest.raises(WeightsError, match="the file lacks encoder"):
+        load_tower(reader, tiny.vision.tower, jnp.float32)
 
 
 def test_condensed_features_by_hand():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,6 +93,14 @@ def ignorable(config: TowerConfig, prefix: str) -> list[str]:
     """Tensors of outputs that no language model takes: pooled ones, and the norm of the last layer where an earlier one is taken."""
     last = [] if config.feature_layers is None else [rf"{prefix}(post_layernorm|layernorm)\.(weight|bias)"]
     return [rf"{prefix}embeddings\.(position_ids|mask_token)", rf"{prefix}head\..*", *last]
+
+
+def canonical(name: str) -> str:
+    """A tensor's name in a file that holds a tower alone, as `weights` has it without a prefix."""
+    name = re.sub(r"\A(vision_model|dinov2)\.", "", name)
+    for old, new in OLD_DINOV2:
+        name = re.sub(rf"\A(encoder\.layer\.\d+\.){old}", rf"\g<1>{new}", name)
+    return name
 
 
 def _siglip(c: TowerConfig, prefix: str) -> list[Weight]:
