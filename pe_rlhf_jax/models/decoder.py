@@ -173,15 +173,22 @@ class Decoder(nn.Module):
         return x if placeholder_BT is None else insert(x, projected, placeholder_BT)
 
     def encode_images(
-        self, variables: PyTree, images: Float[Array, "*batch H W 3"], deterministic: bool = True
+        self,
+        variables: PyTree,
+        images: Float[Array, "*batch H W 3"],
+        deterministic: bool = True,
+        rngs: dict[str, jax.Array] | None = None,
     ) -> Float[Array, "*batch F E"]:
-        """Features of pictures, for the argument `features`: the tower's, as the projector takes them. See vlm.py for both."""
+        """Features of pictures, for the argument `features`: the tower's, as the projector takes them. See vlm.py for both.
+
+        `deterministic` and `rngs` are for adapters on the tower, as in `apply`.
+        """
         vision = self.config.vision
         if vision is None:
             raise ValueError("expected a model with a vision tower, found one for text only")
         own = {name: tree["vision"] for name, tree in variables.items() if name in ("params", "lora") and "vision" in tree}
         tower = VisionTower(vision.tower, self.lora, self.dtype, self.param_dtype, self.remat, parent=None)
-        return condense(vision, tower_features(tower, own, images, deterministic))
+        return condense(vision, tower_features(tower, own, images, deterministic, rngs))
 
     def _learned_positions(self, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         c = self.config

@@ -139,10 +139,14 @@ def cubic_interpolation(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 
 def tower_features(
-    tower: VisionTower, variables: dict[str, Any], images: Float[Array, "*batch H W 3"], deterministic: bool = True
+    tower: VisionTower,
+    variables: dict[str, Any],
+    images: Float[Array, "*batch H W 3"],
+    deterministic: bool = True,
+    rngs: dict[str, jax.Array] | None = None,
 ) -> Float[Array, "*batch T D"]:
     """The tower's features of any number of pictures; `variables` are the tower's own."""
     lead = images.shape[:-3]
-    features = tower.apply(variables, images.reshape(-1, *images.shape[-3:]), deterministic)
+    features = tower.apply(variables, images.reshape(-1, *images.shape[-3:]), deterministic, rngs=rngs)
     assert isinstance(features, jax.Array)
     return features.reshape(*lead, *features.shape[1:])

@@ -245,6 +245,19 @@ def test_adapters_on_tower_and_projector():
     assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True))
 
 
+def test_dropout_reaches_adapters_on_the_tower():
+    tiny, params = loaded("llava-siglip")
+    lora = LORA.model_copy(update={"lora_dropout": 0.5})
+    decoder = Decoder(tiny.architecture, lora, remat="none")
+    adapter = jax.tree.map(lambda x: jnp.ones_like(x) * 0.1, decoder.init_lora(jax.random.key(0)))
+    variables, pictures = {"params": params, "lora": adapter}, tiny.pictures()
+    encode = jax.jit(lambda key: decoder.encode_images(variables, pictures, deterministic=False, rngs={"dropout": key}))
+    one, same, other = (encode(jax.random.key(i)) for i in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0.01
+    assert np.abs(one - jax.jit(decoder.encode_images)(variables, pictures)).max() > 0.01
+
+
 class Alone:
     """A case's tower in a file of its own, under the names that files of DINOv2 had before transformers 5."""
 
