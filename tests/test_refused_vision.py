@@ -11,9 +11,7 @@ from rich.console import Console
 from tiny_vision import TinyVision
 
 from pe_rlhf_jax import config as configuration
-from pe_rlhf_jax.checkpoint.merged import export_merged
-from pe_rlhf_jax.checkpoint.weights import WeightsError
-from pe_rlhf_jax.config import ConfigError, LoRAConfig
+from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.loading import load_decoder
 from pe_rlhf_jax.plan import command
 
@@ -29,12 +27,6 @@ def backbone():
 def test_no_stage_is_started(backbone):
     with pytest.raises(ConfigError, match=r"hf:someone/llava: a model with images \(llava\), which the stages do not train yet"):
         load_decoder(configuration.parse(YAML), backbone, mesh=None)
-
-
-def test_no_merged_model_is_written(backbone, tmp_path):
-    with pytest.raises(WeightsError, match="expected a model for text; one with images cannot be written merged yet"):
-        export_merged(tmp_path / "merged", backbone, None, LoRAConfig())
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_planned(tmp_path):

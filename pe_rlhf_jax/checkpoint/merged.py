@@ -6,6 +6,7 @@ Tensors go from the backbone's files to the new ones, one at a time: the model i
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,8 @@ from pe_rlhf_jax.types import PyTree
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
+# How pictures and prompts are prepared, which training does not change.
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "chat_template.json")
 # What `config.json` of a GGUF file's model need not say.
 _DEFAULTS = {"partial_rotary_factor": 1.0}
 
@@ -52,10 +55,8 @@ def export_merged(
         recipe: what the README tells about the training.
 
     Raises:
-        WeightsError: the backbone's weights are damaged, a sum does not fit into the dtype, or the backbone is one with images.
+        WeightsError: the backbone's weights are damaged, or a sum does not fit into the dtype.
     """
-    if backbone.config.vision is not None:
-        raise WeightsError(f"{backbone.reader.path}: expected a model for text; one with images cannot be written merged yet")
     leaves = leaf_shapes(backbone.config)
     table = backbone.family.weights(backbone.config)
     names = account(backbone.reader, backbone.family, backbone.config, [(weight, leaves[weight.leaf]) for weight in table])
@@ -65,6 +66,9 @@ def export_merged(
         leaf = leaves[group[0].leaf]
         shapes[name] = group[0].file_shape(leaf[1:] if group[0].per_layer else leaf)
         makers.append((name, _maker(backbone, group, layer, names[name], params, changes.get(group[0].name), dtype)))
+    for name, file_name in _unused(backbone, shapes).items():
+        shapes[name] = backbone.reader.shape(file_name)
+        makers.append((name, _maker(backbone, [], None, file_name, None, None, dtype)))
     with written_whole(Path(folder)) as unfinished:
         write_safetensors(unfinished, shapes, dtype, makers, shard_bytes)
         backbone.tokenizer.save_pretrained(unfinished)
@@ -72,26 +76,36 @@ def export_merged(
         _write(unfinished / "generation_config.json", _generation_config(backbone))
         rows = {"backbone": f"`{backbone.source}`", "SHA-256 of its weights": f"`{backbone.sha256}`", "weights": dtype}
         rows |= {key: str(value) for key, value in (recipe or {}).items()}
-        readme = _README.format(rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()))
+        for file in (backbone.reader.path / name for name in _PROCESSOR if backbone.config.vision is not None):
+            if file.is_file():
+                shutil.copyfile(file, unfinished / file.name)
+        auto = "AutoModelForCausalLM" if backbone.config.vision is None else "AutoModelForImageTextToText"
+        readme = _README.format(rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()), auto=auto)
         (unfinished / "README.md").write_text(readme, encoding="utf-8")
 
 
 def _in_order(table: Sequence[Weight], num_layers: int) -> Iterator[tuple[list[Weight], int | None, str]]:
-    """(weights of one tensor, layer, the tensor's name): what comes before the layers, layer by layer, what comes after."""
-    groups = grouped(table)
-    inside = [i for i, group in enumerate(groups) if group[0].per_layer]
-    for group in groups[: inside[0]]:
-        yield group, None, group[0].name
-    for layer in range(num_layers):
-        for i in inside:
-            yield groups[i], layer, groups[i][0].name.format(layer=layer)
-    for group in groups[inside[0] :]:
-        if not group[0].per_layer:
-            yield group, None, group[0].name
+    """(weights of one tensor, layer, the tensor's name) in the order of the table, where each stack of layers stands layer by layer."""
+    stacks: dict[str, list[list[Weight]]] = {}
+    for group in grouped(table):
+        before, layers, _ = group[0].name.partition("{layer}")
+        stacks.setdefault(before if layers else group[0].name, []).append(group)
+    for groups in stacks.values():
+        for layer, _ in enumerate(groups[0][0].names(num_layers)):
+            yield from ((group, layer if group[0].per_layer else None, group[0].name.format(layer=layer)) for group in groups)
+
+
+def _unused(backbone: Backbone, shapes: Mapping[str, Any]) -> dict[str, str]:
+    """Tensors of the tower that no feature is made of, but that transformers looks for: their names there and in the file."""
+    names = {backbone.family.canonical(name): name for name in backbone.reader.names}
+    return {name: file for name, file in names.items() if name not in shapes and "vision" in name and not name.endswith("position_ids")}
 
 
 def _updates(lora: PyTree, table: Sequence[Weight], config: LoRAConfig) -> dict[str, Callable[[int], Shaped[np.ndarray, "*file"]]]:
-    """For each adapted tensor, by its name in the table, a function from the layer to what is added to it, in float32."""
+    """For each adapted tensor, by its name in the table, a function from the layer to what is added to it, in float32.
+
+    The layer means nothing to a tensor of a module that is trained whole.
+    """
 
     def update(group: list[Weight], factors: dict[Weight, dict[str, Any]]) -> Callable[[int], Shaped[np.ndarray, "*file"]]:
         def of(layer: int) -> Shaped[np.ndarray, "*file"]:
@@ -104,12 +118,27 @@ def _updates(lora: PyTree, table: Sequence[Weight], config: LoRAConfig) -> dict[
 
         return of
 
+    whole = {weight: _at(lora, weight.leaf) for weight in table}
+    factors = {name: part for name, part in lora.items() if name != "projector"}
     kernels = {group[0].name: group for group in grouped([weight for weight in table if weight.leaf[-1] == "kernel"])}
     found = {}
-    for module in adapted_modules(lora, table):
+    for module in adapted_modules(factors, table):
         name = f"{module.name}.weight"
         found[name] = update(kernels[name], dict(zip(module.weights, module.factors(lora), strict=True)))
+    for weight, added in whole.items():
+        if added is not None:  # of a module that is trained whole
+            found[weight.name] = _always(join([weight], [np.asarray(added, np.float32)]))
     return found
+
+
+def _always(tensor: Shaped[np.ndarray, "*file"]) -> Callable[[int], Shaped[np.ndarray, "*file"]]:
+    return lambda _: tensor
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    for name in path:
+        tree = tree.get(name) if tree is not None else None
+    return tree
 
 
 def _maker(
@@ -122,13 +151,13 @@ def _maker(
     dtype: str,
 ) -> Callable[[], Shaped[np.ndarray, "*file"]]:
     def make() -> Shaped[np.ndarray, "*file"]:
-        if params is None:
+        if params is None or (group[0].leaf[0] not in params):  # a tower stays the backbone's
             tensor = backbone.reader.read(file_name)
         else:
             leaves = [_leaf(params, weight) for weight in group]
             tensor = join(group, [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves])
-        if change is not None and layer is not None:
-            tensor = tensor.astype(np.float32) + change(layer)
+        if change is not None:
+            tensor = tensor.astype(np.float32) + change(0 if layer is None else layer)
         with np.errstate(over="ignore"):  # said below
             tensor = tensor.astype(jnp.dtype(dtype))
         if not np.isfinite(tensor).all():
@@ -148,7 +177,11 @@ def _config(backbone: Backbone, dtype: str) -> dict[str, Any]:
     found = {key: value for key, value in backbone.reader.config.items() if value is not None and _DEFAULTS.get(key) != value}
     special = {"pad_token_id": backbone.tokenizer.pad_token_id}
     # transformers 5 reads `dtype`, earlier ones `torch_dtype`.
-    return {**found, **special, "architectures": [f"{backbone.family.class_prefix}ForCausalLM"], "dtype": dtype, "torch_dtype": dtype}
+    return {**found, **special, "architectures": [_class(backbone)], "dtype": dtype, "torch_dtype": dtype}
+
+
+def _class(backbone: Backbone) -> str:
+    return backbone.family.class_prefix + ("ForCausalLM" if backbone.config.vision is None else "ForConditionalGeneration")
 
 
 def _generation_config(backbone: Backbone) -> dict[str, Any]:
@@ -173,9 +206,9 @@ library_name: transformers
 {rows}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, {auto}
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
+model = {auto}.from_pretrained("this folder")
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```
 """

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_merged import backbone_of, tokenizer
 from tiny_families import flat
-from tiny_vision import TinyVision
+from tiny_vision import TinyVision, forward
 
 from pe_rlhf_jax.checkpoint.export import export_policy, import_adapter
+from pe_rlhf_jax.checkpoint.merged import export_merged
 from pe_rlhf_jax.checkpoint.weights import load_params
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.decoder import Decoder
@@ -20,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.usefixtures("quick_compile"),
 ]
+__all__ = ["tokenizer"]  # a fixture
 SOURCE = {"base_model": "hf:someone/something", "sha256": "0" * 64}
 BOTH = r"(vision\.)?(attention|mlp)\..*"
 LOGITS = 1e-4  # an adapter left out moves logits by more than 0.1
@@ -61,3 +64,24 @@ def test_ours_in_peft(tmp_path, name, target):
     assert flat(back).keys() == flat(lora).keys()
     for leaf, value in flat(lora).items():
         np.testing.assert_array_equal(flat(back)[leaf], value, err_msg=leaf)
+
+
+@pytest.mark.parametrize("name", ["paligemma2", "gemma3", "smolvlm", "llava"])
+def test_merged_models_in_transformers(tmp_path, tokenizer, name):
+    """Adapters on decoder and tower and a trained projector, in one plain model."""
+    theirs, transformers = pytest.importorskip("torch_vision"), pytest.importorskip("transformers")
+    tiny, config = TinyVision(name), LoRAConfig(r=3, lora_alpha=5, target_modules=BOTH, modules_to_save=("projector",))
+    decoder = Decoder(tiny.architecture, config, remat="none")
+    lora = adapter(decoder)
+    export_merged(tmp_path / "merged", backbone_of(tiny, tokenizer), lora, config, dtype="float32")
+    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "merged", output_loading_info=True, attn_implementation="eager"
+    )
+    # The norm after CLIP's last layer is in no tiny model.
+    missing = {key for key in info["missing_keys"] if "post_layernorm" not in key or name != "llava"}
+    assert not missing and not info["unexpected_keys"] and not info["mismatched_keys"]
+    variables = {"params": load_params(tiny, tiny.family, tiny.architecture, jnp.float32), "lora": lora}
+    found = jax.jit(lambda variables: forward(decoder, variables, tiny.batch((0, 0, 0))))(variables)[0]
+    expected = theirs.torch_logits(tiny, model.eval(), 2)
+    print(f"{name} merged: {np.abs(found[: len(expected)] - expected).max():.1e}")
+    np.testing.assert_allclose(found[: len(expected)], expected, atol=LOGITS, rtol=0)

@@ -1,0 +1,58 @@
+"""Merged models that see: what is read back is the merged model, and what is not computed with is carried along."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_adapters_of_vision import adapter
+from test_merged import backbone_of, tokenizer
+from tiny_families import flat
+from tiny_vision import TinyVision
+
+from pe_rlhf_jax.checkpoint.merged import export_merged
+from pe_rlhf_jax.checkpoint.safetensors import SafetensorsFolder
+from pe_rlhf_jax.checkpoint.weights import load_params
+from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.models.lora import merge
+
+__all__ = ["tokenizer"]  # a fixture
+CONFIG = LoRAConfig(r=2, lora_alpha=5, target_modules=r"(vision\.)?(attention|mlp)\..*", modules_to_save=("projector",))
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "llava-dinov2-gated", "smolvlm"])
+def test_what_is_read_back_is_the_merged_model(tmp_path, tokenizer, name):
+    tiny = TinyVision(name)
+    lora = adapter(tiny, CONFIG)
+    unused = {"model.vision_tower.post_layernorm.weight": np.full(12, 2.5, np.float32)} if name == "llava" else {}
+    tiny.tensors |= unused
+    tiny.names = tuple(tiny.tensors)
+    tiny.path = tmp_path
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": 1}', encoding="utf-8")
+    export_merged(tmp_path / "merged", backbone_of(tiny, tokenizer), lora, CONFIG, dtype="float32", shard_bytes=9_000)
+    folder = SafetensorsFolder(tmp_path / "merged")
+    assert set(folder.names) == set(tiny.names) and tiny.family.config_from_hf(folder.config) == tiny.architecture
+    assert all(np.array_equal(folder.read(key), tensor) for key, tensor in unused.items())
+    found = flat(load_params(folder, tiny.family, tiny.architecture, jnp.float32))
+    base = load_params(tiny, tiny.family, tiny.architecture, jnp.float32)
+    expected = flat(merge(base, lora, CONFIG))
+    assert found.keys() == expected.keys()
+    for leaf, value in expected.items():
+        np.testing.assert_allclose(found[leaf], value, atol=5e-6, rtol=0, err_msg=leaf)
+    assert np.abs(found["vision/layers/attention/q_proj/kernel"] - flat(base)["vision/layers/attention/q_proj/kernel"]).max() > 0.1
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == [f"{tiny.family.class_prefix}ForConditionalGeneration"]
+    assert json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text()) == {"image_mean": 1}
+    assert "AutoModelForImageTextToText.from_pretrained" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_after_full_tuning_the_tower_is_the_backbones(tmp_path, tokenizer):
+    tiny = TinyVision("gemma3")
+    base = load_params(tiny, tiny.family, tiny.architecture, jnp.float32)
+    own = {name: jax.tree.map(lambda x: np.asarray(x) * 2, part) for name, part in base.items() if name != "vision"}
+    export_merged(tmp_path / "tuned", backbone_of(tiny, tokenizer), None, CONFIG, params=own, dtype="float32")
+    found = load_params(SafetensorsFolder(tmp_path / "tuned"), tiny.family, tiny.architecture, jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, found, {**own, "vision": base["vision"]})
