@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 NAMES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES]
 LOGITS = 1e-4
 GRADIENTS = 5e-5
+GRADED = ("paligemma2", "gemma3", "smolvlm", "llava-dinov2")  # their gradients are compared here, all of them in test_vision_parity.py
 COUNTS = (2, 1, 0)
 
 
@@ -59,6 +60,7 @@ def assert_rows_equal(logits, name, pads):
 def test_features_logits_and_gradients_equal_torchs(name):
     """Rows with two, one and no pictures, padded by 1, 4 and 2 on the left and the rest on the right, beside rows alone in torch."""
     tiny, params = loaded(name)
+    leaves = tiny.leaves if name in GRADED else ()
     decoder, pads = Decoder(tiny.architecture, remat="none"), (1, 4, 2)
     batch = tiny.batch(pads)
     answer = slice(pads[0] + len(tiny.row(2)) - ANSWER, pads[0] + len(tiny.row(2)))
@@ -74,10 +76,10 @@ def test_features_logits_and_gradients_equal_torchs(name):
         features = decoder.encode_images({"params": tree}, tiny.pictures())
         return loss, (logits, projector.apply({"params": tree["projector"]}, features))
 
-    found, (logits, features) = compared({leaf: flat(params)[leaf] for leaf in tiny.leaves})
+    found, (logits, features) = compared({leaf: flat(params)[leaf] for leaf in leaves})
     np.testing.assert_allclose(features, recorded(name)["features"], atol=LOGITS, rtol=0)
     assert_rows_equal(logits, name, pads)
-    for leaf in tiny.leaves:
+    for leaf in leaves:
         np.testing.assert_allclose(found[leaf], recorded(name)[leaf], atol=GRADIENTS, rtol=0, err_msg=leaf)
         assert np.abs(recorded(name)[leaf]).max() > 0.01, leaf
 
