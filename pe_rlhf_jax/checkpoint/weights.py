@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from pe_rlhf_jax.checkpoint.assembly import Assembly
 from pe_rlhf_jax.models.architecture import DecoderConfig, TowerConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.families import Family, Weight, towers
 from pe_rlhf_jax.models.vision import VisionTower
 from pe_rlhf_jax.types import PyTree
+
+_READERS = min(4, os.cpu_count() or 1)
+"""Layers that are read at the same time."""
 
 
 class WeightsError(ValueError):
@@ -40,7 +46,7 @@ class WeightReader(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str) -> Float[np.ndarray, "*shape"]:
-        """The tensor in float32, float16 or bfloat16, as stored; matrices of linear layers are [out, in]."""
+        """The tensor in float32, float16 or bfloat16, as stored; matrices of linear layers are [out, in]. Called by several threads."""
         ...
 
 
@@ -54,9 +60,9 @@ def load_params(
 ) -> PyTree:
     """The decoder's parameters in `dtype`, on the default device or with `shardings` (a tree like the parameters, `NamedSharding`s).
 
-    Every tensor of the file and every leaf of the tree is accounted for before the first one is read. The host holds one tensor of
-    the file at a time; layers are stacked, transposed and converted where the leaf lives. `store(path, leaf)` may
-    keep something else in a leaf's place, such as its quantized form, before the next one is read.
+    Every tensor of the file and every leaf of the tree is accounted for before the first one is read. The host holds one leaf at a
+    time (of its devices' parts only), or the leaves of one fused tensor, and beside it the few tensors that are being read.
+    `store(path, leaf)` may keep something else in a leaf's place, such as its quantized form, before the next one is read.
 
     Raises:
         WeightsError: tensors are missing, unknown, of another shape, unreadable, or not finite.
@@ -65,7 +71,7 @@ def load_params(
     table = family.weights(config)
     _check_table(table, leaves, family.model_type)
     file_names = account(reader, family, config, [(weight, leaves[weight.leaf]) for weight in table])
-    return _fill(reader, table, leaves, file_names, config.num_layers, dtype, shardings, store)
+    return _read(reader, table, leaves, file_names, config.num_layers, dtype, shardings, store)
 
 
 def load_tower(reader: WeightReader, config: TowerConfig, dtype: Any, shardings: PyTree | None = None) -> PyTree:
@@ -82,7 +88,7 @@ def load_tower(reader: WeightReader, config: TowerConfig, dtype: Any, shardings:
     _check_table(table, leaves, "the tower")
     expected = [(weight, leaves[weight.leaf]) for weight in table]
     file_names = _account(reader, towers.canonical, towers.ignorable(config, ""), "vision tower", config.num_layers, expected)
-    tower: PyTree = _fill(reader, table, leaves, file_names, config.num_layers, dtype, shardings)["vision"]
+    tower: PyTree = _read(reader, table, leaves, file_names, config.num_layers, dtype, shardings)["vision"]
     return tower
 
 
@@ -91,7 +97,7 @@ def _check_table(table: Sequence[Weight], leaves: Mapping[tuple[str, ...], Any],
         raise AssertionError(f"{what}'s weights do not fit: {set(leaves) ^ {w.leaf for w in table}}")
 
 
-def _fill(
+def _read(
     reader: WeightReader,
     table: Sequence[Weight],
     leaves: Mapping[tuple[str, ...], tuple[int, ...]],
@@ -102,29 +108,20 @@ def _fill(
     store: Callable[[tuple[str, ...], jax.Array], PyTree] | None = None,
 ) -> dict[str, Any]:
     params: dict[str, Any] = {}
-    for weights in grouped(table):
-        shards = [None if shardings is None else _at(shardings, weight.leaf) for weight in weights]
-        filled = [
-            jnp.zeros(leaves[weight.leaf], dtype, device=shard) if weight.per_layer else None
-            for weight, shard in zip(weights, shards, strict=True)
-        ]
-        for layer, name in enumerate(weights[0].names(num_layers)):
-            tensor = reader.read(file_names[name])
-            if not _is_finite(tensor):
-                raise WeightsError(f"{reader.path}: {file_names[name]} holds values that are not finite; the file is damaged")
-            for i, weight in enumerate(weights):
-                part = tensor.reshape(tensor.shape[weight.ones :]) if weight.part is None else weight.take(tensor)
-                turned = weight.transposed and weight.part is None
-                placed = _turn(_place(part, shards[i], weight.per_layer, turned), turned, dtype)
-                filled[i] = _put(filled[i], placed, layer) if weight.per_layer else placed
-                jax.block_until_ready(filled[i])  # or the host would hold this tensor while it reads the next
-        for weight, leaf in zip(weights, filled, strict=True):
-            assert leaf is not None
-            *parents, last = weight.leaf
-            node = params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = leaf if store is None else store(weight.leaf, leaf)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for weights in grouped(table):
+            assemblies = [Assembly(leaves[w.leaf], dtype, None if shardings is None else _at(shardings, w.leaf)) for w in weights]
+            names = [file_names[name] for name in weights[0].names(num_layers)]
+            for _ in pool.map(functools.partial(_fill, reader, weights, assemblies), names, itertools.count()):
+                pass  # an error comes out here, and what has not begun is left out
+            for weight in weights:
+                *parents, last = weight.leaf
+                node = params
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                leaf = jax.block_until_ready(assemblies.pop(0).placed())  # or the host would hold it beside the next
+                node[last] = leaf if store is None else store(weight.leaf, leaf)
+                del leaf
     return params
 
 
@@ -145,19 +142,13 @@ def grouped(table: Sequence[Weight]) -> list[list[Weight]]:
     return list(groups.values())
 
 
-# Two programs: in one, XLA's CPU compiler makes a slow loop of the two.
-@functools.partial(jax.jit, static_argnames=("turned", "dtype"))
-def _turn(tensor: jax.Array, turned: bool, dtype: Any) -> jax.Array:
-    return (tensor.T if turned else tensor).astype(dtype)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(leaf: jax.Array, tensor: jax.Array, layer: int) -> jax.Array:
-    """The stacked leaf with one layer filled."""
-    # As integers: on the CPU, XLA copies 16-bit floats one by one, twenty times slower.
-    bits = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    whole, part = (jax.lax.bitcast_convert_type(x, bits) for x in (leaf, tensor))
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0), leaf.dtype)
+def _fill(reader: WeightReader, weights: Sequence[Weight], assemblies: Sequence[Assembly], name: str, layer: int) -> None:
+    """Reads a tensor of the file into its place in each of the leaves."""
+    tensor = reader.read(name)
+    if not _is_finite(tensor):
+        raise WeightsError(f"{reader.path}: {name} holds values that are not finite; the file is damaged")
+    for weight, assembly in zip(weights, assemblies, strict=True):
+        assembly.fill(weight.take(tensor), layer if weight.per_layer else None)
 
 
 def _is_finite(tensor: Shaped[np.ndarray, "*shape"]) -> bool:
@@ -167,16 +158,6 @@ def _is_finite(tensor: Shaped[np.ndarray, "*shape"]) -> bool:
     flat = np.ascontiguousarray(tensor).reshape(-1).view(kind)
     largest = kind(2 ** (8 * tensor.dtype.itemsize - 1) - 1)  # all bits but the sign
     return all((flat[i : i + 2**18] & largest).max() < infinity for i in range(0, flat.size, 2**18))
-
-
-def _place(tensor: Shaped[np.ndarray, "*shape"], sharding: jax.sharding.NamedSharding | None, per_layer: bool, turned: bool) -> jax.Array:
-    """The tensor on the devices, each of which (and on several hosts each host) is sent its own part only."""
-    if sharding is None:
-        return jax.device_put(tensor)
-    axes = (*sharding.spec, *[None] * (tensor.ndim + per_layer - len(sharding.spec)))[per_layer:]
-    spec = jax.sharding.PartitionSpec(*(reversed(axes) if turned else axes))
-    placed = jax.sharding.NamedSharding(sharding.mesh, spec)
-    return jax.make_array_from_callback(tensor.shape, placed, lambda index: tensor[index])
 
 
 def account(

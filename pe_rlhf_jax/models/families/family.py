@@ -65,12 +65,14 @@ class Weight:
 
     def take(self, tensor: Shaped[np.ndarray, "*file"]) -> Shaped[np.ndarray, "*leaf"]:
         """The leaf (of one layer) out of the file's tensor."""
-        leaf = tensor.reshape(tensor.shape[self.ones :])
-        leaf = leaf.T if self.transposed else leaf
-        if self.part is None:
-            return leaf
-        part, lead = self.part, leaf.shape[:-1]
-        return leaf.reshape(*lead, part.heads, part.count, -1)[..., part.index, :].reshape(*lead, -1)
+        tensor = tensor.reshape(tensor.shape[self.ones :])
+        if self.part is not None:
+            # Before it is turned, when the parts are rows.
+            part, axis = self.part, 0 if self.transposed else tensor.ndim - 1
+            before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
+            tensor = tensor.reshape(*before, part.heads, part.count, -1, *after)
+            tensor = tensor.take(part.index, axis + 1).reshape(*before, -1, *after)
+        return tensor.T if self.transposed else tensor
 
 
 def join(weights: Sequence[Weight], leaves: Sequence[Shaped[np.ndarray, "*leaf"]]) -> Shaped[np.ndarray, "*file"]:
@@ -103,6 +105,13 @@ class Family:
     """Other names that files have for the same tensors: (regular expression at the start of a name, what to write there)."""
     image_prompt: Callable[[DecoderConfig], ImagePrompt] | None = None
     """How pictures are written in its prompts; None for text only."""
+    classifier_prefix: str | None = None
+    """Of the sequence classifier's class, where it is not `class_prefix`."""
+
+    @property
+    def classifier(self) -> str:
+        """transformers' class for a model with a score in place of the logits."""
+        return f"{self.classifier_prefix or self.class_prefix}ForSequenceClassification"
 
     def canonical(self, name: str) -> str:
         """A tensor's name as the table of weights has it."""
