@@ -1,8 +1,8 @@
-"""Answers of a run's policy beside its reference's: to given prompts, or turn by turn in a conversation."""
+"""Answers of a run's policy beside its reference's: to given prompts, or turn by turn in a conversation, shown while they are written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from pe_rlhf_jax.outcomes import Outcomes
 from pe_rlhf_jax.report import samples
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.sharding import row_multiple
-from pe_rlhf_jax.training.rollouts import respond, texts
+from pe_rlhf_jax.training.rollouts import respond, texts, watch
+from pe_rlhf_jax.types import PromptBatch
 
 
 class Answerer:
@@ -56,27 +57,88 @@ class Answerer:
 
         Raises ConfigError for a prompt that leaves no room for a response.
         """
+        batch, key = self._asked(prompts)
+        answers: list[dict[str, str]] = [{"prompt": text} for text in prompts]
+        with jax.set_mesh(self.context.mesh):
+            for name, role in self.roles.items():
+                said = texts(self.context, respond(self.context, role, batch, key, self.sampling))
+                for answer, text in zip(answers, said, strict=False):
+                    answer[name] = text
+        return answers
+
+    def stream(self, prompt: str) -> Iterator[tuple[str, str]]:
+        """The same two answers to one prompt while they are written: (role, what its answer has more than before), at first nothing.
+
+        Raises ConfigError as calling does.
+        """
+        batch, key = self._asked([prompt])
+        for name, role in self.roles.items():
+            yield name, ""
+            for piece in additions(self._written(role, batch, key)):
+                yield name, piece
+
+    def _written(self, role: Role, batch: PromptBatch, key: jax.Array) -> Iterator[str]:
+        """The first row's answer after every few tokens."""
+        watched = watch(self.context, role, batch, key, self.sampling)
+        ended = False
+        while not ended:
+            with jax.set_mesh(self.context.mesh):  # not while whoever asked goes on with the text
+                sampled = next(watched, None)
+            if sampled is None:
+                return
+            yield texts(self.context, sampled)[0]
+            ended = bool(np.asarray(sampled.ended)[0])  # the other rows only fill the devices
+
+    def _asked(self, prompts: Sequence[str]) -> tuple[PromptBatch, jax.Array]:
+        """The prompts on the devices, and a key for their answers."""
         context, tokenizer = self.context, self.backbone.tokenizer
         rows = [PromptExample(np.asarray(tokenizer(text)["input_ids"], np.int32), text, {}) for text in prompts]
         room = self.backbone.config.max_position_embeddings - self.sampling.max_new_tokens
         for row in rows:
             if not 0 < len(row.tokens) <= room:
                 raise ConfigError(f"expected a prompt of 1 to {room} tokens, found {len(row.tokens)}: {row.text[:60]!r}")
+        # Lengths double, so that a conversation needs a new program rarely.
+        length = context.config.data.length_multiple
+        while length < max(len(row.tokens) for row in rows):
+            length *= 2
         count = -(-len(rows) // row_multiple(context.mesh)) * row_multiple(context.mesh)
-        batch = context.rows(pad_prompts(rows, context.pad_token, context.config.data.length_multiple, rows=count))
-        answers: list[dict[str, str]] = [{"prompt": text} for text in prompts]
-        key = jax.random.fold_in(self.key, self.asked)
+        batch = context.rows(pad_prompts(rows, context.pad_token, min(length, room), rows=count))
         self.asked += 1
-        with jax.set_mesh(context.mesh):
-            for name, role in self.roles.items():
-                said = texts(context, respond(context, role, batch, key, self.sampling))
-                for answer, text in zip(answers, said, strict=False):
-                    answer[name] = text
-        return answers
+        return batch, jax.random.fold_in(self.key, self.asked - 1)
+
+
+def additions(texts: Iterable[str]) -> Iterator[str]:
+    """What each text has more than the one before it.
+
+    A text's end waits while it may still change: characters of which only some bytes are there, which read as U+FFFD.
+    """
+    shown, text = 0, ""
+    for text in texts:
+        whole = len(text.rstrip("\ufffd"))
+        if whole > shown:
+            yield text[shown:whole]
+            shown = whole
+    if text[shown:]:
+        yield text[shown:]
+
+
+def show(console: Console, pieces: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Prints answers as they are written, each behind its role's name and without white space around it; returns them whole."""
+    answers: dict[str, str] = {}
+    for name, piece in pieces:
+        if name not in answers:
+            console.print("\n" * bool(answers), end="")
+            console.print(f"{name}: ", style="bold" if name == "policy" else "dim", end="")
+        before = answers.get(name, "")
+        answers[name] = before + piece
+        more = answers[name].strip()[len(before.strip()) :]
+        console.print(samples.visible(more), markup=False, highlight=False, soft_wrap=True, end="")
+    console.print()
+    return answers
 
 
 def chat(answerer: Answerer, read: Callable[[], str], console: Console) -> None:
-    """A conversation until the input ends. Both models see the same history, whose answers are the policy's.
+    """A conversation until the input ends, or Ctrl-C. Both models see the same history, whose answers are the policy's.
 
     Raises ConfigError if the model's tokenizer has no chat template.
     """
@@ -84,17 +146,13 @@ def chat(answerer: Answerer, read: Callable[[], str], console: Console) -> None:
     if not tokenizer.chat_template:
         raise ConfigError("the model's tokenizer has no chat template; ask single prompts with --prompt")
     turns: list[dict[str, str]] = []
-    while True:
-        try:
-            said = read().strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if not said:
-            continue
-        turns.append({"role": "user", "content": said})
-        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        (answer,) = answerer([prompt])
-        for name in answerer.roles:
-            console.print(f"{name}: ", style="bold" if name == "policy" else "dim", end="")
-            console.print(samples.visible(answer[name].strip()), markup=False, highlight=False)
-        turns.append({"role": "assistant", "content": answer["policy"]})
+    try:
+        while True:
+            if not (said := read().strip()):
+                continue
+            turns.append({"role": "user", "content": said})
+            prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            answers = show(console, answerer.stream(prompt))
+            turns.append({"role": "assistant", "content": answers["policy"]})
+    except (EOFError, KeyboardInterrupt):
+        console.print()

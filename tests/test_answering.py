@@ -1,4 +1,4 @@
-"""A conversation: history, turns, its end. (Answers of a real run are in the end-to-end tests.)"""
+"""A conversation: history, turns, its end; and answers shown while they are written. (Those of a real run are in the end-to-end tests.)"""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from tiny_gguf import hf_tensors, write_gguf
 
-from pe_rlhf_jax.answering import chat
+from pe_rlhf_jax.answering import additions, chat, show
+from pe_rlhf_jax.checkpoint.gguf import GGUFFile
+from pe_rlhf_jax.checkpoint.tokenizer import tokenizer_from_gguf
 from pe_rlhf_jax.config import ConfigError
 
 
@@ -21,10 +24,11 @@ class Parrot:
         render = lambda turns, **_: "|".join(f"{turn['role']}:{turn['content']}" for turn in turns)  # noqa: E731
         self.backbone = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=chat_template, apply_chat_template=render))
 
-    def __call__(self, prompts):
-        self.asked += prompts
-        last = prompts[0].rpartition(":")[2]
-        return [{"prompt": prompts[0], "reference": f"old {last}", "policy": f" new {last}\n"}]
+    def stream(self, prompt):
+        self.asked.append(prompt)
+        last = prompt.rpartition(":")[2]
+        yield from [("reference", ""), ("reference", "old"), ("reference", f" {last}")]
+        yield from [("policy", ""), ("policy", " "), ("policy", "new "), ("policy", f"{last}\n")]
 
 
 def talk(parrot, *lines: str, end=EOFError) -> str:
@@ -45,7 +49,16 @@ def test_turns_follow_each_other_and_the_policys_answer_is_the_history(end):
     parrot = Parrot()
     shown = talk(parrot, "one", "  ", "two", end=end)
     assert parrot.asked == ["user:one", "user:one|assistant: new one\n|user:two"]
-    assert shown == "reference: old one\npolicy: new one\nreference: old two\npolicy: new two\n"
+    assert shown == "reference: old one\npolicy: new one\nreference: old two\npolicy: new two\n\n"
+
+
+def test_an_answer_can_be_interrupted():
+    class Interrupted(Parrot):
+        def stream(self, prompt):
+            yield from [("reference", ""), ("reference", "half")]
+            raise KeyboardInterrupt
+
+    assert talk(Interrupted(), "one", "two") == "reference: half\n"
 
 
 def test_characters_that_act_are_shown():
@@ -55,3 +68,48 @@ def test_characters_that_act_are_shown():
 def test_without_a_chat_template_it_says_what_to_do():
     with pytest.raises(ConfigError, match="--prompt"):
         talk(Parrot(chat_template=None), "one")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """One token for every byte, and a few words."""
+    path = tmp_path_factory.mktemp("tokenizer") / "m.gguf"
+    write_gguf(path, hf_tensors())
+    return tokenizer_from_gguf(GGUFFile(path))
+
+
+@pytest.mark.parametrize("text", ["a \u00e9\u20ac", "\U0001f600 hello\n\n12 \U0001f469\u200d\U0001f680!", "plain", "\ufffd a\ufffd", ""])
+def test_no_character_is_shown_before_it_is_whole(tokenizer, text):
+    ids = tokenizer(text).input_ids
+    texts = [tokenizer.decode(ids[: i + 1]) for i in range(len(ids))]
+    pieces = list(additions(texts))
+    assert "".join(pieces) == text and all(pieces)
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert any("\ufffd" in part for part in texts) == (not text.isascii())
+    assert len(pieces) > 1 or len(text) < 2
+
+
+def test_bytes_that_never_become_a_character_are_shown_at_the_end(tokenizer):
+    ids = tokenizer("a\u20ac").input_ids[:-1]
+    assert list(additions([tokenizer.decode(ids[:1]), tokenizer.decode(ids)])) == ["a", "\ufffd"]
+
+
+def test_each_piece_is_printed_when_it_comes():
+    shown, seen = io.StringIO(), []
+
+    def pieces():
+        for piece in ("", "\n", "one", " ", "two", " \n"):
+            yield "policy", piece
+            seen.append(shown.getvalue())
+
+    answers = show(Console(file=shown), pieces())
+    assert answers == {"policy": "\none two \n"}
+    assert seen == ["policy: ", "policy: ", "policy: one", "policy: one", "policy: one two", "policy: one two"]
+    assert shown.getvalue() == "policy: one two\n"
+
+
+def test_an_answer_without_text_is_shown_empty():
+    shown = io.StringIO()
+    assert show(Console(file=shown), [("reference", ""), ("policy", ""), ("policy", "x")]) == {"reference": "", "policy": "x"}
+    assert shown.getvalue() == "reference: \npolicy: x\n"

@@ -1,4 +1,6 @@
-"""Generation as one program: prefill, then blocks of a scan over decode steps, until every row has ended.
+"""Generation: prefill, then blocks of a scan over decode steps, until every row has ended.
+
+`generate` is all of it as one program; `begin`, `advance` and `so_far` are its parts, for programs that show what is there in between.
 
 Letters: B batch, P prompt tokens (left-padded), R response tokens, V vocabulary.
 """
@@ -26,8 +28,8 @@ _Output = tuple[Array, KVCache]
 """What the decoder returns when it is given a cache."""
 
 
-class _State(flax.struct.PyTreeNode):
-    """What a decode step carries."""
+class DecodeState(flax.struct.PyTreeNode):
+    """What a decode step carries. R is a multiple of BLOCK here."""
 
     step: Int[Array, ""]
     logits: Float[Array, "B V"]
@@ -55,16 +57,51 @@ def generate(
     Every row draws from its own key, folded from `key`, its index and the step: calls for parts of one batch need different keys. The
     trip count of the outer loop is the early exit; cost is bounded by the longest response, rounded up to a block.
     """
+    state = begin(decoder, variables, prompts, sampling, pad_token)
+    state = jax.lax.while_loop(
+        lambda s: jnp.any(s.alive) & (s.step < sampling.max_new_tokens),
+        lambda s: advance(decoder, variables, prompts, key, sampling, end_tokens, pad_token, s, BLOCK),
+        state,
+    )
+    return so_far(prompts, state, sampling, end_tokens)
+
+
+def begin(decoder: Decoder, variables: PyTree, prompts: PromptBatch, sampling: SamplingConfig, pad_token: int) -> DecodeState:
+    """Reads the prompts: the state before the first token."""
     batch, prompt_length = prompts.tokens.shape
-    length = sampling.max_new_tokens
-    blocks = -(-length // BLOCK)
-    slots = prompt_length + blocks * BLOCK
-    padded_mask = jnp.pad(prompts.mask, ((0, 0), (0, slots - prompt_length)))
+    width = (batch, -(-sampling.max_new_tokens // BLOCK) * BLOCK)
+    slots = prompt_length + width[1]
+    padded_mask = jnp.pad(prompts.mask, ((0, 0), (0, width[1])))
     hidden, cache = cast(_Output, decoder.apply(variables, prompts.tokens, padded_mask, cache=decoder.new_cache(batch, slots)))
+    return DecodeState(
+        step=jnp.zeros((), jnp.int32),
+        logits=decoder.unembed(variables["params"], hidden[:, -1]),
+        position=jnp.sum(prompts.mask, axis=1),
+        alive=jnp.ones((batch,), bool),
+        cache=cache,
+        tokens=jnp.full(width, pad_token, jnp.int32),
+        mask=jnp.zeros(width, bool),
+        logprobs=jnp.zeros(width, jnp.float32),
+    )
+
+
+def advance(
+    decoder: Decoder,
+    variables: PyTree,
+    prompts: PromptBatch,
+    key: jax.Array,
+    sampling: SamplingConfig,
+    end_tokens: tuple[int, ...],
+    pad_token: int,
+    state: DecodeState,
+    steps: int,
+) -> DecodeState:
+    """The state after so many more tokens of each row; arguments as for `generate`. `steps` must divide BLOCK."""
+    batch, prompt_length = prompts.tokens.shape
     ends = jnp.asarray(end_tokens, jnp.int32)
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
 
-    def decode_step(state: _State, _: None) -> tuple[_State, None]:
+    def decode_step(state: DecodeState, _: None) -> tuple[DecodeState, None]:
         step_keys = jax.vmap(lambda row_key: jax.random.fold_in(row_key, state.step))(row_keys)
         token, logprob = jax.vmap(lambda logits, k: _sample_row(logits, k, sampling))(state.logits, step_keys)
         token = jnp.where(state.alive, token, pad_token)
@@ -73,7 +110,7 @@ def generate(
         slot = prompt_length + state.step
         output = decoder.apply(variables, token[:, None], slot_mask, state.position[:, None], state.cache, slot)
         hidden, cache = cast(_Output, output)
-        state = _State(
+        state = DecodeState(
             step=state.step + 1,
             logits=decoder.unembed(variables["params"], hidden[:, 0]),
             position=state.position + 1,
@@ -85,22 +122,14 @@ def generate(
         )
         return state, None
 
-    width = (batch, blocks * BLOCK)
-    state = _State(
-        step=jnp.zeros((), jnp.int32),
-        logits=decoder.unembed(variables["params"], hidden[:, -1]),
-        position=jnp.sum(prompts.mask, axis=1),
-        alive=jnp.ones((batch,), bool),
-        cache=cache,
-        tokens=jnp.full(width, pad_token, jnp.int32),
-        mask=jnp.zeros(width, bool),
-        logprobs=jnp.zeros(width, jnp.float32),
-    )
-    state = jax.lax.while_loop(
-        lambda s: jnp.any(s.alive) & (s.step < length), lambda s: jax.lax.scan(decode_step, s, length=BLOCK)[0], state
-    )
+    return jax.lax.scan(decode_step, state, length=steps)[0]
+
+
+def so_far(prompts: PromptBatch, state: DecodeState, sampling: SamplingConfig, end_tokens: tuple[int, ...]) -> Rollout:
+    """The responses up to the state's step; at the end, the whole ones."""
+    length = sampling.max_new_tokens
     tokens, mask = state.tokens[:, :length], state.mask[:, :length]
-    ended = jnp.any(jnp.isin(tokens, ends) & mask, axis=1)
+    ended = jnp.any(jnp.isin(tokens, jnp.asarray(end_tokens, jnp.int32)) & mask, axis=1)
     return Rollout(prompts.tokens, prompts.mask, tokens, mask, state.logprobs[:, :length], ended)
 
 

@@ -1,8 +1,8 @@
-"""Responses of a policy: sampled, cut at stop strings, read as tokens and as text."""
+"""Responses of a policy: sampled, at once or to be watched, cut at stop strings, read as tokens and as text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,12 @@ import numpy as np
 from pe_rlhf_jax.config import SamplingConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.generate import generate
+from pe_rlhf_jax.rollout.generate import DecodeState, advance, begin, generate, so_far
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
+
+WATCHED = 4
+"""Tokens between two looks at a response that is watched; a divisor of `generate.BLOCK`."""
 
 
 def respond(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, sampling: SamplingConfig | None = None) -> Rollout:
@@ -36,6 +39,49 @@ def _respond(
     key: jax.Array,
 ) -> Rollout:
     return generate(decoder, policy.variables(backbone), prompts, key, sampling, end_tokens, pad_token)
+
+
+def watch(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, sampling: SamplingConfig) -> Iterator[Rollout]:
+    """The same responses as `respond`'s while they are sampled: what there is after every few tokens, until all have ended."""
+    static = (context.decoder, sampling, context.end_tokens, context.pad_token)
+    state = _begin(*static, policy, context.backbone, prompts)
+    for _ in range(0, sampling.max_new_tokens, WATCHED):
+        state, sampled = _advance(*static, policy, context.backbone, prompts, key, state)
+        if sampling.stop_strings:
+            sampled = cut_at_stop_strings(context, sampled, sampling.stop_strings)
+        yield sampled
+        if np.all(sampled.ended):
+            return
+
+
+@jax.jit(static_argnums=(0, 1, 2, 3))
+def _begin(
+    decoder: Decoder,
+    sampling: SamplingConfig,
+    end_tokens: tuple[int, ...],
+    pad_token: int,
+    policy: Role,
+    backbone: PyTree,
+    prompts: PromptBatch,
+) -> DecodeState:
+    return begin(decoder, policy.variables(backbone), prompts, sampling, pad_token)
+
+
+@jax.jit(static_argnums=(0, 1, 2, 3), donate_argnames="state")
+def _advance(
+    decoder: Decoder,
+    sampling: SamplingConfig,
+    end_tokens: tuple[int, ...],
+    pad_token: int,
+    policy: Role,
+    backbone: PyTree,
+    prompts: PromptBatch,
+    key: jax.Array,
+    state: DecodeState,
+) -> tuple[DecodeState, Rollout]:
+    variables = policy.variables(backbone)
+    state = advance(decoder, variables, prompts, key, sampling, end_tokens, pad_token, state, WATCHED)
+    return state, so_far(prompts, state, sampling, end_tokens)
 
 
 def cut_at_stop_strings(context: Context, rollout: Rollout, stop_strings: Sequence[str]) -> Rollout:
