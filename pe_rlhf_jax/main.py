@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import run_folder
-from pe_rlhf_jax.answering import Answerer, chat
+from pe_rlhf_jax.answering import Answerer, chat, show
 from pe_rlhf_jax.checkpoint.peft_import import AdapterError
 from pe_rlhf_jax.checkpoint.store import CheckpointError
 from pe_rlhf_jax.checkpoint.weights import WeightsError
@@ -68,13 +69,16 @@ class StopSignal:
             raise Stopped(self.received)
 
 
-def run(config: Config, restart: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Runs or continues a configuration; returns its summary. Raises Stopped if SIGTERM or Ctrl-C ended it early."""
+def run(config: Config, restart: bool = False, console: Console | None = None, command: str | None = None) -> dict[str, Any]:
+    """Runs or continues a configuration; returns its summary. Raises Stopped if SIGTERM or Ctrl-C ended it early.
+
+    `command` is what the user typed, which the model cards repeat.
+    """
     if config.run.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     progress = Progress(console)
     with StopSignal() as stop, run_folder.opened(config, restart) as folder:
-        this = Run(config, folder, progress, stop)
+        this = Run(config, folder, progress, stop, command)
         try:
             with jax.set_mesh(this.context.mesh):
                 summary = this.execute()
@@ -96,7 +100,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
     reporting.add_argument("folder", type=Path)
     generating = commands.add_parser("generate", help="answer prompts with a run's policy, beside its reference")
     generating.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="run folder")
-    generating.add_argument("--prompt", action="append", help="may be given several times; without one, a conversation begins")
+    generating.add_argument("--prompt", action="append", help="several are answered in a table; without one, a conversation begins")
     generating.add_argument("--temperature", type=float, help="0 is greedy; the run's rl.sampling by default, and so below")
     generating.add_argument("--top-k", type=int)
     generating.add_argument("--top-p", type=float)
@@ -120,12 +124,15 @@ def cli(argv: Sequence[str] | None = None) -> int:
         elif arguments.command == "generate":
             changes = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
             answerer = Answerer(arguments.run, console, changes, arguments.seed)
-            if arguments.prompt:
+            if arguments.prompt and len(arguments.prompt) == 1:
+                console.print(samples.visible(arguments.prompt[0]), style="dim", markup=False, highlight=False, soft_wrap=True)
+                show(console, answerer.stream(arguments.prompt[0]))
+            elif arguments.prompt:  # all at once
                 samples.show(console, answerer(arguments.prompt), len(arguments.prompt))
             else:
                 chat(answerer, lambda: console.input("[bold]you: [/]"), console)
         else:
-            run(configuration.load(arguments.config, arguments.set), arguments.restart, console)
+            run(configuration.load(arguments.config, arguments.set), arguments.restart, console, shlex.join(["pe-rlhf", *argv]))
     except Stopped as reason:
         console.print(f"Stopped by {reason}; everything is saved. Run the same command again to continue.", markup=False)
         return STOPPED

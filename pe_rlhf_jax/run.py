@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import jax
 
 from pe_rlhf_jax import run_folder
-from pe_rlhf_jax.checkpoint import export, merged
+from pe_rlhf_jax.checkpoint import card, export, merged
 from pe_rlhf_jax.checkpoint.store import Store
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.loading import load, needed
 from pe_rlhf_jax.models.quantization import count
 from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes
-from pe_rlhf_jax.report import health, html, samples
+from pe_rlhf_jax.report import headline, health, html, samples
 from pe_rlhf_jax.report.metrics import MetricsLog
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.training import evaluate, reward, rl, sft
@@ -42,8 +42,8 @@ class Stop(Protocol):
 class Run:
     """One run. `execute` continues it from wherever its folder stands."""
 
-    def __init__(self, config: Config, folder: Path, progress: Progress, stop: Stop):
-        self.config, self.folder, self.progress, self.stop = config, folder, progress, stop
+    def __init__(self, config: Config, folder: Path, progress: Progress, stop: Stop, command: str | None = None):
+        self.config, self.folder, self.progress, self.stop, self.command = config, folder, progress, stop, command
         self.store = Store(folder / "checkpoints")
         self.backbone, self.context = load(config, progress, needs=needed(config))
         self.outcomes = Outcomes(self.store, self.backbone, self.context)
@@ -186,27 +186,42 @@ class Run:
 
     def _export(self) -> None:
         began = time.perf_counter()
-        recipe = {"run": self.config.run.name, "seed": self.config.run.seed, "stages": ", ".join(self.config.run.stages)}
-        common: dict[str, Any] = {"base_model": self.backbone.source, "sha256": self.backbone.sha256, "recipe": recipe}
+        common: dict[str, Any] = {"base_model": self.backbone.source, "sha256": self.backbone.sha256}
         common["weights"] = self.backbone.family.weights(self.backbone.config)
-        policy = self.outcomes.policy() or self.outcomes.reference()
-        roles = {"policy": policy, "reward": self.outcomes.reward_model()}
-        for name in self.config.export.roles:
+        roles = {"policy": self.outcomes.policy() or self.outcomes.reference(), "reward": self.outcomes.reward_model()}
+        config, summary = self.config.export, self.summary()
+        for name in config.roles:
             role, folder = roles[name], self.folder / "export" / name
+            told = self._training(name, summary)
             if role is None or (role.lora is None and role.params is None):
                 self.progress.warn(f"export: the {name} model was not trained")
             elif role.lora is None or role.params is not None:
-                other = "; export.merged writes the policy whole" if name == "policy" else ""
+                other = "" if config.merged else "; export.merged writes it whole"
                 self.progress.warn(f"export: the {name} model has weights of its own, to which no adapter of the backbone belongs{other}")
             elif name == "policy":
-                export.export_policy(folder, role.lora, self.config.lora, **common)
+                export.export_policy(folder, role.lora, self.config.lora, training=told, **common)
             else:
-                export.export_reward(folder, role.lora, role.head, self.config.lora, **common)
-        if self.config.export.merged:
-            dtype, folder = self.config.export.merged_dtype, self.folder / "export" / "merged"
-            merged.export_merged(folder, self.backbone, policy.lora, self.config.lora, params=policy.params, dtype=dtype, recipe=recipe)
+                export.export_reward(folder, role.lora, role.head, self.config.lora, training=told, **common)
+            if config.merged and role is not None:
+                whole, head = self.folder / "export" / "merged" / name, role.head if name == "reward" else None
+                merged.export_merged(
+                    whole,
+                    self.backbone,
+                    role.lora,
+                    self.config.lora,
+                    params=role.params,
+                    head=head,
+                    dtype=config.merged_dtype,
+                    training=told,
+                )
         meta = self._meta() | {"elapsed_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(), "figures": {}}
         self.store.save("export", 0, {}, meta)
+
+    def _training(self, name: card.Kind, summary: dict[str, Any]) -> card.Training:
+        """What the model card of the policy or reward model tells."""
+        figures = [card.Figure(tile.label, tile.value, tile.interval, tile.reading) for tile in headline.tiles(summary, {}, name)]
+        stages = [stage for stage, outcome in ROLE_OF.items() if self.store.latest(outcome) is not None]
+        return card.training(name, self.config, stages, figures, self.command, self.backbone.license)
 
     def summary(self) -> dict[str, Any]:
         """Everything that is known of the run so far; see the README for its names."""

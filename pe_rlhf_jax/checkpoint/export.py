@@ -8,13 +8,13 @@ changes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
+from pe_rlhf_jax.checkpoint.card import SCORING, Kind, Training, card
 from pe_rlhf_jax.checkpoint.folder import written_whole
 from pe_rlhf_jax.checkpoint.peft_import import CONFIG_FILE, SCORE, WEIGHTS_FILE, AdapterError, import_adapter
 from pe_rlhf_jax.checkpoint.peft_layout import adapted_modules, pack, patterns, target_modules
@@ -33,7 +33,7 @@ def export_policy(
     *,
     base_model: str,
     sha256: str,
-    recipe: Mapping[str, Any] | None = None,
+    training: Training | None = None,
     weights: Sequence[Weight] = LINEAR_LAYERS,
 ) -> None:
     """Write a policy's adapter for the backbone's causal language model; a folder that is already there is replaced as a whole.
@@ -42,14 +42,14 @@ def export_policy(
         lora: factors {"a": [L, in, r], "b": [L, r, out]} of every targeted module, under `layers/<part>/<module>`.
         base_model: the backbone as `model.source` names it.
         sha256: of the backbone's weight file.
-        recipe: what the README tells about the training.
+        training: what the model card tells about the training.
         weights: the family's table, `backbone.family.weights(backbone.config)`; by default the names of Llama and those like it.
 
     Raises:
         ValueError: the adapter is not of that family.
     """
     usage = _USAGE.format(auto="AutoModelForImageTextToText" if _sees(weights) else "AutoModelForCausalLM", arguments="")
-    _export(folder, lora, config, "CAUSAL_LM", base_model, sha256, recipe, weights, tensors={}, header={}, usage=usage)
+    _export(folder, lora, config, "policy", base_model, sha256, training, weights, tensors={}, header={}, usage=usage)
 
 
 def export_reward(
@@ -60,7 +60,7 @@ def export_reward(
     *,
     base_model: str,
     sha256: str,
-    recipe: Mapping[str, Any] | None = None,
+    training: Training | None = None,
     weights: Sequence[Weight] = LINEAR_LAYERS,
 ) -> None:
     """Write a reward model's adapter and score head for the backbone's sequence classifier. Arguments as for `export_policy`.
@@ -74,19 +74,19 @@ def export_reward(
     if _sees(weights):
         raise ValueError("expected a reward model on a backbone for text; on one with images it cannot be written in PEFT's format yet")
     bias = float(np.asarray(head["bias"], np.float32)[0])
-    usage = _USAGE.format(auto="AutoModelForSequenceClassification", arguments=", num_labels=1") + _SCORING.format(bias=bias)
+    usage = _USAGE.format(auto="AutoModelForSequenceClassification", arguments=", num_labels=1") + SCORING.format(bias=bias)
     tensors, header = {SCORE: np.asarray(head["kernel"]).T}, {"score_bias": repr(bias)}
-    _export(folder, lora, config, "SEQ_CLS", base_model, sha256, recipe, weights, tensors, header, usage)
+    _export(folder, lora, config, "reward", base_model, sha256, training, weights, tensors, header, usage)
 
 
 def _export(
     folder: Path,
     lora: PyTree,
     config: LoRAConfig,
-    task_type: str,
+    kind: Kind,
     base_model: str,
     sha256: str,
-    recipe: Mapping[str, Any] | None,
+    training: Training | None,
     weights: Sequence[Weight],
     tensors: dict[str, np.ndarray],
     header: dict[str, str],
@@ -95,14 +95,14 @@ def _export(
     modules = adapted_modules(lora, weights)
     settings = {
         "peft_type": "LORA",
-        "task_type": task_type,
+        "task_type": _TASKS[kind],
         "base_model_name_or_path": base_model.removeprefix("hf:"),
         "r": config.r,
         "lora_alpha": _plain(config.lora_alpha),
         "use_rslora": config.use_rslora,
         "lora_dropout": config.lora_dropout,
         "target_modules": target_modules(modules, weights),
-        "modules_to_save": ["score"] if task_type == "SEQ_CLS" else None,
+        "modules_to_save": ["score"] if kind == "reward" else None,
         "bias": "none",
         "fan_in_fan_out": not modules[0].weights[0].transposed,  # for merging only; the factors lie alike
         "inference_mode": True,
@@ -116,15 +116,11 @@ def _export(
             packed = pack(module, [found["a"][layer] for found in factors], [found["b"][layer] for found in factors])
             tensors |= zip(module.tensor_names(layer), packed, strict=True)
     header = {"format": "pt", "base_model": base_model, "base_model_sha256": sha256, **header}
-    kind = "Reward model" if task_type == "SEQ_CLS" else "Policy"
     rows = {
-        "backbone": f"`{base_model}`",
-        "SHA-256 of its weight file": f"`{sha256}`",
         "adapted modules": ", ".join(module.target for module in modules),
+        "rank, alpha": f"{config.r}, {config.lora_alpha:g}" + (" (rank-stabilised)" if config.use_rslora else ""),
     }
-    rows |= {"rank, alpha": f"{config.r}, {config.lora_alpha:g}" + (" (rank-stabilised)" if config.use_rslora else "")}
-    rows |= {key: str(value) for key, value in (recipe or {}).items()}
-    readme = _README.format(kind=kind, rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()), usage=usage)
+    readme = card(kind, False, base_model, sha256, rows, usage, training)
 
     with written_whole(folder) as unfinished:
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -142,20 +138,7 @@ def _plain(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-_README = """\
----
-library_name: peft
-tags: [lora]
----
-# {kind} adapter (LoRA)
-
-|  |  |
-|---|---|
-{rows}
-
-The adapter belongs to exactly these weights: on others it computes something else without a warning.
-
-{usage}"""
+_TASKS: dict[Kind, str] = {"policy": "CAUSAL_LM", "reward": "SEQ_CLS"}
 
 _USAGE = """\
 ```python
@@ -166,10 +149,4 @@ from transformers import {auto}
 model = {auto}.from_pretrained(backbone{arguments})
 model = PeftModel.from_pretrained(model, "this folder")
 ```
-"""
-
-_SCORING = """
-A text's score is the only logit; it is read at the last token that is not padding, so set `model.config.pad_token_id`. A text ends with
-the end token, as in training. The head was trained with a bias, for which a sequence classifier has no place: add {bias!r} for the same
-number. It changes no comparison.
 """

@@ -1,4 +1,6 @@
-"""A policy as a plain model in Hugging Face's layout: the adapter merged in, or the parameters after full tuning.
+"""A policy or reward model as a plain model in Hugging Face's layout: the adapter merged in, or the parameters after full tuning.
+
+A reward model is a sequence classifier with one label, whose `score` is our head without its bias.
 
 Tensors go from the backbone's files to the new ones, one at a time: the model is never in memory as a whole.
 """
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from pe_rlhf_jax.checkpoint.card import SCORING, Kind, Training, card
 from pe_rlhf_jax.checkpoint.folder import written_whole
 from pe_rlhf_jax.checkpoint.peft_layout import adapted_modules
 from pe_rlhf_jax.checkpoint.safetensors_writer import write_safetensors
@@ -39,49 +42,59 @@ def export_merged(
     config: LoRAConfig,
     *,
     params: PyTree | None = None,
+    head: PyTree | None = None,
     dtype: Dtype = "bfloat16",
     shard_bytes: int = 4_000_000_000,
-    recipe: Mapping[str, Any] | None = None,
+    training: Training | None = None,
 ) -> None:
-    """Write weights, `config.json`, `generation_config.json`, tokenizer and chat template; an old folder is replaced as a whole.
+    """Write weights, `config.json`, tokenizer, chat template, of a policy `generation_config.json`, and the model card.
+
+    An old folder is replaced as a whole.
 
     Args:
         backbone: whose weights are read again, from its files.
-        lora: the policy's adapter, or None.
+        lora: the model's adapter, or None.
         config: that the adapter is applied with.
-        params: the policy's own parameters after full tuning, in place of the backbone's.
+        params: the model's own parameters after full tuning, in place of the backbone's.
+        head: a reward model's, {"kernel": [D, 1], "bias": [1]}; None for a policy.
         dtype: of the written weights; the sum is taken in float32.
         shard_bytes: a file's size at most (of several tensors).
-        recipe: what the README tells about the training.
+        training: what the model card tells about the training.
 
     Raises:
         WeightsError: the backbone's weights are damaged, or a sum does not fit into the dtype.
+        ValueError: a reward model that sees pictures: transformers has no sequence classifier for most of these.
     """
+    if head is not None and backbone.config.vision is not None:
+        raise ValueError("expected a reward model on a backbone for text; one with images cannot be written as a plain model yet")
     leaves = leaf_shapes(backbone.config)
     table = backbone.family.weights(backbone.config)
     names = account(backbone.reader, backbone.family, backbone.config, [(weight, leaves[weight.leaf]) for weight in table])
     changes = {} if lora is None else _updates(lora, table, config)
     shapes, makers = {}, []
     for group, layer, name in _in_order(table, backbone.config.num_layers):
+        if head is not None and group[0].leaf == ("lm_head",):  # the score takes its place
+            continue
         leaf = leaves[group[0].leaf]
         shapes[name] = group[0].file_shape(leaf[1:] if group[0].per_layer else leaf)
         makers.append((name, _maker(backbone, group, layer, names[name], params, changes.get(group[0].name), dtype)))
+    if head is not None:
+        score = np.asarray(head["kernel"]).T
+        shapes["score.weight"] = score.shape
+        makers.append(("score.weight", lambda: _narrow(score, "score.weight", dtype)))
     for name, file_name in _unused(backbone, shapes).items():
         shapes[name] = backbone.reader.shape(file_name)
         makers.append((name, _maker(backbone, [], None, file_name, None, None, dtype)))
     with written_whole(Path(folder)) as unfinished:
         write_safetensors(unfinished, shapes, dtype, makers, shard_bytes)
         backbone.tokenizer.save_pretrained(unfinished)
-        _write(unfinished / "config.json", _config(backbone, dtype))
-        _write(unfinished / "generation_config.json", _generation_config(backbone))
-        rows = {"backbone": f"`{backbone.source}`", "SHA-256 of its weights": f"`{backbone.sha256}`", "weights": dtype}
-        rows |= {key: str(value) for key, value in (recipe or {}).items()}
+        _write(unfinished / "config.json", _config(backbone, dtype, head))
+        if head is None:
+            _write(unfinished / "generation_config.json", _generation_config(backbone))
         for file in (backbone.reader.path / name for name in _PROCESSOR if backbone.config.vision is not None):
             if file.is_file():
                 shutil.copyfile(file, unfinished / file.name)
-        auto = "AutoModelForCausalLM" if backbone.config.vision is None else "AutoModelForImageTextToText"
-        readme = _README.format(rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()), auto=auto)
-        (unfinished / "README.md").write_text(readme, encoding="utf-8")
+        (unfinished / "README.md").write_text(_card(backbone, dtype, head, training), encoding="utf-8")
 
 
 def _in_order(table: Sequence[Weight], num_layers: int) -> Iterator[tuple[list[Weight], int | None, str]]:
@@ -158,13 +171,18 @@ def _maker(
             tensor = join(group, [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves])
         if change is not None:
             tensor = tensor.astype(np.float32) + change(0 if layer is None else layer)
-        with np.errstate(over="ignore"):  # said below
-            tensor = tensor.astype(jnp.dtype(dtype))
-        if not np.isfinite(tensor).all():
-            raise WeightsError(f"{file_name}: not finite in {dtype}; the file is damaged, or needs export in float32 or bfloat16")
-        return tensor
+        return _narrow(tensor, file_name, dtype)
 
     return make
+
+
+def _narrow(tensor: Shaped[np.ndarray, "*file"], name: str, dtype: str) -> Shaped[np.ndarray, "*file"]:
+    """In the dtype that is written. Raises WeightsError if a number does not fit."""
+    with np.errstate(over="ignore"):  # said below
+        tensor = tensor.astype(jnp.dtype(dtype))
+    if not np.isfinite(tensor).all():
+        raise WeightsError(f"{name}: not finite in {dtype}; the file is damaged, or needs export in float32 or bfloat16")
+    return tensor
 
 
 def _leaf(params: PyTree, weight: Weight) -> Any:
@@ -173,15 +191,28 @@ def _leaf(params: PyTree, weight: Weight) -> Any:
     return params
 
 
-def _config(backbone: Backbone, dtype: str) -> dict[str, Any]:
+def _config(backbone: Backbone, dtype: str, head: PyTree | None) -> dict[str, Any]:
     found = {key: value for key, value in backbone.reader.config.items() if value is not None and _DEFAULTS.get(key) != value}
-    special = {"pad_token_id": backbone.tokenizer.pad_token_id}
+    found["pad_token_id"] = backbone.tokenizer.pad_token_id
+    architecture = backbone.family.class_prefix + ("ForCausalLM" if backbone.config.vision is None else "ForConditionalGeneration")
+    if head is not None:
+        architecture = backbone.family.classifier
+        # One label is how transformers says that there is one score.
+        found |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "score_bias": _bias(head)}
     # transformers 5 reads `dtype`, earlier ones `torch_dtype`.
-    return {**found, **special, "architectures": [_class(backbone)], "dtype": dtype, "torch_dtype": dtype}
+    return {**found, "architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
 
 
-def _class(backbone: Backbone) -> str:
-    return backbone.family.class_prefix + ("ForCausalLM" if backbone.config.vision is None else "ForConditionalGeneration")
+def _bias(head: PyTree) -> float:
+    return float(np.asarray(head["bias"], np.float32)[0])
+
+
+def _card(backbone: Backbone, dtype: str, head: PyTree | None, training: Training | None) -> str:
+    kind: Kind = "policy" if head is None else "reward"
+    auto = "AutoModelForCausalLM" if backbone.config.vision is None else "AutoModelForImageTextToText"
+    usage = _USAGE.format(auto=auto if head is None else "AutoModelForSequenceClassification")
+    usage += "" if head is None else SCORING.format(bias=_bias(head))
+    return card(kind, True, backbone.source, backbone.sha256, {"weights": dtype}, usage, training)
 
 
 def _generation_config(backbone: Backbone) -> dict[str, Any]:
@@ -195,16 +226,7 @@ def _write(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-_README = """\
----
-library_name: transformers
----
-# Policy with its adapter merged in
-
-|  |  |
-|---|---|
-{rows}
-
+_USAGE = """\
 ```python
 from transformers import AutoTokenizer, {auto}
 

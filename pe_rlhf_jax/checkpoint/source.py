@@ -13,6 +13,7 @@ from typing import Any
 
 import huggingface_hub
 import jax
+import yaml
 from huggingface_hub import errors as hub_errors
 from transformers import PreTrainedTokenizerFast
 
@@ -40,6 +41,8 @@ class Backbone:
     source: str
     sha256: str
     """Of the weight file; of several, of the lines `<sha256>  <name>` in the order of their names."""
+    license: str | None = None
+    """As the weight file or the folder's model card declares it."""
 
     def load_params(
         self, dtype: Any, shardings: PyTree | None = None, store: Callable[[tuple[str, ...], jax.Array], PyTree] | None = None
@@ -69,7 +72,7 @@ def resolve(config: ModelConfig) -> Backbone:
     largest = max(*tokenizer.get_vocab().values(), *eos_token_ids)
     if largest >= decoder.vocab_size:
         raise WeightsError(f"{reader.path}: the tokenizer goes up to id {largest}, the model to {decoder.vocab_size - 1}")
-    return Backbone(decoder, family, reader, tokenizer, eos_token_ids, config.source, sha256)
+    return Backbone(decoder, family, reader, tokenizer, eos_token_ids, config.source, sha256, _license(reader))
 
 
 def _open(config: ModelConfig) -> GGUFFile | SafetensorsFolder:
@@ -95,6 +98,16 @@ def _tokenizer(reader: GGUFFile | SafetensorsFolder) -> PreTrainedTokenizerFast:
     return tokenizer_from_folder(reader.path, reader.eos_token_ids)
 
 
+def _license(reader: GGUFFile | SafetensorsFolder) -> str | None:
+    if isinstance(reader, GGUFFile):
+        found = reader.metadata.get("general.license")
+    else:
+        found = None
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # nothing depends on it
+            found = (huggingface_hub.metadata_load(reader.path / "README.md") or {}).get("license")
+    return found if isinstance(found, str) and found else None
+
+
 def _snapshot(name: str, revision: str | None) -> Path:
     what = f"hf:{name}" + (f" at revision {revision}" if revision else "")
     place = "set model.source to a local folder that holds its files"
@@ -104,7 +117,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
             huggingface_hub.snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "merges.txt"],
+                allow_patterns=["*.json", "model*.safetensors", "tokenizer*", "*.jinja", "merges.txt", "README.md"],
                 ignore_patterns=["*/*"],
             )
         )

@@ -217,8 +217,12 @@ class EvaluateConfig(Section):
 
 
 class ExportConfig(Section):
-    roles: list[Literal["policy", "reward"]] = Field(["policy", "reward"], description="What is written in PEFT format.")
-    merged: bool = Field(False, description="Also write the policy as a plain model in Hugging Face's layout, its adapter merged in.")
+    roles: list[Literal["policy", "reward"]] = Field(["policy", "reward"], description="What is written, in PEFT's format.")
+    merged: bool = Field(
+        False,
+        description="Also write them as plain models in Hugging Face's layout, their adapters merged in: the reward model as a "
+        "sequence classifier with one label.",
+    )
     merged_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Of the merged weights; the sum is float32.")
 
 

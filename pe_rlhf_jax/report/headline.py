@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pe_rlhf_jax.report.progress import duration
 
@@ -25,9 +25,11 @@ class Tile:
     tone: str = ""
 
 
-def tiles(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> list[Tile]:
-    """The tiles that summary (summary.json) and rows (metrics by stage) allow."""
-    makers = (_gain, _judge, _reward_model, _kl, _form, _time, _memory, _model)
+def tiles(summary: Mapping[str, Any], rows: Mapping[str, Rows], about: Literal["run", "policy", "reward"] = "run") -> list[Tile]:
+    """The tiles that summary (summary.json) and rows (metrics by stage) allow: all, or those that are about one of its models."""
+    policy, reward = (_gain, _judge, _kl, _form), (_reward_model,)
+    run = (_gain, _judge, _reward_model, _kl, _form, _time, _memory, _model)
+    makers = {"run": run, "policy": policy, "reward": reward}[about]
     return [tile for maker in makers if (tile := maker(summary, rows))]
 
 

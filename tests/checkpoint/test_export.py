@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from pe_rlhf_jax.checkpoint.card import Training
 from pe_rlhf_jax.checkpoint.export import AdapterError, export_policy, export_reward, import_adapter
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.decoder import Decoder, DecoderConfig
@@ -63,7 +64,7 @@ def test_the_way_back_is_exact(tmp_path, target):
 
 def test_layout_of_a_reward_model(tmp_path):
     lora = random_like(shapes())
-    export_reward(tmp_path / "reward", lora, HEAD, LORA, **SOURCE, recipe={"seed": 3})
+    export_reward(tmp_path / "reward", lora, HEAD, LORA, **SOURCE, training=Training(recipe={"seed": 3}))
     assert sorted(os.listdir(tmp_path / "reward")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     settings = json.loads((tmp_path / "reward/adapter_config.json").read_text())
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -126,3 +126,30 @@ def test_merged_models_in_transformers(tmp_path, tokenizer, name):
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=8)
     ours = generate(decoder, {"params": params, "lora": lora}, prompts, jax.random.key(0), sampling, (2, 0), 4)
     np.testing.assert_array_equal(np.asarray(ours.response)[:, : theirs.shape[1]], theirs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merged_reward_models_in_transformers(tmp_path, tokenizer, name):
+    """The same scores, less the bias; with padding on the right, which the classifier looks for."""
+    transformers, torch = (pytest.importorskip(x) for x in ("transformers", "torch"))
+    tiny, config = Tiny(name), LoRAConfig(r=2, lora_alpha=3)
+    lora = adapter(tiny, config)
+    head = {"kernel": jnp.asarray(np.random.default_rng(3).normal(0, 0.2, (16, 1)), jnp.float32), "bias": jnp.array([0.75])}
+    export_merged(tmp_path / "merged", backbone_of(tiny, tokenizer), lora, config, head=head, dtype="float32", shard_bytes=9_000)
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "merged", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.num_labels == 1 and type(model).__name__ == tiny.family.classifier
+    pad = tokenizer.pad_token_id
+    rows = np.where(tokens() == pad, pad + 1, tokens())
+    mask = np.arange(LENGTH) < np.array([[LENGTH], [LENGTH - 4]])
+    rows = np.where(mask, rows, pad)
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor(rows), attention_mask=torch.tensor(mask.astype(int))).logits[:, 0].numpy()
+    params = load_params(tiny, tiny.family, tiny.architecture, jnp.float32)
+    decoder = Decoder(tiny.architecture, config, remat="none")
+    score = sequence_score(decoder, params, Role(lora=lora, head=head), jnp.asarray(rows), jnp.asarray(mask))
+    print(f"{name} merged reward: {np.abs(np.asarray(score) - model.config.score_bias - expected).max():.1e}")
+    np.testing.assert_allclose(np.asarray(score) - 0.75, expected, atol=LOGITS, rtol=0)
+    assert np.abs(expected).max() > 0.05

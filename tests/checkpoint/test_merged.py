@@ -15,6 +15,7 @@ from test_adapters_of_families import FAMILIES, adapter
 from tiny_families import Tiny
 from tiny_gguf import hf_tensors, write_gguf
 
+from pe_rlhf_jax.checkpoint.card import Training
 from pe_rlhf_jax.checkpoint.gguf import GGUFFile
 from pe_rlhf_jax.checkpoint.merged import export_merged
 from pe_rlhf_jax.checkpoint.safetensors import SafetensorsFolder
@@ -82,7 +83,7 @@ def test_a_merged_folder_is_a_source_like_any_other(tmp_path):
     lora = jax.tree.map(
         lambda leaf: jnp.full(leaf.shape, 0.01), jax.eval_shape(Decoder(backbone.config, CONFIG).init_lora, jax.random.key(0))
     )
-    export_merged(tmp_path / "merged", backbone, lora, CONFIG, dtype="float32", recipe={"seed": 3})
+    export_merged(tmp_path / "merged", backbone, lora, CONFIG, dtype="float32", training=Training(recipe={"seed": 3}))
     assert sorted(os.listdir(tmp_path)) == ["cache", "m.gguf", "merged"]
     again = resolve(ModelConfig(source=str(tmp_path / "merged")))
     assert again.config == backbone.config and again.eos_token_ids == backbone.eos_token_ids
@@ -133,3 +134,26 @@ def test_tied_heads_are_not_written_twice(tmp_path, tokenizer):
     assert "lm_head.weight" not in SafetensorsFolder(tmp_path / "merged").names
     untied = dataclasses.replace(tiny.architecture, tie_word_embeddings=False)
     assert "lm_head.weight" in {weight.name for weight in tiny.family.weights(untied)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2-untied"])
+def test_a_reward_model_is_a_sequence_classifier(tmp_path, tokenizer, name):
+    """The policy's weights without the head of the vocabulary, and the score head in its place."""
+    tiny = Tiny(name)
+    lora = adapter(tiny, CONFIG)
+    head = {"kernel": jnp.linspace(-1, 1, 16)[:, None], "bias": jnp.array([0.1], jnp.float32)}
+    common = {"dtype": "float32", "shard_bytes": 9_000}
+    export_merged(tmp_path / "policy", backbone_of(tiny, tokenizer), lora, CONFIG, **common)
+    export_merged(tmp_path / "reward", backbone_of(tiny, tokenizer), lora, CONFIG, head=head, **common)
+    policy, reward = (SafetensorsFolder(tmp_path / kind) for kind in ("policy", "reward"))
+    assert set(reward.names) == (set(policy.names) - {"lm_head.weight"}) | {"score.weight"}
+    for name in set(reward.names) - {"score.weight"}:
+        np.testing.assert_array_equal(reward.read(name), policy.read(name))
+    np.testing.assert_array_equal(reward.read("score.weight"), np.asarray(head["kernel"]).T)
+    classes = {"llama": "Llama", "gemma3": "Gemma3Text", "gpt2-untied": "GPT2"}
+    assert reward.config["architectures"] == [f"{classes[tiny.name]}ForSequenceClassification"]
+    assert reward.config["id2label"] == {"0": "score"} and reward.config["pad_token_id"] == tokenizer.pad_token_id
+    assert reward.config["score_bias"] == float(np.float32(0.1))
+    assert not (tmp_path / "reward" / "generation_config.json").exists()
+    readme = (tmp_path / "reward" / "README.md").read_text()
+    assert repr(float(np.float32(0.1))) in readme and "AutoModelForSequenceClassification" in readme

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 from tiny_project import finish, jsonl, result, start, write_config
 
@@ -281,6 +282,10 @@ def test_a_quantized_backbone_cannot_be_tuned(project, compiled, tmp_path):
 def test_an_exported_adapter_starts_another_run_and_comes_out_as_it_went_in(undisturbed, project, compiled, tmp_path):
     """To the bit; and merged into the backbone it is a plain model, whose weights a third run trains on from there."""
     made = undisturbed / "runs" / "run" / "export"
+    for role in ("policy", "reward"):
+        told = ModelCard.load(made / role / "README.md")
+        assert told.data.library_name == "peft" and told.data.pipeline_tag.startswith("text-")
+        assert "pe-rlhf run --config " in told.content and "95% interval" in told.content
     adapters = {"model": project["model"] | {"adapter": str(made / "policy")}, "export": {"roles": ["policy"], "merged": True}}
     output = finish(start(write_config(project, tmp_path, **adapters), compiled, "--set", "run.stages=[export]"))
     assert "warning" not in output
@@ -288,9 +293,9 @@ def test_an_exported_adapter_starts_another_run_and_comes_out_as_it_went_in(undi
     before, after = (load_file(folder / "policy" / "adapter_model.safetensors") for folder in (made, ours))
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
-    assert (ours / "merged" / "config.json").is_file()
+    assert sorted(path.name for path in (ours / "merged").iterdir()) == ["policy"]
 
-    merged = {"model": {"source": str(ours / "merged")}, "sft": project["sft"] | {"steps": 1}}
+    merged = {"model": {"source": str(ours / "merged" / "policy")}, "sft": project["sft"] | {"steps": 1}}
     finish(start(write_config(project, tmp_path, **merged), compiled, "--set", "run.name=third", "--set", "run.stages=[sft]"))
     figures = json.loads((tmp_path / "runs" / "third" / "summary.json").read_text())["sft"]
     trained = json.loads((undisturbed / "runs" / "run" / "summary.json").read_text())["sft"]
@@ -315,6 +320,6 @@ def test_generate_answers_with_both_policies(undisturbed, compiled):
 
     first, second = (generate("--temperature", "0", "--max-new-tokens", "5") for _ in range(2))
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "film 3 is" in first.stdout and first.stdout == second.stdout
+    assert "film 3 is\nreference: " in first.stdout and "\npolicy: " in first.stdout and first.stdout == second.stdout
     refused = generate("--temperature", "-1")
     assert refused.returncode == 2 and "temperature" in refused.stdout

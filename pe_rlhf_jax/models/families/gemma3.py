@@ -27,4 +27,4 @@ def config_from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, rope_theta=theta, rope_scaling=scaling, local_rope_theta=local, qk_norm=True)
 
 
-GEMMA3 = Family("gemma3_text", "Gemma3", config_from_hf, weights, ignorable)
+GEMMA3 = Family("gemma3_text", "Gemma3", config_from_hf, weights, ignorable, classifier_prefix="Gemma3Text")
