@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pe_rlhf_jax import data
+from pe_rlhf_jax import data, hosts
 from pe_rlhf_jax.checkpoint.peft_import import import_adapter
 from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.config import Config, ConfigError
@@ -34,8 +36,11 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     _check_lengths(config, backbone.config.max_position_embeddings)
     decoder, params = load_decoder(config, backbone, mesh)
     held = jnp.dtype(decoder.dtype).name + (f" over {config.model.quantization}" if config.model.quantization else "")
-    progress.note(f"{backbone.source}: {count(params) / 1e6:.1f}M parameters, {held}, on {jax.device_count()} {jax.default_backend()}")
+    where = f"{jax.device_count()} {jax.default_backend()}" + (f" of {jax.process_count()} processes" if hosts.several() else "")
+    progress.note(f"{backbone.source}: {count(params) / 1e6:.1f}M parameters, {held}, on {where}")
     loaded = data.load(config.data, backbone.tokenizer, needs=needs)
+    if hosts.several():
+        hosts.same({"backbone (model.source)": backbone.sha256.encode(), "data": _rows_of(loaded)})
     for note in loaded.notes:
         progress.note(f"data: {note}")
     base, reward_base = (_adapter(config, folder, backbone, decoder) for folder in (config.model.adapter, config.reward.adapter))
@@ -102,6 +107,16 @@ def needed(config: Config) -> set[Kind]:
         elif stage == "evaluate":
             needs |= {kind for kind in (judged, "prompts") if _has(config, kind)}
     return needs
+
+
+def _rows_of(loaded: data.Data) -> bytes:
+    """What tells two sets of loaded rows apart."""
+    digest = hashlib.sha256()
+    for split in (loaded.sft, loaded.preference, loaded.label, loaded.prompts):
+        for row in [*split.train, *split.validation] if split else ():
+            for value in vars(row).values():
+                digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return digest.digest()
 
 
 def _has(config: Config, kind: Kind) -> bool:

@@ -5,7 +5,10 @@
     python -m pe_rlhf_jax.main report runs/quickstart
     python -m pe_rlhf_jax.main plan --config configs/llama3_8b_reward.yaml --topology v5e:4x4
 
-Exit codes: 0 done, 1 a plan that does not fit, 2 an error that the message explains, 75 stopped by SIGTERM or Ctrl-C with everything saved.
+On several hosts the same command runs on each; `hosts` says how they find each other.
+
+Exit codes: 0 done, 1 a plan that does not fit, or another process of the run was lost, 2 an error that the message explains, 75 stopped by
+SIGTERM or Ctrl-C with everything saved.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ import jax
 from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
-from pe_rlhf_jax import run_folder
+from pe_rlhf_jax import hosts, run_folder
 from pe_rlhf_jax.answering import Answerer, chat, show
 from pe_rlhf_jax.checkpoint.peft_import import AdapterError
 from pe_rlhf_jax.checkpoint.store import CheckpointError
@@ -34,7 +38,7 @@ from pe_rlhf_jax.package import PackageError, cache_folder
 from pe_rlhf_jax.plan import command as planning
 from pe_rlhf_jax.report import html, samples
 from pe_rlhf_jax.report.progress import Progress
-from pe_rlhf_jax.run import Run
+from pe_rlhf_jax.run import Run, Stopped
 from pe_rlhf_jax.training.functions import FunctionError
 from pe_rlhf_jax.training.step import NonFiniteError
 
@@ -42,15 +46,11 @@ STOPPED = 75
 """Exit code of a run that was stopped and can be continued (EX_TEMPFAIL)."""
 
 
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C was received, and the state is saved."""
-
-
 class StopSignal:
     """Turns the first SIGTERM or Ctrl-C into a flag that is looked at between steps; a second Ctrl-C acts at once."""
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self._received = 0
 
     def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -61,12 +61,13 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: object) -> None:
-        self.received = signal.Signals(number).name
+        self._received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def check(self) -> None:
-        if self.received:
-            raise Stopped(self.received)
+    def asked(self) -> str | None:
+        """The signal that one of the run's processes has received; all of them ask at the same time and get the same answer."""
+        number = int(hosts.largest(self._received))
+        return signal.Signals(number).name if number else None
 
 
 def run(config: Config, restart: bool = False, console: Console | None = None, command: str | None = None) -> dict[str, Any]:
@@ -76,14 +77,16 @@ def run(config: Config, restart: bool = False, console: Console | None = None, c
     """
     if config.run.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    progress = Progress(console)
+    hosts.start(config.run.host_timeout_s)
+    hosts.same({"configuration": configuration.dump(config).encode()})
+    progress = Progress(console if hosts.first() else Console(quiet=True))
     with StopSignal() as stop, run_folder.opened(config, restart) as folder:
         this = Run(config, folder, progress, stop, command)
         try:
             with jax.set_mesh(this.context.mesh):
                 summary = this.execute()
         finally:
-            this.log.close()
+            this.close()
         progress.note(f"report: {folder / 'report.html'}")
         return summary
 
@@ -114,32 +117,44 @@ def cli(argv: Sequence[str] | None = None) -> int:
         argv.insert(0, "run")
     arguments = parser.parse_args(argv)
     console = Console()
+    code = 0
     errors = (ConfigError, DataError, WeightsError, PackageError, CheckpointError, NonFiniteError, FunctionError, AdapterError, OSError)
     try:
         if arguments.command == "report":
             run_folder.read_config(arguments.folder)
             console.print(f"report: {html.build(arguments.folder)}", markup=False, soft_wrap=True)
         elif arguments.command == "plan":
-            return 0 if planning.run(arguments, console) else 1
+            code = 0 if planning.run(arguments, console) else 1
         elif arguments.command == "generate":
             changes = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "max_new_tokens")}
-            answerer = Answerer(arguments.run, console, changes, arguments.seed)
+            hosts.start(run_folder.read_config(arguments.run).run.host_timeout_s)
+            shown = console if hosts.first() else Console(quiet=True)
+            answerer = Answerer(arguments.run, shown, changes, arguments.seed)
             if arguments.prompt and len(arguments.prompt) == 1:
-                console.print(samples.visible(arguments.prompt[0]), style="dim", markup=False, highlight=False, soft_wrap=True)
-                show(console, answerer.stream(arguments.prompt[0]))
+                shown.print(samples.visible(arguments.prompt[0]), style="dim", markup=False, highlight=False, soft_wrap=True)
+                show(shown, answerer.stream(arguments.prompt[0]))
             elif arguments.prompt:  # all at once
-                samples.show(console, answerer(arguments.prompt), len(arguments.prompt))
+                samples.show(shown, answerer(arguments.prompt), len(arguments.prompt))
             else:
-                chat(answerer, lambda: console.input("[bold]you: [/]"), console)
+                chat(answerer, lambda: hosts.once(lambda: console.input("[bold]you: [/]")), shown)
         else:
             run(configuration.load(arguments.config, arguments.set), arguments.restart, console, shlex.join(["pe-rlhf", *argv]))
     except Stopped as reason:
         console.print(f"Stopped by {reason}; everything is saved. Run the same command again to continue.", markup=False)
-        return STOPPED
+        code = STOPPED
     except errors as error:
         console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)  # a path stays in one piece
-        return 2
-    return 0
+        code = 2
+    except (Exception, KeyboardInterrupt) as error:
+        if not hosts.several():
+            raise
+        if hosts.is_loss(error):
+            console.print(f"error: {hosts.LOST}\n{error}", markup=False, style="red", soft_wrap=True)
+        else:
+            traceback.print_exc()
+        code = 1
+    hosts.leave(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 import jax
 
-from pe_rlhf_jax import run_folder
+from pe_rlhf_jax import hosts, run_folder
 from pe_rlhf_jax.checkpoint import card, export, merged
 from pe_rlhf_jax.checkpoint.store import Store
 from pe_rlhf_jax.config import Config
@@ -30,30 +31,30 @@ from pe_rlhf_jax.types import PyTree
 _OUTCOMES = {**ROLE_OF, "evaluate": "evaluate", "export": "export"}
 
 
+class Stopped(Exception):
+    """The run was asked to stop, by the signal named, and its state is saved."""
+
+
 class Stop(Protocol):
     """Whether somebody asked for the run to stop."""
 
-    received: str | None
-
-    def check(self) -> None:
-        """Raises if so."""
+    def asked(self) -> str | None:
+        """By which signal; the same answer on every host, which all ask at the same time."""
 
 
 class Run:
-    """One run. `execute` continues it from wherever its folder stands."""
+    """One run. `execute` continues it from wherever its folder stands.
+
+    On several hosts all of them do the same; what is written once, and what is decided by what was written, is the first one's part
+    (`hosts.once`). Only it has a `log`.
+    """
 
     def __init__(self, config: Config, folder: Path, progress: Progress, stop: Stop, command: str | None = None):
         self.config, self.folder, self.progress, self.stop, self.command = config, folder, progress, stop, command
         self.store = Store(folder / "checkpoints")
         self.backbone, self.context = load(config, progress, needs=needed(config))
         self.outcomes = Outcomes(self.store, self.backbone, self.context)
-        self.log = MetricsLog(
-            folder,
-            tensorboard=config.run.tensorboard,
-            wandb_project=config.run.wandb_project,
-            name=config.run.name,
-            config=config.model_dump(mode="json"),
-        )
+        hosts.once(self._open_log)
 
     def execute(self) -> dict[str, Any]:
         """Runs the configured stages and returns the summary."""
@@ -66,12 +67,30 @@ class Run:
         }
         summary: dict[str, Any] = {}
         for stage in self.config.run.stages:
-            self.stop.check()
+            self._stop_if_asked()
             actions[stage]()
             summary = self.summary()
-            run_folder.write_summary(self.folder, summary)
-        html.build(self.folder)
+            hosts.once(functools.partial(run_folder.write_summary, self.folder, summary))
+        hosts.once(lambda: html.build(self.folder) and None)
         return summary
+
+    def close(self) -> None:
+        """Ends the log."""
+        if hosts.first():
+            self.log.close()
+
+    def _open_log(self) -> None:
+        self.log = MetricsLog(
+            self.folder,
+            tensorboard=self.config.run.tensorboard,
+            wandb_project=self.config.run.wandb_project,
+            name=self.config.run.name,
+            config=self.config.model_dump(mode="json"),
+        )
+
+    def _stop_if_asked(self) -> None:
+        if signal := self.stop.asked():
+            raise Stopped(signal)
 
     def _sft(self) -> None:
         context = self.context
@@ -128,22 +147,26 @@ class Run:
         else:
             state, meta = self.store.restore(stage, self.outcomes.like(init))
             self.outcomes.check(meta)
-        self.log.rewind(stage, int(state.step))
+        start = int(state.step)
+        hosts.once(lambda: self.log.rewind(stage, start))
         before, began = meta["elapsed_s"], time.perf_counter()
-        watch = health.Watch(self.config, self.log.rows(stage)) if stage == rl.STAGE else None
-        with self.progress.stage(stage, total, int(state.step)) as shown:
+        watch = health.Watch(self.config, self.log.rows(stage)) if stage == rl.STAGE and hosts.first() else None
+        with self.progress.stage(stage, total, start) as shown:
             # What was seen before a kill counts as well: a continued run stops where an undisturbed one does.
             for current, values in () if self._stalled(stage, select, patience) else advance(state):
                 state, step = current, int(current.step)
-                self.log.write(stage, step, values)
+                if hosts.first():
+                    self.log.write(stage, step, values)
                 shown.update(step, values)
                 for warning in watch.after(values) if watch else ():
                     self.progress.warn(warning)
                 metric = values.get(select) if select else None
-                if step % every == 0 or step == total or metric is not None or self.stop.received:
+                signal = self.stop.asked()
+                if step % every == 0 or step == total or metric is not None or signal:
                     meta |= {"elapsed_s": before + time.perf_counter() - began, "peak_memory_gib": self._peak(meta)}
                     self.store.save(stage, step, state, meta, metric)
-                self.stop.check()
+                if signal:
+                    raise Stopped(signal)
                 if metric is not None and self._stalled(stage, select, patience):
                     self.progress.note(f"{stage}: stopped at step {step}, {select} has not risen in {patience} evaluations")
                     break
@@ -156,7 +179,7 @@ class Run:
     def _stalled(self, stage: str, select: str | None, patience: int | None) -> bool:
         if select is None or patience is None:
             return False
-        seen = [row[select] for row in self.log.rows(stage) if row.get(select) is not None]
+        seen = hosts.once(lambda: [row[select] for row in self.log.rows(stage) if row.get(select) is not None])
         return len(seen) > patience and max(seen[-patience:]) <= max(seen[:-patience])
 
     def _evaluate(self) -> None:
@@ -177,11 +200,12 @@ class Run:
                 for done, result in evaluate.policy(self.context, roles, rewards):
                     shown.update(done, {})
                     figures |= result
-                    self.stop.check()
+                    self._stop_if_asked()
             rows = figures.pop("samples")
-            samples.write(self.folder / "samples" / "evaluation.jsonl", rows)
+            hosts.once(lambda: samples.write(self.folder / "samples" / "evaluation.jsonl", rows))
             samples.show(self.progress.console, rows, self.config.evaluate.samples)
-        meta = self._meta() | {"elapsed_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(), "figures": figures}
+        meta = self._meta()
+        meta |= {"elapsed_s": time.perf_counter() - began, "peak_memory_gib": self._peak(meta), "figures": figures}
         self.store.save(evaluate.STAGE, 0, {}, meta | {"of": of})
 
     def _export(self) -> None:
@@ -199,22 +223,26 @@ class Run:
                 other = "" if config.merged else "; export.merged writes it whole"
                 self.progress.warn(f"export: the {name} model has weights of its own, to which no adapter of the backbone belongs{other}")
             elif name == "policy":
-                export.export_policy(folder, role.lora, self.config.lora, training=told, **common)
+                lora = hosts.fetch(role.lora)
+                hosts.once(functools.partial(export.export_policy, folder, lora, self.config.lora, training=told, **common))
             else:
-                export.export_reward(folder, role.lora, role.head, self.config.lora, training=told, **common)
+                lora, head = hosts.fetch((role.lora, role.head))
+                hosts.once(functools.partial(export.export_reward, folder, lora, head, self.config.lora, training=told, **common))
             if config.merged and role is not None:
                 whole, head = self.folder / "export" / "merged" / name, role.head if name == "reward" else None
+                lora, head = hosts.fetch((role.lora, head))
                 merged.export_merged(
                     whole,
                     self.backbone,
-                    role.lora,
+                    lora,
                     self.config.lora,
                     params=role.params,
                     head=head,
                     dtype=config.merged_dtype,
                     training=told,
                 )
-        meta = self._meta() | {"elapsed_s": time.perf_counter() - began, "peak_memory_gib": peak_memory_gib(), "figures": {}}
+        meta = self._meta()
+        meta |= {"elapsed_s": time.perf_counter() - began, "peak_memory_gib": self._peak(meta), "figures": {}}
         self.store.save("export", 0, {}, meta)
 
     def _training(self, name: card.Kind, summary: dict[str, Any]) -> card.Training:
@@ -229,14 +257,13 @@ class Run:
         figures = {stage: meta["figures"] for stage, meta in metas.items()}
         evaluated = figures.get("evaluate", {})
         times = {f"{stage}_s": meta["elapsed_s"] for stage, meta in metas.items()}
-        rows = self.log.rows(rl.STAGE)
-        parts = {f"rl_{part}_s": sum(row.get(f"time/{part}") or 0.0 for row in rows) for part in ("rollout", "score", "learn")}
         device = jax.devices()[0]
         return {
             "name": self.config.run.name,
             "versions": {name: importlib.metadata.version(name) for name in ("pe_rlhf_jax", "jax", "flax", "optax", "orbax-checkpoint")}
             | {"python": sys.version.split()[0]},
-            "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count(), "cores": os.cpu_count()},
+            "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count(), "cores": os.cpu_count()}
+            | ({"hosts": jax.process_count()} if hosts.several() else {}),
             "model": {
                 "source": self.backbone.source,
                 "sha256": self.backbone.sha256,
@@ -248,9 +275,15 @@ class Run:
             **({"reward_model": figures["reward"] | evaluated.get("reward_model", {})} if "reward" in figures else {}),
             **({"rl": figures["rl"] | evaluated.get("rl", {})} if "rl" in figures else {}),
             **({"judge": evaluated["judge"]} if "judge" in evaluated else {}),
-            "time": times | (parts if rows else {}) | {"total_s": sum(times.values())},
+            "time": times | hosts.once(self._parts_of_rl) | {"total_s": sum(times.values())},
             "peak_memory_gib": max([meta["peak_memory_gib"] for meta in metas.values()], default=peak_memory_gib()),
         }
+
+    def _parts_of_rl(self) -> dict[str, float]:
+        """What the seconds of RL went into."""
+        rows = self.log.rows(rl.STAGE)
+        parts = {f"rl_{part}_s": sum(row.get(f"time/{part}") or 0.0 for row in rows) for part in ("rollout", "score", "learn")}
+        return parts if rows else {}
 
     def _trainable(self) -> int:
         """Numbers that training changes in one model: the policy, or what has been trained so far."""
@@ -262,4 +295,5 @@ class Run:
         return {"backbone": {"source": self.backbone.source, "sha256": self.backbone.sha256}, "elapsed_s": 0.0, "peak_memory_gib": 0.0}
 
     def _peak(self, meta: dict[str, Any]) -> float:
-        return max(meta["peak_memory_gib"], peak_memory_gib())
+        """Peak memory so far, on the fullest host."""
+        return max(meta["peak_memory_gib"], hosts.largest(peak_memory_gib()))

@@ -6,41 +6,60 @@ import contextlib
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax import hosts
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.files import write_atomically
 
-MAY_CHANGE = ("run.stages", "run.tensorboard", "run.wandb_project", "run.compilation_cache")
+MAY_CHANGE = ("run.stages", "run.tensorboard", "run.wandb_project", "run.host_timeout_s", "run.compilation_cache")
 """Fields that say which part of a run is done now, or what is written beside it; they may differ when a run is continued."""
 
 
 @contextlib.contextmanager
 def opened(config: Config, restart: bool) -> Iterator[Path]:
-    """The run's folder, made or continued, locked against a second process.
+    """The run's folder, made or continued, locked against a second process. Of several hosts the first one does that for all of them.
 
     With `restart` an existing folder is moved aside. Raises ConfigError if another process works in it, if it was started with another
-    configuration, or if it cannot be made or written.
+    configuration, if it cannot be made or written, or if the hosts do not share it.
     """
     folder = config.run_folder
     with contextlib.ExitStack() as locks:
-        try:
-            if restart and folder.exists():
-                # Locked before it is moved, and until the end: a process that works in it would go on in the new folder.
-                locks.enter_context(_locked(folder))
-                folder.rename(_free_name(folder))
-            folder.mkdir(parents=True, exist_ok=True)
-            locks.enter_context(_locked(folder))
-            _check_configuration(folder, config)
-            write_atomically(folder / "config.yaml", configuration.dump(config).encode())
-        except OSError as error:
+        mark = hosts.once(lambda: _open(folder, config, restart, locks))
+        if hosts.largest(_mark(folder) != mark):
             raise ConfigError(
-                f"{folder} cannot be used as a run folder ({error}); make room or give access, or choose another place with run.folder"
-            ) from error
+                f"{folder} is not the same folder on all hosts; set run.folder to one that they share: an object store "
+                "(gs://BUCKET/FOLDER) or a network disk"
+            )
         yield folder
+
+
+def _open(folder: Path, config: Config, restart: bool, locks: contextlib.ExitStack) -> str:
+    """Makes, locks and checks the folder; returns what its lock says."""
+    try:
+        if restart and folder.exists():
+            # Locked before it is moved, and until the end: a process that works in it would go on in the new folder.
+            locks.enter_context(_locked(folder))
+            folder.rename(_free_name(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        locks.enter_context(_locked(folder))
+        _check_configuration(folder, config)
+        write_atomically(folder / "config.yaml", configuration.dump(config).encode())
+        return _mark(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be used as a run folder ({error}); make room or give access, or choose another place with run.folder"
+        ) from error
+
+
+def _mark(folder: Path) -> str:
+    with contextlib.suppress(OSError):
+        return (folder / ".lock").read_text()
+    return ""
 
 
 def read_config(folder: Path) -> Config:
@@ -59,7 +78,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     path = folder / ".lock"
-    with open(path, "w") as lock:
+    with open(path, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever moved the folder aside since it was opened holds the lock of the new one.
@@ -68,6 +87,10 @@ def _locked(folder: Path) -> Iterator[None]:
             mine = False
         if not mine:
             raise ConfigError(f"{folder}: another process is running there; wait for it, or give another run.name")
+        lock.truncate(0)  # what is read there tells the hosts of a run that they see the same folder
+        lock.write(uuid.uuid4().hex)
+        lock.flush()
+        os.fsync(lock.fileno())
         yield
 
 

@@ -105,12 +105,24 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 def place(tree: PyTree, mesh: Mesh) -> PyTree:
     """Puts a tree on the devices by the parameter rule."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    return jax.tree.map(_put, tree, shardings(tree, mesh))
 
 
 def place_rows(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Puts a batch on the devices, split by row. The number of rows must be a multiple of `row_multiple(mesh)`."""
-    return jax.device_put(batch, NamedSharding(mesh, ROWS))
+    """Puts a batch on the devices, split by row. The number of rows must be a multiple of `row_multiple(mesh)`.
+
+    With several hosts every one is given the whole batch, and sends its devices their rows: each row is somewhere, none is there twice
+    (but for the devices along `tensor`, which share them), however many hosts there are.
+    """
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, ROWS)), batch)
+
+
+def _put(x: jax.Array, place: NamedSharding) -> jax.Array:
+    here = not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    if place.is_fully_addressable or not here:
+        return jax.device_put(x, place)
+    host = np.asarray(x)  # device_put would first compare it with every other process's
+    return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
 
 
 def row_multiple(mesh: Mesh) -> int:

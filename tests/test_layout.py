@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pe_rlhf_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"config", "files", "image_prompt", "package", "protobuf", "types", "sharding"}
+GROUND = {"config", "files", "hosts", "image_prompt", "package", "protobuf", "types", "sharding"}
 PARTS = GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint", "plan", "report"}
 MAY_IMPORT = {
     "config": set(),
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "package": {"files"},
     "protobuf": set(),
     "types": {"config"},
+    "hosts": {"config", "types"},
     "sharding": {"config", "types"},
     "data": {"config", "files", "image_prompt", "package", "protobuf", "types"},
     "models": GROUND,
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "checkpoint": GROUND | {"data", "models"},
     "plan": GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint"},
     "report": {"config", "files", "types"},
-    "run_folder": {"config", "files"},
+    "run_folder": {"config", "files", "hosts"},
     "loading": PARTS,
     "outcomes": PARTS | {"loading", "run_folder"},
     "run": PARTS | {"loading", "outcomes", "run_folder"},

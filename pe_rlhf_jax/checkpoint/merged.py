@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from pe_rlhf_jax import hosts
 from pe_rlhf_jax.checkpoint.card import SCORING, Kind, Training, card
 from pe_rlhf_jax.checkpoint.folder import written_whole
 from pe_rlhf_jax.checkpoint.peft_layout import adapted_modules
@@ -55,7 +56,8 @@ def export_merged(
         backbone: whose weights are read again, from its files.
         lora: the model's adapter, or None.
         config: that the adapter is applied with.
-        params: the model's own parameters after full tuning, in place of the backbone's.
+        params: the model's own parameters after full tuning, in place of the backbone's. Of several processes the first one writes; all
+            call this function together.
         head: a reward model's, {"kernel": [D, 1], "bias": [1]}; None for a policy.
         dtype: of the written weights; the sum is taken in float32.
         shard_bytes: a file's size at most (of several tensors).
@@ -85,7 +87,12 @@ def export_merged(
     for name, file_name in _unused(backbone, shapes).items():
         shapes[name] = backbone.reader.shape(file_name)
         makers.append((name, _maker(backbone, [], None, file_name, None, None, dtype)))
-    with written_whole(Path(folder)) as unfinished:
+    if not hosts.first():
+        if params is not None:  # parts of them lie here
+            for _, make in makers:
+                make()
+        return
+    with written_whole(folder) as unfinished:
         write_safetensors(unfinished, shapes, dtype, makers, shard_bytes)
         backbone.tokenizer.save_pretrained(unfinished)
         _write(unfinished / "config.json", _config(backbone, dtype, head))
@@ -168,7 +175,7 @@ def _maker(
             tensor = backbone.reader.read(file_name)
         else:
             leaves = [_leaf(params, weight) for weight in group]
-            tensor = join(group, [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves])
+            tensor = join(group, [hosts.fetch(leaf if layer is None else leaf[layer]) for leaf in leaves])
         if change is not None:
             tensor = tensor.astype(np.float32) + change(0 if layer is None else layer)
         return _narrow(tensor, file_name, dtype)

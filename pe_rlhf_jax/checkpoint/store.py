@@ -25,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from pe_rlhf_jax import hosts
 from pe_rlhf_jax.files import sync, sync_tree
 from pe_rlhf_jax.types import PyTree
 
@@ -44,7 +45,11 @@ class _Damaged(CheckpointError):
 
 
 class Store:
-    """The checkpoints of one run; one process writes, others may read meanwhile."""
+    """The checkpoints of one run; the processes of one run write, others may read meanwhile.
+
+    Of several processes every one writes and reads its own parts of the arrays, and the first does and decides all the rest: all call
+    `save`, `restore`, `latest`, `best` and `meta` together.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = epath.Path(folder).absolute()
@@ -63,30 +68,15 @@ class Store:
         Raises:
             CheckpointError: nothing was written (a full disk, say); the checkpoints that were there are untouched.
         """
-        if not self._leftovers_removed:
-            self._remove_leftovers()
-            self._leftovers_removed = True
         parent = self.folder / stage
-        target, unfinished, replaced = parent / str(step), parent / f"{SAVING}{step}", parent / f"{REPLACED}{step}"
+        unfinished = parent / f"{SAVING}{step}"
+        leaves = _named_leaves(state)
+        content = {"meta": meta, "metric": metric if metric is not None and math.isfinite(metric) else None}
         try:
-            unfinished.mkdir(parents=True, exist_ok=True)
-            leaves = _named_leaves(state)
-            _check_space(unfinished, leaves)
+            hosts.once(lambda: self._begin(unfinished, leaves))
             if leaves:
                 self._arrays.save(unfinished / "state", args=ocp.args.PyTreeSave(leaves))
-            content = {"meta": meta, "metric": metric if metric is not None and math.isfinite(metric) else None}
-            (unfinished / "meta.json").write_text(json.dumps(content, indent=1))
-            (unfinished / MANIFEST).write_text(_manifest(unfinished))
-            # On the disk before it gets its name, and the name before older ones are deleted: a power cut finds one of them whole.
-            local = os.path.isdir(unfinished)
-            if local:
-                sync_tree(Path(unfinished))
-            if target.exists():
-                _remove(replaced)
-                target.rename(replaced)
-            unfinished.rename(target)
-            if local:
-                sync(Path(parent))
+            hosts.once(lambda: self._finish(parent, step, unfinished, content))
         except Exception as error:
             raise CheckpointError(
                 f"could not save step {step} of stage {stage!r} under {parent}: {error}\n"
@@ -94,18 +84,47 @@ class Store:
                 "start again."
             ) from error
         finally:
-            _remove(unfinished)
+            if hosts.first():
+                _remove(unfinished)
+        hosts.once(lambda: self._tidy(stage, step))
+
+    def _begin(self, unfinished: epath.Path, leaves: dict[str, Any]) -> None:
+        """Makes room for a new checkpoint."""
+        if not self._leftovers_removed:
+            self._remove_leftovers()
+            self._leftovers_removed = True
+        unfinished.mkdir(parents=True, exist_ok=True)
+        _check_space(unfinished, leaves)
+
+    def _finish(self, parent: epath.Path, step: int, unfinished: epath.Path, content: dict[str, Any]) -> None:
+        """Gives the checkpoint, whose arrays are written, the rest of its files and its name."""
+        target, replaced = parent / str(step), parent / f"{REPLACED}{step}"
+        (unfinished / "meta.json").write_text(json.dumps(content, indent=1))
+        (unfinished / MANIFEST).write_text(_manifest(unfinished))
+        # On the disk before it gets its name, and the name before older ones are deleted: a power cut finds one of them whole.
+        local = os.path.isdir(unfinished)
+        if local:
+            sync_tree(Path(unfinished))
+        if target.exists():
+            _remove(replaced)
+            target.rename(replaced)
+        unfinished.rename(target)
+        if local:
+            sync(Path(parent))
+
+    def _tidy(self, stage: str, step: int) -> None:
+        """Deletes what the checkpoint of this step makes needless."""
         self._damaged.discard((stage, step))
-        _remove(replaced)
+        _remove(self.folder / stage / f"{REPLACED}{step}")
         self._delete_all_but_kept(stage, step)
 
     def latest(self, stage: str) -> int | None:
         """Step of the stage's newest checkpoint, or None; should that be damaged, `restore` gives one before it."""
-        return max(self._steps(stage), default=None)
+        return hosts.once(lambda: max(self._steps(stage), default=None))
 
     def best(self, stage: str) -> int | None:
         """Step of the undamaged checkpoint with the highest metric, the earliest of equals; None if none has one."""
-        return self._best([step for step in self._steps(stage) if self._is_good(stage, step)], stage)
+        return hosts.once(lambda: self._best([step for step in self._steps(stage) if self._is_good(stage, step)], stage))
 
     def restore(self, stage: str, like: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
         """Read the checkpoint of `step`, or the newest good one; returns the state, identical to the bit, and its meta.
@@ -118,12 +137,12 @@ class Store:
         Raises:
             CheckpointError: there is none; all, or that of `step`, are damaged; or `like` differs (the leaf is named).
         """
-        step, meta = self._find(stage, step)
+        step, meta = hosts.once(lambda: self._find(stage, step))
         return self._read_arrays(self._folder_of(stage, step), like), meta
 
     def meta(self, stage: str, step: int | None = None) -> dict[str, Any]:
         """The meta of the checkpoint of `step`, or of the newest good one. Raises CheckpointError like `restore`."""
-        return self._find(stage, step)[1]
+        return hosts.once(lambda: self._find(stage, step))[1]
 
     def _folder_of(self, stage: str, step: int) -> epath.Path:
         folder = self.folder / stage / str(step)

@@ -32,6 +32,9 @@ class RunConfig(Section):
     max_nonfinite: int = Field(5, ge=1, description="Stop after this many non-finite updates in a row; each one is skipped and counted.")
     tensorboard: bool = Field(True, description="Write TensorBoard event files beside metrics.jsonl.")
     wandb_project: str | None = Field(None, description="Also log to this Weights & Biases project (extra `wandb`).")
+    host_timeout_s: int = Field(
+        100, ge=5, description="Seconds without a sign of life after which a host counts as dead and all others stop, with an error."
+    )
     compilation_cache: bool = Field(True, description="Keep compiled programs on disk between runs (JAX's persistent cache).")
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from pe_rlhf_jax.algorithms.masked import masked_sum
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.data import PromptExample, pad_prompts
+from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_logprobs
@@ -63,7 +64,7 @@ class _Answers:
         context, rows = self.context, len(prompts)
         self.tokens += response_tokens(rollout)[:rows]
         self.texts += texts(context, rollout)[:rows]
-        self.ended += np.asarray(rollout.ended, np.float64)[:rows].tolist()
+        self.ended += np.asarray(fetch(rollout.ended), np.float64)[:rows].tolist()
         scores = self.rewards(rollout, prompts)
         self.scores += scores.total.tolist()
         for term, values in scores.terms.items():
@@ -71,7 +72,7 @@ class _Answers:
         if name == "policy":
             temperature, chunk = context.config.rl.sampling.temperature, context.config.model.logprob_chunk
             ratios = _log_ratio(context.decoder, temperature, chunk, roles["policy"], roles["reference"], context.backbone, rollout)
-            self.kl += np.asarray(ratios)[:rows].tolist()
+            self.kl += fetch(ratios)[:rows].tolist()
 
 
 @jax.jit(static_argnums=(0, 1, 2))

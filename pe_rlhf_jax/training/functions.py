@@ -9,6 +9,7 @@ from typing import Any
 
 from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.data import PromptExample
+from pe_rlhf_jax.hosts import once
 
 
 class FunctionError(RuntimeError):
@@ -48,7 +49,20 @@ def call_function(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
 ) -> list[float]:
-    """Calls it and checks the answer: one finite float per completion. Raises FunctionError that names the function."""
+    """Calls it and checks the answer: one finite float per completion. Raises FunctionError that names the function.
+
+    It is called once, on the first of several hosts: what it says may depend on the other completions, or on the call.
+    """
+    return once(lambda: _called(spec, function, prompts, completions, columns))
+
+
+def _called(
+    spec: str,
+    function: TextFunction,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float]:
     try:
         values = list(function(list(prompts), list(completions), **columns))
     except Exception as error:

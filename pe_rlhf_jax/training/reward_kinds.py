@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from pe_rlhf_jax.algorithms.reward import bradley_terry, logistic
 from pe_rlhf_jax.config import RewardConfig
 from pe_rlhf_jax.data import LabelExample, PreferenceExample, pad_labels, pad_preferences
+from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import sequence_score
@@ -187,7 +188,7 @@ def _in_batches(context: Context, rows: Sequence[Any], of: Any) -> tuple[np.ndar
     parts = []
     for at in range(0, len(rows), size):
         part = [rows[i] for i in order[at : at + size]]
-        parts.append([np.asarray(x)[: len(part)] for x in jax.device_get(of(part, size))])
+        parts.append([np.asarray(x)[: len(part)] for x in fetch(of(part, size))])
     places = np.argsort(order)
     return tuple(np.concatenate(column)[places] for column in zip(*parts, strict=True))
 

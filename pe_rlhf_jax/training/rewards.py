@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from pe_rlhf_jax.config import RLConfig
 from pe_rlhf_jax.data import PromptExample
+from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import sequence, sequence_score
@@ -96,7 +97,7 @@ class Rewards:
                 function, asked = self.functions[term.function], [prompt.text for prompt in prompts]
                 terms[term.name] = np.asarray(call_function(term.function, function, asked, completions, columns_of(prompts)), np.float32)
             else:
-                terms[term.name] = np.asarray(self._model(str(term.model), rollout), np.float32)[:count]
+                terms[term.name] = np.asarray(fetch(self._model(str(term.model), rollout)), np.float32)[:count]
         total = sum(
             (np.float32(term.weight) * terms[term.name] for term in self.config.rewards if term.weight), np.zeros(count, np.float32)
         )
@@ -111,9 +112,9 @@ def penalised(config: RLConfig, total: Float[np.ndarray, " B"], rollout: Rollout
     """`missing_eos_penalty` in place of the score where a response has no end, and the length penalty off every score."""
     count = len(total)
     if config.missing_eos_penalty is not None:
-        total = np.where(np.asarray(rollout.ended)[:count], total, np.float32(config.missing_eos_penalty))
+        total = np.where(fetch(rollout.ended)[:count], total, np.float32(config.missing_eos_penalty))
     if config.length_penalty:
-        lengths = np.sum(np.asarray(rollout.response_mask)[:count], axis=1)
+        lengths = np.sum(fetch(rollout.response_mask)[:count], axis=1)
         total = total - np.float32(config.length_penalty) * np.maximum(lengths - config.length_target, 0).astype(np.float32)
     return total
 

@@ -23,6 +23,7 @@ from pe_rlhf_jax.algorithms import kl, ppo, reinforce
 from pe_rlhf_jax.algorithms.masked import masked_mean
 from pe_rlhf_jax.config import ConfigError, RLConfig
 from pe_rlhf_jax.data import BatchOrder, pad_prompts
+from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.heads import zero_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training.context import Context, peak_memory_gib
@@ -210,7 +211,7 @@ def _take(experience: Experience, rows: Array) -> Experience:
 
 def _of_responses(rollout: Rollout) -> Metrics:
     """Length, endings and variety of a rollout's responses."""
-    responses, ended = response_tokens(rollout), np.asarray(rollout.ended)
+    responses, ended = response_tokens(rollout), fetch(rollout.ended)
     return {
         "objective/length": float(np.mean([len(response) for response in responses])),
         "objective/ended": float(np.mean(ended)),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pe_rlhf_jax.config import SamplingConfig
+from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.generate import DecodeState, advance, begin, generate, so_far
@@ -50,7 +50,7 @@ def watch(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, 
         if sampling.stop_strings:
             sampled = cut_at_stop_strings(context, sampled, sampling.stop_strings)
         yield sampled
-        if np.all(sampled.ended):
+        if np.all(hosts.fetch(sampled.ended)):
             return
 
 
@@ -90,17 +90,15 @@ def cut_at_stop_strings(context: Context, rollout: Rollout, stop_strings: Sequen
     Strings are looked for in the decoded text, because they may begin or end inside a token; so this happens on the host, after
     sampling.
     """
-    tokens, mask, logprobs, ended = (
-        np.array(x) for x in jax.device_get((rollout.response, rollout.response_mask, rollout.logprobs, rollout.ended))
-    )
+    fetched = fetch((rollout.response, rollout.response_mask, rollout.logprobs, rollout.ended))
+    tokens, mask, logprobs, ended = (np.array(x) for x in fetched)
     for row, kept in enumerate(response_tokens(rollout)):
         length = _length_to_stop(context, kept, stop_strings)
         if length is None:
             continue
         tokens[row, length:], mask[row, length:], logprobs[row, length:] = context.pad_token, False, 0.0
         ended[row] = True
-    cut = rollout.replace(response=tokens, response_mask=mask, logprobs=logprobs, ended=ended)
-    return context.rows(jax.tree.map(jnp.asarray, cut))
+    return rollout.replace(**context.rows({"response": tokens, "response_mask": mask, "logprobs": logprobs, "ended": ended}))
 
 
 def _length_to_stop(context: Context, tokens: list[int], stop_strings: Sequence[str]) -> int | None:
@@ -115,7 +113,7 @@ def _length_to_stop(context: Context, tokens: list[int], stop_strings: Sequence[
 
 def response_tokens(rollout: Rollout) -> list[list[int]]:
     """The responses' real tokens, end token included."""
-    tokens, mask = jax.device_get((rollout.response, rollout.response_mask))
+    tokens, mask = fetch((rollout.response, rollout.response_mask))
     return [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
 
 
