@@ -87,7 +87,7 @@ class Answerer:
             if sampled is None:
                 return
             yield texts(self.context, sampled)[0]
-            ended = bool(np.asarray(sampled.ended)[0])  # the other rows only fill the devices
+            ended = bool(fetch(sampled.ended)[0])  # the other rows only fill the devices
 
     def _asked(self, prompts: Sequence[str]) -> tuple[PromptBatch, jax.Array]:
         """The prompts on the devices, and a key for their answers."""

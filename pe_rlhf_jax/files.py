@@ -1,10 +1,32 @@
-"""Files that are there as a whole or not at all, whatever stops the writer."""
+"""Where files are, on a disk or in an object store; and files that are there as a whole or not at all, whatever stops the writer."""
 
 from __future__ import annotations
 
 import errno
 import os
 from pathlib import Path
+from typing import cast
+
+import fsspec
+from etils import epath
+
+
+def path_of(place: str | os.PathLike[str]) -> Path:
+    """A local path, `~` expanded, or a place in an object store such as `gs://bucket/folder`.
+
+    The latter has pathlib's methods for names, reading and writing; there is no appending, no lock, and no move that is whole or not at
+    all but that of a single file.
+    """
+    if not is_remote(place):
+        return Path(place).expanduser()
+    for protocol in ("gs", "gcs", "s3", "az"):  # other hosts write there too: a remembered listing would be an old one
+        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
+    return cast(Path, epath.Path(place))
+
+
+def is_remote(place: str | os.PathLike[str]) -> bool:
+    """Whether a place is in an object store."""
+    return "://" in os.fspath(place)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -13,6 +35,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     Several processes may write the same file at once; the last one's stays. Raises OSError (a full disk, say), and then the old file is
     as it was.
     """
+    if is_remote(path):
+        path.write_bytes(data)  # an object appears when it is complete
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Named by process, so that two writers do not meet in one file; what a kill leaves is overwritten or stays hidden.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -34,6 +34,7 @@ from pe_rlhf_jax.checkpoint.store import CheckpointError
 from pe_rlhf_jax.checkpoint.weights import WeightsError
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data import DataError
+from pe_rlhf_jax.files import path_of
 from pe_rlhf_jax.package import PackageError, cache_folder
 from pe_rlhf_jax.plan import command as planning
 from pe_rlhf_jax.report import html, samples
@@ -100,9 +101,9 @@ def cli(argv: Sequence[str] | None = None) -> int:
     running.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field; may be given several times")
     running.add_argument("--restart", action="store_true", help="start anew; an existing run folder is moved aside")
     reporting = commands.add_parser("report", help="rebuild report.html of a run folder")
-    reporting.add_argument("folder", type=Path)
+    reporting.add_argument("folder", type=path_of)
     generating = commands.add_parser("generate", help="answer prompts with a run's policy, beside its reference")
-    generating.add_argument("--run", required=True, type=Path, metavar="FOLDER", help="run folder")
+    generating.add_argument("--run", required=True, type=path_of, metavar="FOLDER", help="run folder")
     generating.add_argument("--prompt", action="append", help="several are answered in a table; without one, a conversation begins")
     generating.add_argument("--temperature", type=float, help="0 is greedy; the run's rl.sampling by default, and so below")
     generating.add_argument("--top-k", type=int)

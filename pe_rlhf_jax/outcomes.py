@@ -13,6 +13,7 @@ from pe_rlhf_jax import run_folder
 from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.config import Config, ConfigError
+from pe_rlhf_jax.files import path_of
 from pe_rlhf_jax.loading import load_decoder
 from pe_rlhf_jax.models.lora import merge
 from pe_rlhf_jax.models.roles import Role
@@ -57,7 +58,7 @@ class Outcomes:
             CheckpointError: its checkpoint cannot be used.
         """
         names = {term.model for term in self.context.config.rl.rewards if term.model is not None}
-        return {name: self._own() if name == "run" else self._of_another_run(Path(name)) for name in sorted(names)}
+        return {name: self._own() if name == "run" else self._of_another_run(path_of(name)) for name in sorted(names)}
 
     def _own(self) -> RewardModel:
         role, context = self.reward_model(), self.context

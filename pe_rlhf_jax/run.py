@@ -164,6 +164,8 @@ class Run:
                 signal = self.stop.asked()
                 if step % every == 0 or step == total or metric is not None or signal:
                     meta |= {"elapsed_s": before + time.perf_counter() - began, "peak_memory_gib": self._peak(meta)}
+                    if hosts.first():
+                        self.log.flush()
                     self.store.save(stage, step, state, meta, metric)
                 if signal:
                     raise Stopped(signal)

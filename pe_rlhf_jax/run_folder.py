@@ -6,6 +6,9 @@ import contextlib
 import fcntl
 import json
 import os
+import sys
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,9 @@ from typing import Any
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import hosts
 from pe_rlhf_jax.config import Config, ConfigError
-from pe_rlhf_jax.files import write_atomically
+from pe_rlhf_jax.files import is_remote, write_atomically
+
+RENEWED_S, STALE_S = 10.0, 40.0  # how often a note in an object store is renewed, and how long an unchanged one is waited for
 
 MAY_CHANGE = ("run.stages", "run.tensorboard", "run.wandb_project", "run.host_timeout_s", "run.compilation_cache")
 """Fields that say which part of a run is done now, or what is written beside it; they may differ when a run is continued."""
@@ -41,12 +46,16 @@ def opened(config: Config, restart: bool) -> Iterator[Path]:
 def _open(folder: Path, config: Config, restart: bool, locks: contextlib.ExitStack) -> str:
     """Makes, locks and checks the folder; returns what its lock says."""
     try:
+        if is_remote(folder):
+            locks.enter_context(_noted(folder))
         if restart and folder.exists():
-            # Locked before it is moved, and until the end: a process that works in it would go on in the new folder.
-            locks.enter_context(_locked(folder))
+            if not is_remote(folder):
+                # Locked before it is moved, and until the end: a process that works in it would go on in the new folder.
+                locks.enter_context(_locked(folder))
             folder.rename(_free_name(folder))
         folder.mkdir(parents=True, exist_ok=True)
-        locks.enter_context(_locked(folder))
+        if not is_remote(folder):
+            locks.enter_context(_locked(folder))
         _check_configuration(folder, config)
         write_atomically(folder / "config.yaml", configuration.dump(config).encode())
         return _mark(folder)
@@ -57,9 +66,23 @@ def _open(folder: Path, config: Config, restart: bool, locks: contextlib.ExitSta
 
 
 def _mark(folder: Path) -> str:
-    with contextlib.suppress(OSError):
-        return (folder / ".lock").read_text()
-    return ""
+    """Which process the lock says to be running there; empty where none."""
+    return _note(_lock(folder)).partition(" ")[0]
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock") if is_remote(folder) else folder / ".lock"
+
+
+def _note(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def _taken(folder: Path) -> ConfigError:
+    return ConfigError(f"{folder}: another process is running there; wait for it, or give another run.name")
 
 
 def read_config(folder: Path) -> Config:
@@ -76,9 +99,46 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def _noted(folder: Path) -> Iterator[None]:
+    """Object stores have no locks: a note beside the folder is written anew all the time while a process runs, and goes when it ends. One
+    that stands still belongs to a process that was killed.
+    """
+    path, mine, done = _lock(folder), uuid.uuid4().hex, threading.Event()
+
+    def write(number: int) -> None:
+        write_atomically(path, f"{mine} {number}".encode())
+
+    def renew() -> None:
+        number = 0
+        while not done.wait(RENEWED_S):
+            with contextlib.suppress(OSError):  # the network may come back in time
+                if _mark(folder) not in (mine, ""):
+                    print(f"error: another process has taken {folder} over, since this one stood still for too long", file=sys.stderr)
+                    os._exit(2)
+                write(number := number + 1)
+
+    if before := _note(path):
+        time.sleep(STALE_S)
+        if _note(path) not in (before, ""):
+            raise _taken(folder)
+    write(0)
+    time.sleep(RENEWED_S / 5)  # of two that start at once the later one stays
+    if _mark(folder) != mine:
+        raise _taken(folder)
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    path = folder / ".lock"
-    with open(path, "a") as lock:
+    path = _lock(folder)
+    with path.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever moved the folder aside since it was opened holds the lock of the new one.
@@ -86,7 +146,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             mine = False
         if not mine:
-            raise ConfigError(f"{folder}: another process is running there; wait for it, or give another run.name")
+            raise _taken(folder)
         lock.truncate(0)  # what is read there tells the hosts of a run that they see the same folder
         lock.write(uuid.uuid4().hex)
         lock.flush()
@@ -96,6 +156,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _check_configuration(folder: Path, config: Config) -> None:
     if not (folder / "config.yaml").is_file():
+        if (folder / "checkpoints").exists():  # such as what a kill left while it was moved aside in an object store
+            raise ConfigError(f"{folder} has checkpoints and no config.yaml; move it away with --restart, or give another run.name")
         return
     lines = [line for line in configuration.differences(read_config(folder), config) if not line.startswith(MAY_CHANGE)]
     if lines:

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 GROUND = {"config", "files", "hosts", "image_prompt", "package", "protobuf", "types", "sharding"}
 PARTS = GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint", "plan", "report"}
 MAY_IMPORT = {
-    "config": set(),
+    "config": {"files"},
     "files": set(),
     "image_prompt": set(),
     "package": {"files"},

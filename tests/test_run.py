@@ -15,14 +15,10 @@ from pe_rlhf_jax.checkpoint.store import Store
 from pe_rlhf_jax.loading import needed
 from pe_rlhf_jax.report.metrics import MetricsLog
 from pe_rlhf_jax.report.progress import Progress
-from pe_rlhf_jax.run import Run
+from pe_rlhf_jax.run import Run, Stopped
 from pe_rlhf_jax.types import TrainState
 
 STEPS = 7
-
-
-class Stopped(Exception):
-    pass
 
 
 class Counting:
@@ -39,11 +35,8 @@ class Counting:
         run.store, run.log = Store(self.folder / "checkpoints"), MetricsLog(self.folder, tensorboard=False)
         run.backbone = SimpleNamespace(source="x", sha256="0")
         run.outcomes = SimpleNamespace(like=lambda init: init(), check=lambda meta: None)
-        run.stop = SimpleNamespace(received=None, check=lambda: None)
-
-        def check():
-            if run.stop.received:
-                raise Stopped
+        stop = SimpleNamespace(received=None)
+        run.stop = SimpleNamespace(asked=lambda: stop.received)
 
         def advance(state):
             self.seen.append(int(state.step))
@@ -51,12 +44,11 @@ class Counting:
                 if step == kill_at:
                     raise KeyboardInterrupt
                 if step == stop_at:
-                    run.stop.received = "SIGTERM"
+                    stop.received = "SIGTERM"
                 state = state.replace(step=jnp.int32(step), trainable={"w": jnp.float32(step)})
                 metrics = {"eval/accuracy": self.accuracies[step]} if step in self.accuracies else {}
                 yield state, {"loss": 1.0 / step} | metrics
 
-        run.stop.check = check
         start = TrainState(jnp.int32(0), {"w": jnp.float32(0)}, {"m": jnp.zeros(1)}, jnp.int32(0), jnp.int32(0))
         select = "eval/accuracy" if self.accuracies else None
         try:

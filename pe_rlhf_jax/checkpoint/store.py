@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pe_rlhf_jax import hosts
-from pe_rlhf_jax.files import sync, sync_tree
+from pe_rlhf_jax.files import is_remote, sync, sync_tree
 from pe_rlhf_jax.types import PyTree
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class Store:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = epath.Path(folder).absolute()
+        self.folder = epath.Path(folder if is_remote(folder) else Path(folder).absolute())
         self._arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())  # the synchronous one: no threads stay behind
         self._damaged: set[tuple[str, int]] = set()
         self._leftovers_removed = False
@@ -102,7 +101,7 @@ class Store:
         (unfinished / "meta.json").write_text(json.dumps(content, indent=1))
         (unfinished / MANIFEST).write_text(_manifest(unfinished))
         # On the disk before it gets its name, and the name before older ones are deleted: a power cut finds one of them whole.
-        local = os.path.isdir(unfinished)
+        local = not is_remote(unfinished)
         if local:
             sync_tree(Path(unfinished))
         if target.exists():
@@ -269,8 +268,8 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
 
 def _check_space(folder: epath.Path, leaves: dict[str, Any]) -> None:
     """Refuse early: Orbax on a full disk fails as it should, but under hundreds of lines of its threads' tracebacks."""
-    if not os.path.isdir(folder):
-        return  # not on a local disk
+    if is_remote(folder):
+        return
     needed = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves.values())
     free = shutil.disk_usage(folder).free
     if free < needed:

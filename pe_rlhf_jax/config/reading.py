@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -14,11 +14,12 @@ import yaml
 
 from pe_rlhf_jax.config.section import ConfigError, Section
 from pe_rlhf_jax.config.sections import Config
+from pe_rlhf_jax.files import path_of
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML configuration and applies `a.b=c` overrides. Raises ConfigError with every problem found."""
-    path = Path(path)
+    path = path_of(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

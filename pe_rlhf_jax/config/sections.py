@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from pe_rlhf_jax.config.optimizer import OptimizerConfig
 from pe_rlhf_jax.config.rl import RLConfig
 from pe_rlhf_jax.config.section import Section
+from pe_rlhf_jax.files import path_of
 
 StageName = Literal["sft", "reward", "rl", "evaluate", "export"]
 STAGES: tuple[StageName, ...] = typing.get_args(StageName)
@@ -25,12 +26,14 @@ PRESETS = ("attention", "all-linear")
 
 class RunConfig(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder.")
-    folder: str = Field("runs", description="Where run folders are made.")
+    folder: str = Field(
+        "runs", description="Where run folders are made: a folder, or a place in an object store such as `gs://BUCKET/runs` (extra `gcs`)."
+    )
     seed: int = Field(0, ge=0, description="The only source of randomness: every key is folded from it, the stage and the step.")
     stages: list[StageName] = Field(list(STAGES), description="Stages to run, in this order; each continues from the run folder.")
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of a training stage.")
     max_nonfinite: int = Field(5, ge=1, description="Stop after this many non-finite updates in a row; each one is skipped and counted.")
-    tensorboard: bool = Field(True, description="Write TensorBoard event files beside metrics.jsonl.")
+    tensorboard: bool = Field(True, description="Write TensorBoard event files beside metrics.jsonl (not in an object store).")
     wandb_project: str | None = Field(None, description="Also log to this Weights & Biases project (extra `wandb`).")
     host_timeout_s: int = Field(
         100, ge=5, description="Seconds without a sign of life after which a host counts as dead and all others stop, with an error."
@@ -283,4 +286,4 @@ class Config(Section):
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.run.folder).expanduser() / self.run.name
+        return path_of(self.run.folder) / self.run.name

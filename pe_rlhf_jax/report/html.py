@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from pe_rlhf_jax import config as configuration
-from pe_rlhf_jax.files import write_atomically
+from pe_rlhf_jax.files import is_remote, write_atomically
 from pe_rlhf_jax.report import headline, health, metrics, samples, sections
 from pe_rlhf_jax.report.progress import duration
 
@@ -42,13 +42,12 @@ class Run:
     problems: list[str] = field(default_factory=list)
 
 
-def build(run_folder: Path) -> Path:
-    """Writes `<run_folder>/report.html` from config.yaml, metrics.jsonl, summary.json and samples/*.jsonl; returns its path.
+def build(folder: Path) -> Path:
+    """Writes `<folder>/report.html` from config.yaml, metrics.jsonl, summary.json and samples/*.jsonl; returns its path.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    folder = Path(run_folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such run folder; expected one that `pe-rlhf run` made")
     run = load(folder)
@@ -76,11 +75,11 @@ def build(run_folder: Path) -> Path:
 
 def load(folder: Path) -> Run:
     """Reads a run folder; what is missing or damaged becomes a line of `problems`."""
-    run = Run(name=folder.resolve().name)
+    run = Run(name=folder.name if is_remote(folder) else folder.resolve().name)
 
     config = folder / "config.yaml"
     if config.exists():
-        run.config = config.read_text(encoding="utf-8", errors="replace")
+        run.config = config.read_bytes().decode("utf-8", errors="replace")
     else:
         run.problems.append("config.yaml is missing, so the configuration is not shown.")
 

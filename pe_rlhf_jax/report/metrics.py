@@ -9,25 +9,28 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pe_rlhf_jax.config import ConfigError
-from pe_rlhf_jax.files import write_atomically
+from pe_rlhf_jax.files import is_remote, write_atomically
 
 RESERVED = ("stage", "step")
+REMOTE_EVERY_S = 60.0
 
 
 class MetricsLog:
     """Appends rows `{"stage": ..., "step": ..., **metrics}` to `<folder>/metrics.jsonl`.
 
     JSON has no NaN and no infinity: a value that is not finite is written as `null`, so that strict readers (jq,
-    pandas, JavaScript) read the file. A row is in the file when `write` returns and survives a kill of the process.
+    pandas, JavaScript) read the file. A row is in the file when `write` returns and survives a kill of the process; in an object store,
+    which cannot append, when `flush` returns, and at the latest with the first row after a minute.
 
     Args:
         folder: the run folder; made if missing.
-        tensorboard: also write event files under `<folder>/tensorboard/<stage>`, tags `<stage>/<metric>`.
+        tensorboard: also write event files under `<folder>/tensorboard/<stage>`, tags `<stage>/<metric>`; not in an object store.
         wandb_project: also log to this Weights & Biases project. A resumed run continues there; W&B cannot take rows
             back, so steps after the last checkpoint appear twice there.
         name, config: the run's name and configuration shown by W&B.
@@ -45,15 +48,17 @@ class MetricsLog:
         name: str = "",
         config: dict | None = None,
     ):
-        self.path = Path(folder) / "metrics.jsonl"
-        self._wandb = _WandbMirror(Path(folder), wandb_project, name, config) if wandb_project else None
+        self.path = folder / "metrics.jsonl"
+        self._wandb = _WandbMirror(folder, wandb_project, name, config) if wandb_project else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _mend(self.path)
+        self._waiting: list[bytes] = []
+        self._flushed = time.monotonic()
         self._tensorboard = None
-        if tensorboard:  # imported here: tensorboardX loads torch where torch is installed, which takes seconds
+        if tensorboard and not is_remote(folder):  # imported here: tensorboardX loads torch where torch is installed, which takes seconds
             from pe_rlhf_jax.report.tensorboard import TensorBoardMirror
 
-            self._tensorboard = TensorBoardMirror(Path(folder) / "tensorboard")
+            self._tensorboard = TensorBoardMirror(folder / "tensorboard")
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one row; values may be Python, numpy or JAX scalars.
@@ -78,6 +83,7 @@ class MetricsLog:
 
         The file is replaced in one move, so a kill leaves either the old rows or the new ones.
         """
+        self.flush()
         _mend(self.path)
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
         rows = zip(lines, _parse(self.path), strict=True)
@@ -89,16 +95,31 @@ class MetricsLog:
 
     def rows(self, stage: str | None = None) -> list[dict]:
         """All rows in the order of the file, or those of one stage."""
+        self.flush()
         return read(self.path, stage)
 
     def close(self) -> None:
         """Ends the mirrors; metrics.jsonl itself is never held open."""
+        self.flush()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.close()
 
+    def flush(self) -> None:
+        """Puts the rows that wait into the file: to be called before a checkpoint is saved, whose rows must be there when it is found."""
+        if self._waiting:
+            before = self.path.read_bytes() if self.path.exists() else b""
+            write_atomically(self.path, before + b"".join(self._waiting))
+            self._waiting.clear()
+        self._flushed = time.monotonic()
+
     def _append(self, data: bytes) -> None:
+        if is_remote(self.path):
+            self._waiting.append(data)
+            if time.monotonic() - self._flushed > REMOTE_EVERY_S:
+                self.flush()
+            return
         with self.path.open("ab", buffering=0) as file:
             size, written = file.tell(), 0
             try:
@@ -115,7 +136,7 @@ def read(path: Path, stage: str | None = None) -> list[dict]:
     Raises:
         ValueError: a line that is not a row, with its number.
     """
-    return [row for row in _parse(Path(path)) if stage is None or row["stage"] == stage]
+    return [row for row in _parse(path) if stage is None or row["stage"] == stage]
 
 
 def _parse(path: Path) -> list[dict]:
@@ -175,7 +196,9 @@ class _WandbMirror:
         id_file = folder / "wandb_id.txt"
         known = id_file.read_text().strip() if id_file.exists() else None
         folder.mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(project=project, name=name or None, config=config, dir=str(folder), id=known, resume="allow")
+        self.run = wandb.init(
+            project=project, name=name or None, config=config, dir=None if is_remote(folder) else str(folder), id=known, resume="allow"
+        )
         self.stages: set[str] = set()
         if self.run.id != known:
             write_atomically(id_file, f"{self.run.id}\n".encode())

@@ -48,7 +48,7 @@ def write(path: Path, samples: Iterable[Mapping[str, Any]]) -> None:
     rows = [{key: _finite(value) for key, value in sample.items()} for sample in samples]
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
     # A lone surrogate has no UTF-8; as the escape \udXXX it is still the same JSON string.
-    write_atomically(Path(path), "".join(f"{line}\n" for line in lines).encode("utf-8", errors="backslashreplace"))
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode("utf-8", errors="backslashreplace"))
 
 
 def read(path: Path) -> list[dict]:
@@ -58,7 +58,7 @@ def read(path: Path) -> list[dict]:
         ValueError: a line that is not a JSON object, with file and line.
     """
     samples = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:

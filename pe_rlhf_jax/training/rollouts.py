@@ -50,7 +50,7 @@ def watch(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, 
         if sampling.stop_strings:
             sampled = cut_at_stop_strings(context, sampled, sampling.stop_strings)
         yield sampled
-        if np.all(hosts.fetch(sampled.ended)):
+        if np.all(fetch(sampled.ended)):
             return
 
 
