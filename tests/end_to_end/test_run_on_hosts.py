@@ -1,0 +1,92 @@
+"""A whole run on several hosts, which are processes here: the run of one host, also when it is stopped, killed and continued elsewhere.
+
+.venv/bin/python -m pytest -m slow tests/end_to_end/test_run_on_hosts.py
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import finish, start
+from tiny_project import result, write_config
+
+from pe_rlhf_jax import hosts
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("whole runs")]
+
+RUN = ("-m", "pe_rlhf_jax.main", "--config")
+
+
+@pytest.fixture(scope="module")
+def alone(project, compiled, tmp_path_factory) -> dict[int, Path]:
+    """The folders of undisturbed runs of one process, by their number of devices."""
+    folders = {devices: tmp_path_factory.mktemp(f"devices{devices}") for devices in (2, 4)}
+    for devices, folder in folders.items():
+        finish(start([*RUN, str(write_config(project, folder))], 1, devices, PE_RLHF_CACHE=str(compiled)), 0)
+    return folders
+
+
+def test_two_hosts_make_the_run_of_one(alone, project, compiled, tmp_path):
+    """To the bit; what is said is said once, and the summary knows the hosts."""
+    first, second = finish(start([*RUN, str(write_config(project, tmp_path))], 2, PE_RLHF_CACHE=str(compiled)), 0)
+    assert result(tmp_path) == result(alone[2])
+    assert "report:" in first and "sft done" in first
+    assert "report:" not in second and "sft done" not in second
+    assert json.loads((tmp_path / "runs/run/summary.json").read_text())["device"]["hosts"] == 2
+    samples = "runs/run/samples/evaluation.jsonl"
+    assert (tmp_path / samples).read_text() == (alone[2] / samples).read_text()
+
+
+def test_four_hosts_with_a_sharded_model_learn_what_one_does(alone, project, compiled, tmp_path):
+    """Parameters are sharded over hosts, and all is merged and exported; to rounding, which four summands leave open."""
+    config = write_config(project, tmp_path, mesh={"data": 2, "fsdp": 2}, export={"merged": True})
+    finish(start([*RUN, str(config), "--set", "run.stages=[sft, reward, export]"], 4, PE_RLHF_CACHE=str(compiled)), 0)
+    (_, four), (_, one) = result(tmp_path), result(alone[4])
+    for row, other in zip(four, [row for row in one if row["stage"] != "rl"], strict=True):
+        assert (row["stage"], row["step"]) == (other["stage"], other["step"])
+        np.testing.assert_allclose(row["loss"], other["loss"], rtol=1e-4)
+    assert (tmp_path / "runs/run/export/merged/model.safetensors").is_file()
+
+
+def test_killed_stopped_and_continued_on_another_number_of_hosts_it_ends_the_same(alone, project, compiled, tmp_path):
+    config = write_config(project, tmp_path, run={"host_timeout_s": 10})
+    metrics, checkpoints = tmp_path / "runs/run/metrics.jsonl", tmp_path / "runs/run/checkpoints"
+
+    def begin(count: int, devices: int, until: str) -> list:
+        processes = start([*RUN, str(config)], count, devices, PE_RLHF_CACHE=str(compiled))
+        limit = time.monotonic() + 900
+        while until not in (metrics.read_text() if metrics.exists() else "") and all(p.poll() is None for p in processes):
+            assert time.monotonic() < limit, "nothing happened"
+            time.sleep(0.02)
+        return processes
+
+    processes = begin(2, 1, '"sft", "step": 3')
+    processes[1].kill()
+    killed = time.monotonic()
+    first, _ = finish(processes, 1, -signal.SIGKILL)
+    assert hosts.LOST in first and time.monotonic() - killed < 60
+
+    processes = begin(2, 1, '"rl", "step": 1')
+    processes[1].send_signal(signal.SIGTERM)
+    for output in finish(processes, 75):
+        assert "Stopped by SIGTERM; everything is saved" in output
+    done = json.loads(metrics.read_text().splitlines()[-1])
+    assert done["stage"] == "rl" and max(int(path.name) for path in (checkpoints / "rl").iterdir()) == done["step"] < 5
+
+    finish(start([*RUN, str(config)], 1, 2, PE_RLHF_CACHE=str(compiled)), 0)
+    assert result(tmp_path) == result(alone[2])
+
+
+def test_hosts_that_were_given_something_else_say_so_and_none_waits(project, compiled, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    config = write_config(project, tmp_path)
+    outputs = finish(start([*RUN, str(config)], 2, each=[(), ("--set", "rl.kl_coef=0.5")], PE_RLHF_CACHE=str(compiled)), 2)
+    assert all("process 1 has another configuration than process 0" in output for output in outputs)
+    apart = [*RUN, str(config), "--set", "run.folder=runs"]
+    outputs = finish(start(apart, 2, folders=[tmp_path, tmp_path / "elsewhere"], PE_RLHF_CACHE=str(compiled)), 2)
+    assert all("is not the same folder on all hosts" in output for output in outputs)

@@ -1,0 +1,170 @@
+"""Several processes are one run: what one does with all the devices, they do together.
+
+Whole runs are in end_to_end/test_run_on_hosts.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from processes import finish, start
+
+from pe_rlhf_jax import hosts
+from pe_rlhf_jax.config import ConfigError
+
+SCRIPT = """
+import itertools, json, os, signal, sys
+sys.path[:0] = [{tests!r}, {tests!r} + "/training"]
+
+import conftest
+import jax
+import numpy as np
+from tiny_context import tiny_context
+
+from pe_rlhf_jax import hosts
+from pe_rlhf_jax.checkpoint.store import Store
+from pe_rlhf_jax.config import ConfigError, LoRAConfig
+from pe_rlhf_jax.main import StopSignal
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.outcomes import Outcomes
+from pe_rlhf_jax.training import evaluate, reward, rl, sft
+from pe_rlhf_jax.training.rewards import RewardModel, Rewards
+
+folder = sys.argv[1]
+jax.config.update("jax_disable_most_optimizations", True)
+hosts.start(10)
+several, number = hosts.several(), jax.process_index()
+assert jax.device_count() == 2 and jax.process_count() == (2 if several else 1)
+calls = []
+
+
+def short(prompts, completions, **columns):
+    calls.append(len(completions))
+    return [-float(len(text)) for text in completions]
+
+
+MESH = json.loads(sys.argv[2])
+SECTIONS = dict(
+    mesh=MESH,
+    sft=dict(steps=3, batch_size=4),
+    rl=dict(
+        steps=2,
+        algorithm="rloo",
+        group_size=2,
+        batch_size=4,
+        rewards=[dict(model="run"), dict(function="__main__:short")],
+        sampling=dict(max_new_tokens=6, stop_strings=["7"]),
+    ),
+    evaluate=dict(prompts=3, batch_size=4, bootstrap=100, judge="__main__:short"),
+)
+context = tiny_context(conftest.make_model(conftest.TINY, LoRAConfig(r=3, lora_alpha=6.0)), 2, **SECTIONS)
+store, rows = Store(folder), []
+
+
+def run(updates, steps=2):
+    for state, metrics in itertools.islice(updates, steps):
+        rows.append({{k: v for k, v in metrics.items() if not k.startswith(("time/", "perf/"))}})
+    return state
+
+
+with jax.set_mesh(context.mesh):
+    state = run(sft.run(context, sft.init(context)))
+    store.save("sft", 2, state, {{"a": 1}})
+    like = Outcomes(store, None, context).like(lambda: sft.init(context))
+    again, meta = store.restore("sft", like)
+    jax.tree.map(np.testing.assert_array_equal, hosts.fetch(again), hosts.fetch(state))
+    assert meta == {{"a": 1}} and store.latest("sft") == 2 and store.latest("other") is None
+    reference = state.trainable
+    model = reward.whole(context, reference, reward.init(context, reference).trainable)
+    rewards = Rewards(context, {{"run": RewardModel(context.decoder, context.backbone, model)}})
+    state = run(rl.run(context, reference, model, rewards, rl.init(context, reference, model)), 1)
+    roles = {{"reference": reference, "policy": rl.whole(context, reference, model, state.train.trainable)["policy"]}}
+    *_, (_, figures) = evaluate.policy(context, roles, rewards)
+    rows.append(figures)
+    leaves = [leaf for leaf in jax.tree.leaves((context.backbone, state)) if leaf.ndim]
+    assert several == any(not (leaf.is_fully_addressable or leaf.is_fully_replicated) for leaf in leaves) or MESH["data"] > 1
+assert calls == ([4, 3, 3, 3, 3] if number == 0 else [])  # each function once, for all the rows
+
+if several:
+    assert hosts.once(lambda: jax.process_index()) == 0 and hosts.first() == (number == 0)
+    assert hosts.once(lambda: hosts.once(lambda: "x" * 1000)) == "x" * 1000
+    try:
+        hosts.once(lambda: [][0])
+    except IndexError:
+        pass
+    hosts.same(dict(data=b"1"))
+    try:
+        hosts.same(dict(backbone=b"1", data=str(number).encode()))
+        raise SystemExit("not told")
+    except ConfigError as error:
+        assert "process 1 has another data than process 0" in str(error)
+    with StopSignal() as stop:
+        assert stop.asked() is None
+        if number == 1:
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.asked() == "SIGTERM"
+    print(json.dumps(rows), flush=True)
+    hosts.largest(0)
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        hosts.largest(1)
+    except Exception as error:
+        assert hosts.is_loss(error), repr(error)
+        print(hosts.LOST, flush=True)
+        hosts.leave(1)
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param({"data": 2}, id="data"), pytest.param({"data": 1, "fsdp": 2}, id="fsdp", marks=pytest.mark.slow)]
+)
+def test_two_processes_do_what_one_does_and_stop_together(tmp_path, mesh):
+    """Training, checkpoints, functions, evaluation; then a signal to one of them; then one is killed."""
+    arguments = ["-c", SCRIPT.format(tests=str(Path(__file__).parent))]
+    alone = finish(start([*arguments, str(tmp_path / "one"), json.dumps(mesh)], count=1, devices=2), 0)
+    first, second = finish(start([*arguments, str(tmp_path / "two"), json.dumps(mesh)], count=2), 1, -9, timeout=240)
+    rows = [json.loads(next(line for line in output.splitlines() if line.startswith("[{"))) for output in (*alone, first, second)]
+    assert rows[0] == rows[1] == rows[2]
+    assert hosts.LOST in first
+
+
+@pytest.mark.parametrize(
+    "given",
+    [("127.0.0.1:1", None, "0"), (None, "2", "0"), ("127.0.0.1:1", "2", "2"), ("127.0.0.1:1", "two", "0")],
+)
+def test_variables_that_do_not_make_a_run_are_refused(monkeypatch, given):
+    for name, value in zip(hosts.VARIABLES, given, strict=True):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"expected JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.*or none of them; found"):
+        hosts.start(10)
+
+
+def test_a_process_of_its_own_needs_no_others(monkeypatch):
+    for name in [*hosts.VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))]:
+        monkeypatch.delenv(name, raising=False)
+    hosts.start(10)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    hosts.start(10)
+    assert not hosts.several() and hosts.first()
+    assert hosts.once(lambda: 3) == 3 and hosts.largest(0.1) == 0.1
+    hosts.same({"data": b""})
+    hosts.leave(2)  # does not end it
+
+
+def test_an_exception_that_cannot_travel_keeps_its_text():
+    class Local(Exception):
+        pass
+
+    import pickle
+
+    good, error = pickle.loads(hosts._packed((False, Local("what was wrong"))))
+    assert not good and "Local: what was wrong" in str(error)
+    good, error = pickle.loads(hosts._packed((False, ConfigError("this field"))))
+    assert isinstance(error, ConfigError) and str(error) == "this field"
