@@ -57,7 +57,11 @@ def start(timeout_s: int) -> None:
             return
         arguments = {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
         arguments |= {"cluster_detection_method": "deactivate"}
-    elif not _in_cluster():
+    elif _in_slurm():
+        gpus = os.environ.get("SLURM_GPUS_ON_NODE")
+        if gpus and os.environ["SLURM_NTASKS"] == os.environ.get("SLURM_STEP_NUM_NODES"):
+            arguments = {"local_device_ids": list(range(int(gpus)))}  # JAX would give the only task of a node one of its GPUs
+    elif not _on_tpu():
         return
     # Its handler would take SIGTERM away from ours, and does not know Ctrl-C.
     jax.config.update("jax_enable_preemption_service", False)
@@ -67,14 +71,17 @@ def start(timeout_s: int) -> None:
         raise ConfigError(f"cannot join the other processes of the run: {error}; is the same command running on every host?") from error
 
 
-def _in_cluster() -> bool:
-    """Whether JAX finds the other processes by itself: in a Slurm step of several tasks, or on a TPU VM."""
-    slurm = all(f"SLURM_{name}" in os.environ for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID"))
-    if slurm and int(os.environ["SLURM_NTASKS"]) > 1:
-        return True
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    from jax._src import cloud_tpu_init  # JAX's own answer, which needs no device to be started
+def _in_slurm() -> bool:
+    """Whether this is a task of a Slurm step of several, as JAX knows it."""
+    names = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
+    return all(f"SLURM_{name}" in os.environ for name in names) and int(os.environ["SLURM_NTASKS"]) > 1
 
+
+def _on_tpu() -> bool:
+    """Whether this is a TPU VM whose TPU is to be used: JAX's own answer, for which no device has to be started."""
+    from jax._src import cloud_tpu_init
+
+    platforms = os.environ.get("JAX_PLATFORMS", "")
     return (not platforms or "tpu" in platforms) and bool(getattr(cloud_tpu_init, "running_in_cloud_tpu_vm", False))
 
 

@@ -168,3 +168,18 @@ def test_an_exception_that_cannot_travel_keeps_its_text():
     assert not good and "Local: what was wrong" in str(error)
     good, error = pickle.loads(hosts._packed((False, ConfigError("this field"))))
     assert isinstance(error, ConfigError) and str(error) == "this field"
+
+
+@pytest.mark.parametrize(("tasks", "expected"), [("2", {"local_device_ids": [0, 1, 2, 3]}), ("8", {})])
+def test_in_slurm_a_task_that_has_a_node_for_itself_takes_all_its_gpus(monkeypatch, tasks, expected):
+    """Two nodes of four GPUs; tasks that share a node take one each, as JAX has it."""
+    for name in hosts.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    step = {"JOB_ID": "1", "STEP_NODELIST": "n[1-2]", "PROCID": "0", "LOCALID": "0", "STEP_NUM_NODES": "2", "GPUS_ON_NODE": "4"}
+    for name, value in (step | {"NTASKS": tasks}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    given = []
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **arguments: given.append(arguments))
+    monkeypatch.setattr(hosts.jax.config, "update", lambda *_: None)
+    hosts.start(7)
+    assert given == [{"heartbeat_timeout_seconds": 7} | expected]
