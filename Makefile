@@ -23,7 +23,7 @@ test: .venv/dev.installed  ## Lint, layout, types and the fast tests
 	$(IN_VENV) mypy
 	$(IN_VENV) pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
-test-slow: .venv/dev.installed  ## Tests with the real model, fetched on the first run; minutes
+test-slow: .venv/gcs.installed  ## Tests with the real model, fetched on the first run; minutes
 	$(IN_VENV) pytest -m 'slow and not parity'
 
 test-parity: .venv/parity.installed  ## Comparisons with torch and peft; TORCH=WHEEL chooses a build
@@ -48,7 +48,7 @@ clean:  ## Remove .venv and what tools leave behind; runs/ and downloads stay
 	$(INSTALL) --editable '.[$*]'
 	@touch $@
 
-.venv/tpu-plan.installed: .venv/dev.installed
+.venv/gcs.installed .venv/tpu-plan.installed: .venv/dev.installed
 
 .venv/parity.installed: .venv/dev.installed
 	@echo "Installing $(TORCH) and peft into .venv."

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_gcs import Handler, serve
 from processes import finish, start
 from tiny_project import result, write_config
 
@@ -23,30 +26,34 @@ RUN = ("-m", "pe_rlhf_jax.main", "--config")
 
 
 @pytest.fixture(scope="module")
-def alone(project, compiled, tmp_path_factory) -> dict[int, Path]:
-    """The folders of undisturbed runs of one process, by their number of devices."""
-    folders = {devices: tmp_path_factory.mktemp(f"devices{devices}") for devices in (2, 4)}
-    for devices, folder in folders.items():
+def alone(project, compiled, tmp_path_factory) -> Callable[[int], Path]:
+    """The folder of an undisturbed run of one process with so many devices."""
+
+    @functools.cache
+    def of(devices: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"devices{devices}")
         finish(start([*RUN, str(write_config(project, folder))], 1, devices, PE_RLHF_CACHE=str(compiled)), 0)
-    return folders
+        return folder
+
+    return of
 
 
 def test_two_hosts_make_the_run_of_one(alone, project, compiled, tmp_path):
     """To the bit; what is said is said once, and the summary knows the hosts."""
     first, second = finish(start([*RUN, str(write_config(project, tmp_path))], 2, PE_RLHF_CACHE=str(compiled)), 0)
-    assert result(tmp_path) == result(alone[2])
+    assert result(tmp_path) == result(alone(2))
     assert "report:" in first and "sft done" in first
     assert "report:" not in second and "sft done" not in second
     assert json.loads((tmp_path / "runs/run/summary.json").read_text())["device"]["hosts"] == 2
     samples = "runs/run/samples/evaluation.jsonl"
-    assert (tmp_path / samples).read_text() == (alone[2] / samples).read_text()
+    assert (tmp_path / samples).read_text() == (alone(2) / samples).read_text()
 
 
 def test_four_hosts_with_a_sharded_model_learn_what_one_does(alone, project, compiled, tmp_path):
     """Parameters are sharded over hosts, and all is merged and exported; to rounding, which four summands leave open."""
     config = write_config(project, tmp_path, mesh={"data": 2, "fsdp": 2}, export={"merged": True})
     finish(start([*RUN, str(config), "--set", "run.stages=[sft, reward, export]"], 4, PE_RLHF_CACHE=str(compiled)), 0)
-    (_, four), (_, one) = result(tmp_path), result(alone[4])
+    (_, four), (_, one) = result(tmp_path), result(alone(4))
     for row, other in zip(four, [row for row in one if row["stage"] != "rl"], strict=True):
         assert (row["stage"], row["step"]) == (other["stage"], other["step"])
         np.testing.assert_allclose(row["loss"], other["loss"], rtol=1e-4)
@@ -79,7 +86,7 @@ def test_killed_stopped_and_continued_on_another_number_of_hosts_it_ends_the_sam
     assert done["stage"] == "rl" and max(int(path.name) for path in (checkpoints / "rl").iterdir()) == done["step"] < 5
 
     finish(start([*RUN, str(config)], 1, 2, PE_RLHF_CACHE=str(compiled)), 0)
-    assert result(tmp_path) == result(alone[2])
+    assert result(tmp_path) == result(alone(2))
 
 
 def test_hosts_that_were_given_something_else_say_so_and_none_waits(project, compiled, tmp_path):
@@ -90,3 +97,20 @@ def test_hosts_that_were_given_something_else_say_so_and_none_waits(project, com
     apart = [*RUN, str(config), "--set", "run.folder=runs"]
     outputs = finish(start(apart, 2, folders=[tmp_path, tmp_path / "elsewhere"], PE_RLHF_CACHE=str(compiled)), 2)
     assert all("is not the same folder on all hosts" in output for output in outputs)
+
+
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(alone, project, compiled, tmp_path):
+    """On two hosts, in two goes, by the real clients of Google Cloud Storage; the server only keeps what it is sent."""
+    server, address = serve()
+    reaches = {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    arguments = [*RUN, str(write_config(project, tmp_path)), "--set", "run.folder=gs://bucket/runs"]
+    finish(start([*arguments, "--set", "run.stages=[sft]"], 2, PE_RLHF_CACHE=str(compiled), **reaches), 0)
+    first, _ = finish(start(arguments, 2, PE_RLHF_CACHE=str(compiled), **reaches), 0)
+    assert "sft: finished before" in first and "report: gs://bucket/runs/run/report.html" in first
+    server.shutdown()
+    for key, (content, _) in Handler.objects.items():
+        file = tmp_path / key.removeprefix("bucket/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    assert result(tmp_path) == result(alone(2))
+    assert not (tmp_path / "runs" / ".run.lock").exists()
