@@ -1,6 +1,6 @@
 """Several processes, usually one a host, as one run: they start together, agree, share what is done once, and end together.
 
-Every function but `start` and `leave` is a meeting: all processes call it, in the same order. With one process none of them does anything.
+`once`, `largest`, `same` and `fetch` are meetings: all processes call them, in the same order. With one process none of this does anything.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def several() -> bool:
 
 
 def first() -> bool:
-    """Whether this is the process that writes and prints. No meeting."""
+    """Whether this is the process that writes and prints."""
     return not several() or jax.process_index() == 0
 
 

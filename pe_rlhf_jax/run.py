@@ -71,7 +71,7 @@ class Run:
             actions[stage]()
             summary = self.summary()
             hosts.once(functools.partial(run_folder.write_summary, self.folder, summary))
-        hosts.once(lambda: html.build(self.folder) and None)
+        hosts.once(lambda: html.build(self.folder))
         return summary
 
     def close(self) -> None:

@@ -59,7 +59,11 @@ def _open(folder: Path, config: Config, restart: bool, locks: contextlib.ExitSta
         _check_configuration(folder, config)
         write_atomically(folder / "config.yaml", configuration.dump(config).encode())
         return _mark(folder)
-    except OSError as error:
+    except ImportError as error:
+        raise ConfigError(f"{folder}: {error}; for gs:// install `pe_rlhf_jax[gcs]`") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # clients of object stores have errors of their own
         raise ConfigError(
             f"{folder} cannot be used as a run folder ({error}); make room or give access, or choose another place with run.folder"
         ) from error
@@ -111,7 +115,7 @@ def _noted(folder: Path) -> Iterator[None]:
     def renew() -> None:
         number = 0
         while not done.wait(RENEWED_S):
-            with contextlib.suppress(OSError):  # the network may come back in time
+            with contextlib.suppress(Exception):  # the network may come back in time
                 if _mark(folder) not in (mine, ""):
                     print(f"error: another process has taken {folder} over, since this one stood still for too long", file=sys.stderr)
                     os._exit(2)

@@ -317,7 +317,7 @@ def _remove(folder: epath.Path) -> None:
     try:
         if folder.exists():
             folder.rmtree()
-    except OSError as error:
+    except Exception as error:  # clients of object stores have errors of their own
         log.warning("could not delete %s: %s", folder, error)
 
 
