@@ -67,7 +67,9 @@ def start(timeout_s: int) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=timeout_s)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
+        if not (any(given) or _in_slurm() or isinstance(error, RuntimeError)):
+            return  # a TPU of neither GCE nor GKE, such as a notebook's: one host
         raise ConfigError(f"cannot join the other processes of the run: {error}; is the same command running on every host?") from error
 
 

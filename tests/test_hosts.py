@@ -5,6 +5,7 @@ Whole runs are in end_to_end/test_run_on_hosts.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -160,6 +161,23 @@ def test_a_process_of_its_own_needs_no_others(monkeypatch):
     assert hosts.once(lambda: 3) == 3 and hosts.largest(0.1) == 0.1
     hosts.same({"data": b""})
     hosts.leave(2)  # does not end it
+
+
+@pytest.mark.parametrize(
+    ("error", "alone"), [(ValueError("no coordinator"), True), (OSError("no metadata"), True), (RuntimeError(), False)]
+)
+def test_a_tpu_without_a_cluster_is_one_host_and_a_lost_coordinator_an_error(monkeypatch, error, alone):
+    for name in [*hosts.VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))]:
+        monkeypatch.delenv(name, raising=False)
+
+    def initialize(**_):
+        raise error
+
+    monkeypatch.setattr(hosts, "_on_tpu", lambda: True)
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(hosts.jax.config, "update", lambda *_: None)
+    with contextlib.nullcontext() if alone else pytest.raises(ConfigError, match="is the same command running on every host"):
+        hosts.start(10)
 
 
 def test_an_exception_that_cannot_travel_keeps_its_text():
