@@ -168,8 +168,9 @@ LOST = (
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether JAX could not finish what needs all processes."""
-    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+    """Whether JAX could not finish what needs all processes, by what its transports (gRPC, Gloo, NCCL) say."""
+    words = ("Gloo", "NCCL", "UNAVAILABLE:", "DEADLINE_EXCEEDED:", "ABORTED:", "coordination service")
+    return any(word in f"{error} {error.__cause__}" for word in words)
 
 
 def leave(code: int) -> None:

@@ -143,17 +143,16 @@ def cli(argv: Sequence[str] | None = None) -> int:
     except Stopped as reason:
         console.print(f"Stopped by {reason}; everything is saved. Run the same command again to continue.", markup=False)
         code = STOPPED
-    except errors as error:
-        console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)  # a path stays in one piece
-        code = 2
     except (Exception, KeyboardInterrupt) as error:
-        if not hosts.several():
-            raise
-        if hosts.is_loss(error):
-            console.print(f"error: {hosts.LOST}\n{error}", markup=False, style="red", soft_wrap=True)
-        else:
+        lost = hosts.several() and hosts.is_loss(error)
+        code = 2 if isinstance(error, errors) and not lost else 1
+        if lost or code == 2:
+            text = f"{hosts.LOST}\n{error}" if lost else str(error)
+            console.print(f"error: {text}", markup=False, style="red", soft_wrap=True)  # a path stays in one piece
+        elif hosts.several():
             traceback.print_exc()
-        code = 1
+        else:
+            raise
     hosts.leave(code)
     return code
 
