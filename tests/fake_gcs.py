@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import json
 import re
+import sys
 import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -164,8 +165,14 @@ class Handler(BaseHTTPRequestHandler):
             self._put(key, before + body, {})
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients drop connections when it suits them
+            super().handle_error(*_)
+
+
 def serve() -> tuple[ThreadingHTTPServer, str]:
     """A running server and its address; `shutdown` ends it."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, f"http://127.0.0.1:{server.server_port}"
