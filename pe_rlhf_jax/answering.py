@@ -15,6 +15,7 @@ from pe_rlhf_jax import run_folder
 from pe_rlhf_jax.checkpoint.store import Store
 from pe_rlhf_jax.config import ConfigError, SamplingConfig
 from pe_rlhf_jax.data import PromptExample, pad_prompts
+from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.loading import load
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.outcomes import Outcomes
