@@ -34,7 +34,7 @@ class Program:
     parts: Mapping[str, int]
     """The arguments by what they are, before the padding of the device's tiles."""
     staying: int
-    """Of the arguments, what stays in memory through the stage."""
+    """Of what it reads, what stays in memory through the stage."""
     largest: tuple[hlo.Array, ...]
     """Of the arrays that it makes."""
     communication: hlo.Communication
@@ -52,7 +52,7 @@ def compile_call(call: Call, mesh: jax.sharding.Mesh, matrices: Mapping[str, tup
     with jax.set_mesh(mesh):
         lowered = call.function.lower(*call.static, *call.arguments.values())
         parts = {name: device_bytes(tree) for name, tree in call.arguments.items()}
-        staying = sum(size for name, size in parts.items() if name not in call.passing)
+        staying = {name: tree for name, tree in call.arguments.items() if name not in call.passing}
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -61,7 +61,8 @@ def compile_call(call: Call, mesh: jax.sharding.Mesh, matrices: Mapping[str, tup
                 raise
             read, words, spent = sum(parts.values()), str(error).split("\n")[0], time.perf_counter() - began
             nothing = hlo.Communication((), 0)
-            program = Program(call.name, call.repeats, read, peak - read, 0, 0, peak, parts, staying, (), nothing, (), spent, words)
+            stays = device_bytes(staying)
+            program = Program(call.name, call.repeats, read, peak - read, 0, 0, peak, parts, stays, (), nothing, (), spent, words)
             return program, lowered.out_info
     stats, text = compiled.memory_analysis(), compiled.as_text()
     arrays = hlo.arrays(text)
@@ -75,13 +76,19 @@ def compile_call(call: Call, mesh: jax.sharding.Mesh, matrices: Mapping[str, tup
         # `stats.peak_memory_in_bytes` leaves out the temporaries on CPU.
         peak=stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes,
         parts=parts,
-        staying=staying,
+        staying=device_bytes(_read(staying, dict(zip(call.arguments, compiled.input_shardings[0], strict=True)))),
         largest=tuple(arrays[:4]),
         communication=hlo.communication(text, mesh.size, call.loop),
         whole=unsharded(arrays, matrices, vocabulary, mesh.shape["fsdp"]) if mesh.size > 1 else (),
         seconds=time.perf_counter() - began,
     )
     return program, with_places(lowered.out_info, compiled.output_shardings)
+
+
+def _read(arguments: PyTree, places: PyTree) -> list:
+    """The leaves that the program reads; jit drops the others, and gives them no place, though they stay in memory all the same."""
+    given = {path for path, _ in jax.tree_util.tree_leaves_with_path(places)}
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(arguments) if path in given]
 
 
 def unsharded(arrays: list[hlo.Array], matrices: Mapping[str, tuple[int, ...]], vocabulary: int, fsdp: int) -> tuple[str, ...]:
