@@ -6,11 +6,11 @@
 #   bash tpu/worker.sh status            one word: new, idle, running, or done and the exit code
 #   bash tpu/worker.sh stop              SIGTERM to the run, and waits: it saves and ends with 75
 #
-# EXTRAS (default tpu,quickstart) are the package's extras to install; GRACE (default 600) is how many seconds `stop` waits.
+# EXTRAS (default tpu,gcs,quickstart) are the package's extras to install; GRACE (default 600) is how many seconds `stop` waits.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-EXTRAS=${EXTRAS:-tpu,quickstart}
+EXTRAS=${EXTRAS:-tpu,gcs,quickstart}
 GRACE=${GRACE:-600}
 
 setup() {

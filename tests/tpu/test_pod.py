@@ -191,7 +191,7 @@ def test_the_hosts_are_set_up_run_stop_and_go_on(pod, tmp_path):
     for host in pod.hosts:
         assert (host / "pe_rlhf_jax" / "pyproject.toml").exists() and (host / "pe_rlhf_jax" / "data" / "pairs.jsonl").exists()
     installed = (tmp_path / "installed").read_text().splitlines()
-    assert installed[1] == "uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable .[tpu,quickstart]"
+    assert installed[1] == "uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable .[tpu,gcs,quickstart]"
     assert pod.done("setup").split() == ["already", "installed"] * 2 and len((tmp_path / "installed").read_text().splitlines()) == 4
 
     arguments = ["--config", "configs/llama3_8b.yaml", "--set", 'model.source="hf:a/b c"']

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# One run on nodes of a Slurm cluster, here two with eight GPUs each. From the root of a clone with .venv, on a disk that all nodes share:
+#
+#   sbatch tpu/slurm.sh --config configs/llama3_8b.yaml
+#
+# JAX finds the other processes through Slurm. Five minutes before the time is up every process gets SIGTERM, saves and ends with 75; the
+# job is then queued again and continues. Cancelling sends SIGTERM too, and does not queue it again.
+#SBATCH --job-name=pe-rlhf
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=pe-rlhf-%j.log
+set -euo pipefail
+
+code=0
+# --kill-on-bad-exit=0: the others are to save, or to say whom they lost, rather than to be killed.
+srun --kill-on-bad-exit=0 .venv/bin/pe-rlhf "$@" || code=$?
+if ((code == 75)); then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
