@@ -34,6 +34,7 @@ from pe_rlhf_jax.checkpoint.store import CheckpointError
 from pe_rlhf_jax.checkpoint.weights import WeightsError
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data import DataError
+from pe_rlhf_jax.devices import skip_missing_tpu
 from pe_rlhf_jax.files import path_of
 from pe_rlhf_jax.package import PackageError, cache_folder
 from pe_rlhf_jax.plan import command as planning
@@ -113,6 +114,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
     planning.add_arguments(
         commands.add_parser("plan", help="memory, FLOPs and traffic of a configuration on any topology, before renting it")
     )
+    skip_missing_tpu()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv.insert(0, "run")

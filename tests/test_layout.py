@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "config": {"files"},
     "files": set(),
     "image_prompt": set(),
+    "devices": set(),
     "package": {"files"},
     "protobuf": set(),
     "types": {"config"},
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "outcomes": PARTS | {"loading", "run_folder"},
     "run": PARTS | {"loading", "outcomes", "run_folder"},
     "answering": PARTS | {"loading", "outcomes", "run_folder"},
-    "main": PARTS | {"answering", "loading", "outcomes", "run_folder", "run"},
+    "main": PARTS | {"answering", "devices", "loading", "outcomes", "run_folder", "run"},
 }
 """What each part of the package may import besides itself."""
 

@@ -39,13 +39,13 @@ def model(**changes):
     return conftest.make_model(dataclasses.replace(conftest.TINY, **changes), LoRAConfig(r=3, lora_alpha=6.0))
 
 
-def trained(tiny, devices, mesh, tuning="lora", stages=("sft", "reward", "rl")):
+def trained(tiny, devices, mesh, tuning="lora", stages=("sft", "reward", "rl"), steps=4):
     sections = {{name: {{**fields, **(dict(tuning=tuning) if name != "run" else {{}})}} for name, fields in SECTIONS.items()}}
     context = tiny_context(tiny, devices, mesh=mesh, **sections)
     rows, states = [], {{}}
 
     def run(name, updates):
-        for states[name], metrics in itertools.islice(updates, 2 if name == "rl" else 4):  # before the last one, which evaluates
+        for states[name], metrics in itertools.islice(updates, 2 if name == "rl" else steps):  # before the last one, which evaluates
             rows.append({{f"{{name}} {{k}}": v for k, v in metrics.items() if not k.startswith(("time/", "perf/"))}})
 
     with jax.set_mesh(context.mesh):
@@ -82,6 +82,37 @@ for mesh in (dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4)):
     leaves = jax.tree.leaves(states["sft"].trainable)
     assert all(len(leaf.sharding.device_set) == 8 for leaf in leaves)
     assert any(not leaf.is_fully_replicated for leaf in leaves) or mesh == dict(data=8)
+print("same")
+"""
+
+LONG = """
+from pe_rlhf_jax.config import SamplingConfig
+from pe_rlhf_jax.training.rollouts import respond
+from pe_rlhf_jax.types import PromptBatch
+
+for name in ("sft", "reward"):
+    SECTIONS[name]["steps"] = 21
+greedy = SamplingConfig(temperature=0.0, max_new_tokens=12)
+
+
+def answered(devices, mesh):
+    context, rows, states = trained(model(), devices, mesh, stages=("sft", "reward"), steps=20)
+    tokens = np.random.default_rng(0).integers(2, conftest.TINY.vocab_size, (8, 5)).astype(np.int32)
+    prompts = PromptBatch(tokens, np.ones_like(tokens, bool))
+    with jax.set_mesh(context.mesh):
+        rollout = respond(context, states["sft"].trainable, context.rows(prompts), jax.random.key(0), greedy)
+    return rows, jax.device_get((rollout.response, rollout.response_mask))
+
+
+expected, answers = answered(1, dict(data=1))
+assert len(expected) == 40
+losses = {name: [row[name] for row in expected if name in row] for name in ("sft loss", "reward loss")}
+assert losses["sft loss"][-1] < 0.9 * losses["sft loss"][0]
+assert abs(losses["reward loss"][-1] - np.log(2)) > 0.05  # a model that does not learn stays there
+for mesh in (dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4)):
+    found, given = answered(8, mesh)
+    same(found, expected)
+    jax.tree.map(np.testing.assert_array_equal, given, answers)
 print("same")
 """
 
@@ -129,6 +160,7 @@ print("same")
     [
         pytest.param(MESHES.format(tuning="lora", stages=("sft", "reward", "rl")), id="lora"),
         pytest.param(MESHES.format(tuning="full", stages=("sft", "reward")), id="full"),
+        pytest.param(LONG, id="twenty-steps", marks=pytest.mark.slow),
         pytest.param(HEADS, id="heads"),
         pytest.param(RESTORE.replace("{{}}", "{}"), id="restored"),
     ],

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.architecture import DecoderConfig
-from pe_rlhf_jax.models.layers import MLP, Attention, KVCache, Rotation, make_norm, softcap
+from pe_rlhf_jax.models.layers import HEADS, MLP, Attention, KVCache, Rotation, make_norm, softcap
 from pe_rlhf_jax.models.lora import MODULES
 from pe_rlhf_jax.models.rope import RopeScaling, rope_angles
 from pe_rlhf_jax.models.vision import VisionTower, tower_features
@@ -46,6 +46,7 @@ class Layer(nn.Module):
     lora: LoRAConfig | None
     dtype: Any
     param_dtype: Any
+    remat: str
 
     @nn.compact
     def __call__(self, carry, layer: PerLayer, rotation: Rotation | None, mask, beyond, start, deterministic):
@@ -61,7 +62,13 @@ class Layer(nn.Module):
             rotation = jax.tree.map(lambda leaf: leaf[layer.kind], rotation)
         if layer.window is not None:
             mask = windowed(mask, layer.window, start, beyond)
-        attention, mlp = Attention(c, **common, name="attention"), MLP(c, **common, name="mlp")
+        attention_class = Attention
+        if self.remat == "full":
+            # What attention keeps for its own backward pass, scores first of all, is not to lie beside what the MLP's needs: it is computed
+            # again once that is through, from queries, keys and values, which is little beside the projections.
+            keep = jax.checkpoint_policies.save_only_these_names(HEADS)
+            attention_class = nn.remat(Attention, policy=keep, static_argnums=(7,))
+        attention, mlp = attention_class(c, **common, name="attention"), MLP(c, **common, name="mlp")
         y, cache = attention(norm("attention_norm", x), rotation, mask, cache, layer.index, start, deterministic)
         if c.post_norms:
             y = norm("attention_post_norm", y)
@@ -142,7 +149,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "lora": True, "dropout": True},
             in_axes=(0, *[nn.broadcast] * 5),
             length=c.num_layers,
-        )(c, self.lora, self.dtype, self.param_dtype, name="layers")
+        )(c, self.lora, self.dtype, self.param_dtype, self.remat, name="layers")
         rotation, kinds = rotations(c, positions_BT)
         window = None
         windows = [c.sliding_window if c.is_windowed(i) else None for i in range(c.num_layers)]

@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pe_rlhf_jax.config import LoRAConfig
@@ -28,6 +29,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
     "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),
 }
+
+
+HEADS = "heads"
+"""What queries, keys and values are called where a backward pass chooses what to keep."""
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -141,7 +146,7 @@ class Attention(nn.Module):
         def heads(name: str, count: int) -> Float[Array, "B T count h"]:
             x = rearrange(linear(name, count * c.head_dim, c.qkv_bias)(x_BTD, deterministic), "B T (n h) -> B T n h", n=count)
             # Heads that the axis does not divide are whole on every chip of it: attention never splits one.
-            return constrain(x, BATCH, None, "tensor", None)
+            return checkpoint_name(constrain(x, BATCH, None, "tensor", None), HEADS)
 
         def placed(x: Float[Array, "B T n h"], norm: str) -> Float[Array, "B T n h"]:
             if c.qk_norm:

@@ -8,8 +8,8 @@ matrix parameters of the layers, L layers, H heads of h, V vocabulary, D hidden,
     logits, one token      2 V D
     adapters, one token    2 A                            A their parameters; kept apart, since they are trained where N is not
     backward               as much again for inputs, and as much again for what is trained
-    recomputation          the forward pass again, but for its last matrix, whose product nobody needs (`remat: full`); attention alone
-                           (`dots`); and always the logits
+    recomputation          the forward pass again, but for its last matrix, whose product nobody needs, and attention once more
+                           (`remat: full`); attention alone (`dots`); and always the logits
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Costs:
         """Forward, recomputation, and backward for inputs (both of attention's products have two) and for what is trained."""
         remat, full = self.config.model.remat, tuning == "full"
         again = remat == "full"
-        token = (2 + again + full) * self.layers - again * self.last + (3 + (remat != "none")) * self.attention(tokens)
+        token = (
+            (2 + again + full) * self.layers - again * self.last + (3 + {"none": 0, "dots": 1, "full": 2}[remat]) * self.attention(tokens)
+        )
         token += 0.0 if full else (3 + again) * self.adapter
         return rows * (tokens * token + logits * (4 if full else 3) * self.head)
 

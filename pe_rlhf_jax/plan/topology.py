@@ -40,6 +40,8 @@ def describe(name: str) -> Topology:
     generation, shape = found[1], found[2]
     # libtpu would otherwise look for the TPU VM that it believes to be on, for minutes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Nor wait for, or keep out, another plan or a run on this machine's TPU: no chip is opened here.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{generation}-{int(np.prod([int(n) for n in shape.split('x')]))}")
     # On v4 JAX shows each chip as one device, with both of its cores.

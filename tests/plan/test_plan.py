@@ -161,7 +161,7 @@ def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", none)
-    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
         monkeypatch.setenv(name, "set before")
     with pytest.raises(ConfigError, match=r"needs the TPU compiler; pip install 'pe_rlhf_jax\[tpu-plan\]'"):
         describe("v5e:2x2")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from pe_rlhf_jax import config as configuration
@@ -26,6 +29,14 @@ def test_slices_have_their_devices(name, devices):
     found = describe(name)
     assert len(found.devices) == devices and found.chip is CHIPS[name.partition(":")[0]]
     assert {device.platform for device in found.devices} == {"tpu"}
+
+
+def test_two_plans_may_run_at_once():
+    """libtpu lets one process at a time use a machine's chips, and takes every process for one that does."""
+    describe("v5e:2x2")
+    code = "from pe_rlhf_jax.plan.topology import describe; print(len(describe('v5e:2x2').devices))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "4\n", done.stderr[-2000:]
 
 
 def test_a_slice_that_cannot_be_is_refused():

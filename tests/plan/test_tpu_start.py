@@ -10,7 +10,14 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.tpu
-START = "import pe_rlhf_jax.main, jax; print(jax.default_backend())"
+START = """
+import contextlib, io, jax
+from pe_rlhf_jax import main
+
+with contextlib.redirect_stdout(io.StringIO()):
+    main.cli(["report", "nothing"])
+print(jax.default_backend())
+"""
 
 
 def started(**environment: str) -> tuple[str, str, float]:

@@ -1,0 +1,22 @@
+"""Which devices JAX looks for when it starts."""
+
+from __future__ import annotations
+
+import jax
+from jax._src import cloud_tpu_init  # JAX's own answer to whether there is a TPU, which starts no device
+from jax.extend import backend
+
+
+def skip_missing_tpu() -> None:
+    """Keeps JAX from loading libtpu where it is installed, for `plan`, and no TPU is there; call it before any device is used.
+
+    libtpu looks for its chips, prints what it does not find, and can be loaded by one process at a time. A choice by `JAX_PLATFORMS`
+    stands, and so does everything where a TPU is.
+    """
+    if jax.config.jax_platforms or getattr(cloud_tpu_init, "running_in_cloud_tpu_vm", True):
+        return
+    backend.register_backend_factory("tpu", _no_tpu)
+
+
+def _no_tpu() -> None:
+    raise RuntimeError("this machine has no TPU chip")  # JAX goes on with its other backends
