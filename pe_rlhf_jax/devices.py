@@ -13,7 +13,7 @@ def skip_missing_tpu() -> None:
     libtpu looks for its chips, prints what it does not find, and can be loaded by one process at a time. A choice by `JAX_PLATFORMS`
     stands, and so does everything where a TPU is.
     """
-    if jax.config.jax_platforms or getattr(cloud_tpu_init, "running_in_cloud_tpu_vm", True):
+    if getattr(jax.config, "jax_platforms", None) or getattr(cloud_tpu_init, "running_in_cloud_tpu_vm", True):
         return
     backend.register_backend_factory("tpu", _no_tpu)
 
