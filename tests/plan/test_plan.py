@@ -71,6 +71,15 @@ def test_what_it_takes_is_what_the_stage_keeps_and_what_its_fullest_program_adds
     assert rl.fullest.hbm == rl.hbm
 
 
+def test_a_backbone_that_full_tuning_does_not_read_stays_in_memory_all_the_same(on_a_chip):
+    """The trained copy is read; the frozen one, which RL will want as its reference, is dropped from the program, not from the chip."""
+    found = plan(*on_a_chip(GIB, "reward.tuning=full", "rl.roles=separate"))
+    (stage,) = found.stages
+    (update,) = stage.programs
+    assert update.program.arguments < sum(update.program.parts.values()) - 0.9 * stage.resident["frozen"]
+    assert update.hbm - update.program.peak == pytest.approx(stage.resident["frozen"], abs=64)  # and a counter or two
+
+
 def test_fits_is_a_matter_of_the_chip(on_a_chip):
     need = plan(*on_a_chip(GIB)).hbm
     assert plan(*on_a_chip(need + 1)).fits is True
