@@ -11,7 +11,8 @@ The updates are those of a run, compiled by the slice's own compiler (extra `tpu
 
 One row of Markdown each: what the update reads, its temporaries, and the whole: both, what it returns, and what else the stage keeps in
 memory. Rollout, scoring and experience are other programs, which `pe-rlhf plan` compiles too; they hold no gradients, and no activations
-for a backward pass. The last column is the share of `full`, where that is among the modes.
+for a backward pass. Then the share of `full`, where that is among the modes, and the matrices of the
+backbone, or logits, of which a chip makes a whole copy, if only for the time that it uses it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.compiled import compile_call, device_bytes
-from pe_rlhf_jax.plan.plan import GIB
+from pe_rlhf_jax.plan.plan import GIB, backbone_matrices
 from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
 from pe_rlhf_jax.plan.topology import Topology, describe
 from pe_rlhf_jax.sharding import ROWS, with_places
@@ -48,6 +49,8 @@ class Row(NamedTuple):
     whole: float
     refused: bool
     seconds: float
+    held_whole: tuple[str, ...]
+    """Matrices of the backbone, or logits, of which a chip makes a whole copy."""
 
 
 def measure(config: Config, shape: DecoderConfig, topology: Topology, stage: str, mode: str) -> Row:
@@ -58,7 +61,7 @@ def measure(config: Config, shape: DecoderConfig, topology: Topology, stage: str
 
     def compile(call: Call) -> PyTree:
         if call.name == "update":
-            program, returned = compile_call(call, context.mesh, {"embedding": (shape.vocab_size, shape.hidden_size)}, shape.vocab_size)
+            program, returned = compile_call(call, context.mesh, backbone_matrices(shape), shape.vocab_size)
             updates.append(program)
             return returned
         with jax.set_mesh(context.mesh):
@@ -69,14 +72,15 @@ def measure(config: Config, shape: DecoderConfig, topology: Topology, stage: str
     (update,) = updates
     whole = update.peak + max(0, kept - update.staying)
     sizes = (size / GIB for size in (update.arguments, update.temporaries, whole))
-    return Row(mode, *sizes, bool(update.refused), update.seconds)
+    return Row(mode, *sizes, bool(update.refused), update.seconds, update.whole)
 
 
 def line(row: Row, full: Row | None) -> str:
     """A row of the table."""
     share = f"{row.whole / full.whole:.0%}" if full else ""
     note = ", refused" if row.refused else ""
-    return f"| {row.mode} | {row.arguments:.2f} | {row.temporaries:.2f} | {row.whole:.2f}{note} | {row.seconds:.0f} s | {share} |"
+    held = ", ".join(row.held_whole) or "nothing"
+    return f"| {row.mode} | {row.arguments:.2f} | {row.temporaries:.2f} | {row.whole:.2f}{note} | {row.seconds:.0f} s | {share} | {held} |"
 
 
 def main() -> None:
@@ -90,7 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # what compiles for the slice is libtpu, which needs no device
     rows: list[Row] = []
-    print("| mode | arguments | temporaries | whole | compiled in | of full |\n|---|---|---|---|---|---|", flush=True)
+    print("| mode | arguments | temporaries | whole | compiled in | of full | held whole |\n|---|---|---|---|---|---|---|", flush=True)
     for mode in sorted(arguments.modes, key=lambda mode: mode != "full"):  # first, so that the others' share is known
         config = configuration.load(arguments.config, [*MODES[mode], *arguments.overrides])
         shape = architecture(config.model, arguments.model_config)

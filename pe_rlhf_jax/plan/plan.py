@@ -120,9 +120,7 @@ def plan(
     context = abstract_context(config, architecture, dtype, topology.devices)
     check_batches(config, context.mesh)
     costs = Costs(config, architecture)
-    layer = {f"{name.split('.')[1]}": shape for name, shape in matrices(architecture).items()}
-    whole: dict[str, tuple[int, ...]] = {"embedding": (architecture.vocab_size, architecture.hidden_size), **layer}
-    whole |= {f"all layers' {name}": (architecture.num_layers, *shape) for name, shape in layer.items()}
+    whole = backbone_matrices(architecture)
     stages = []
     chosen = [stage for stage in STAGES if stage in config.run.stages and stage in only]
     if not chosen:
@@ -141,6 +139,13 @@ def plan(
     mesh = {axis: int(size) for axis, size in context.mesh.shape.items()}
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(context.backbone))
     return Plan(topology.name, topology.chip, mesh, dtype.name, parameters, tuple(stages), tuple(_notes(config, architecture, mesh)))
+
+
+def backbone_matrices(c: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The embedding, and each matrix of one layer and of all layers together, by name."""
+    layer = {f"{name.split('.')[1]}": shape for name, shape in matrices(c).items()}
+    found: dict[str, tuple[int, ...]] = {"embedding": (c.vocab_size, c.hidden_size), **layer}
+    return found | {f"all layers' {name}": (c.num_layers, *shape) for name, shape in layer.items()}
 
 
 def _timed(stage: str, program: Program, resident: Mapping[str, int], costs: Costs, context: Any, topology: Topology) -> Timed:
