@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pe_rlhf_jax.config import Config, ConfigError, MeshConfig
 from pe_rlhf_jax.types import PyTree
@@ -38,7 +38,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Where a leaf lives, by the last names of its path; adapters and optimizer moments follow the matrix they belong to.
 
     A bias lies with the outputs of its matrix where these are sharded over heads or hidden units, and norms are whole everywhere. A
@@ -66,10 +66,13 @@ def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) ->
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
     """A sharding for every leaf of parameters, roles, optimizer or training state (arrays or shapes)."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(tree, mesh), is_leaf=lambda x: isinstance(x, PartitionSpec))
 
-    def of(path: tuple, leaf: jax.Array) -> NamedSharding:
+
+def _specs(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
+    def of(path: tuple, leaf: jax.Array) -> PartitionSpec:
         names = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
-        return NamedSharding(mesh, parameter_spec(names, np.shape(leaf), mesh))
+        return parameter_spec(names, np.shape(leaf), mesh)
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
@@ -101,6 +104,17 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
     spec = PartitionSpec(*(axis if divides(axis, n) else None for axis, n in zip(axes, x.shape, strict=True)))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def keep_placed(tree: PyTree) -> PyTree:
+    """Inside a compiled program: leaves by the parameter rule of the mesh in use (`jax.set_mesh`); unchanged without one.
+
+    What a program returns and is given again must lie where it lay, or the second call would compile it anew.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return tree
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, _specs(tree, mesh))
 
 
 def place(tree: PyTree, mesh: Mesh) -> PyTree:

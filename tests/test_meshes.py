@@ -116,6 +116,38 @@ for mesh in (dict(data=8), dict(data=1, fsdp=8), dict(data=2, tensor=4)):
 print("same")
 """
 
+COMPILED = """
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+)
+SECTIONS["data"] = dict(length_multiple=32)
+
+
+def watched(updates):
+    # Programs compiled in each of a stage's first steps; the last one of all evaluates and is left out.
+    counts = []
+    while len(counts) < 4:
+        compiled.clear()
+        state, _ = next(updates)
+        counts.append(len(compiled))
+    return counts
+
+
+context = tiny_context(model(), 8, mesh={mesh!r}, **SECTIONS)
+with jax.set_mesh(context.mesh):
+    whole = reward.whole(context, Role(), reward.init(context, Role()).trainable)
+    rewards = Rewards(context, dict(run=RewardModel(context.decoder, context.backbone, whole)))
+    counts = dict(
+        sft=watched(sft.run(context, sft.init(context))),
+        reward=watched(reward.run(context, Role(), reward.init(context, Role()))),
+        rl=watched(rl.run(context, Role(), whole, rewards, rl.init(context, Role(), whole))),
+    )
+print(counts)
+assert all(first > 0 and not any(rest) for first, *rest in counts.values()), counts
+print("same")
+"""
+
 HEADS = """
 for changes in (dict(num_kv_heads=1), dict(num_heads=6, num_kv_heads=3), dict(num_heads=3, num_kv_heads=3, vocab_size=32)):
     tiny = model(**changes)
@@ -163,6 +195,7 @@ print("same")
         pytest.param(LONG, id="twenty-steps", marks=pytest.mark.slow),
         pytest.param(HEADS, id="heads"),
         pytest.param(RESTORE.replace("{{}}", "{}"), id="restored"),
+        pytest.param(COMPILED.replace("{mesh!r}", "dict(data=2, fsdp=2, tensor=2)"), id="compiled-once"),
     ],
 )
 def test_eight_devices_do_what_one_does(script):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from pe_rlhf_jax.sharding import keep_placed
 from pe_rlhf_jax.types import PyTree, TrainState
 
 Loss = Callable[[PyTree, PyTree, PyTree, Float[Array, ""], jax.Array], tuple[Float[Array, ""], dict[str, Array]]]
@@ -25,8 +26,13 @@ class NonFiniteError(RuntimeError):
 
 def new_state(trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update."""
-    step, skipped, in_a_row = jnp.zeros((3, 1), jnp.int32)
-    return TrainState(step[0], trainable, jax.jit(optimizer.init)(trainable), skipped=skipped[0], skipped_in_a_row=in_a_row[0])
+
+    @jax.jit
+    def start(trainable: PyTree) -> PyTree:
+        return keep_placed((*jnp.zeros((3,), jnp.int32), optimizer.init(trainable)))
+
+    step, skipped, in_a_row, opt_state = start(trainable)
+    return TrainState(step, trainable, opt_state, skipped=skipped, skipped_in_a_row=in_a_row)
 
 
 def make_step(
@@ -74,7 +80,7 @@ def make_step(
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
-        return state, {"loss": value, "grad_norm": norm, "skipped": state.skipped, **statistics}
+        return keep_placed(state), {"loss": value, "grad_norm": norm, "skipped": state.skipped, **statistics}
 
     return jax.jit(step, donate_argnums=0)
 
