@@ -1,6 +1,6 @@
 """Leaves put together on the host: every tensor of the file goes straight to its place in the part that a device will hold.
 
-On a CPU, JAX takes these parts as they are, so nothing is copied again; elsewhere the host holds one leaf at a time.
+On a CPU, JAX takes these parts as they are, so nothing is copied again.
 """
 
 from __future__ import annotations
@@ -48,6 +48,22 @@ class Assembly:
             return jax.device_put(part)
         parts = [jax.device_put(self._parts[key], device) for device, key in self._key.items()]
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, parts)
+
+
+def send(tensor: Float[np.ndarray, "*shape"], dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """A tensor on the default device or by `sharding`, converted to `dtype`; the parts for this host's devices are made one by one."""
+
+    def part(of: Float[np.ndarray, "*part"], device: jax.Device | None) -> jax.Array:
+        made = pages(of.shape, dtype)
+        copy(of, made)
+        return jax.block_until_ready(jax.device_put(made, device))
+
+    if sharding is None:
+        return part(tensor, None)
+    places = sharding.addressable_devices_indices_map(tensor.shape)
+    return jax.make_array_from_single_device_arrays(
+        tensor.shape, sharding, [part(tensor[index], device) for device, index in places.items()]
+    )
 
 
 def copy(source: Float[np.ndarray, "*shape"], target: Float[np.ndarray, "*shape"]) -> None:

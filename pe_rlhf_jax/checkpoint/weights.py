@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from pe_rlhf_jax.checkpoint.assembly import Assembly
+from pe_rlhf_jax.checkpoint.assembly import Assembly, send
 from pe_rlhf_jax.models.architecture import DecoderConfig, TowerConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.families import Family, Weight, towers
@@ -61,8 +61,9 @@ def load_params(
 ) -> PyTree:
     """The decoder's parameters in `dtype`, on the default device or with `shardings` (a tree like the parameters, `NamedSharding`s).
 
-    Every tensor of the file and every leaf of the tree is accounted for before the first one is read. The host holds one leaf at a
-    time (of its devices' parts only), or the leaves of one fused tensor, and beside it the few tensors that are being read.
+    Every tensor of the file and every leaf of the tree is accounted for before the first one is read. Where devices have memory of
+    their own, the host holds one tensor of the file at a time, and the part of it that is on its way to one of them; on a CPU, whose
+    devices' memory is the host's, tensors are read straight into that, a few at the same time.
     `store(path, leaf)` may keep something else in a leaf's place, such as its quantized form, before the next one is read.
 
     Raises:
@@ -111,19 +112,60 @@ def _read(
     params: dict[str, Any] = {}
     with ThreadPoolExecutor(_READERS) as pool:
         for weights in grouped(table):
-            assemblies = [Assembly(leaves[w.leaf], dtype, None if shardings is None else _at(shardings, w.leaf)) for w in weights]
+            shapes = [leaves[weight.leaf] for weight in weights]
+            places = [None if shardings is None else _at(shardings, weight.leaf) for weight in weights]
             names = [file_names[name] for name in weights[0].names(num_layers)]
-            for _ in pool.map(functools.partial(_fill, reader, weights, assemblies), names, itertools.count()):
-                pass  # an error comes out here, and what has not begun is left out
+            if _host_is_device():
+                assemblies = [Assembly(shape, dtype, place) for shape, place in zip(shapes, places, strict=True)]
+                for _ in pool.map(functools.partial(_fill, reader, weights, assemblies), names, itertools.count()):
+                    pass  # an error comes out here, and what has not begun is left out
+                filled = [assembly.placed() for assembly in assemblies]
+                del assemblies
+            else:
+                filled = _sent(reader, weights, shapes, dtype, places, names)
             for weight in weights:
                 *parents, last = weight.leaf
                 node = params
                 for parent in parents:
                     node = node.setdefault(parent, {})
-                leaf = jax.block_until_ready(assemblies.pop(0).placed())  # or the host would hold it beside the next
+                leaf = jax.block_until_ready(filled.pop(0))
                 node[last] = leaf if store is None else store(weight.leaf, leaf)
                 del leaf
     return params
+
+
+def _host_is_device() -> bool:
+    """Whether the devices' memory is the host's."""
+    return jax.default_backend() == "cpu"
+
+
+def _sent(
+    reader: WeightReader,
+    weights: Sequence[Weight],
+    shapes: Sequence[tuple[int, ...]],
+    dtype: Any,
+    places: Sequence[jax.sharding.NamedSharding | None],
+    names: Sequence[str],
+) -> list[jax.Array]:
+    """The leaves out of one tensor of each layer, which are sent to their devices one after the other and put in their place there."""
+    per_layer = weights[0].per_layer
+    leaves = [jnp.zeros(shape, dtype, device=place) for shape, place in zip(shapes, places, strict=True)] if per_layer else []
+    for layer, name in enumerate(names):
+        tensor = _finite(reader, name)
+        sent = [send(w.take(tensor), dtype, _of_layer(p) if per_layer else p) for w, p in zip(weights, places, strict=True)]
+        del tensor
+        leaves = [_put(leaf, part, layer) for leaf, part in zip(leaves, sent, strict=True)] if per_layer else sent
+    return leaves
+
+
+def _of_layer(place: jax.sharding.NamedSharding | None) -> jax.sharding.NamedSharding | None:
+    return place and jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[1:]))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(leaf: jax.Array, part: jax.Array, layer: int) -> jax.Array:
+    """The stacked leaf with one layer filled."""
+    return jax.lax.dynamic_update_index_in_dim(leaf, part, layer, 0)
 
 
 def leaf_shapes(config: DecoderConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -145,11 +187,17 @@ def grouped(table: Sequence[Weight]) -> list[list[Weight]]:
 
 def _fill(reader: WeightReader, weights: Sequence[Weight], assemblies: Sequence[Assembly], name: str, layer: int) -> None:
     """Reads a tensor of the file into its place in each of the leaves."""
+    tensor = _finite(reader, name)
+    for weight, assembly in zip(weights, assemblies, strict=True):
+        assembly.fill(weight.take(tensor), layer if weight.per_layer else None)
+
+
+def _finite(reader: WeightReader, name: str) -> Float[np.ndarray, "*shape"]:
+    """A tensor of the file. Raises WeightsError if it holds a value that is not finite."""
     tensor = reader.read(name)
     if not _is_finite(tensor):
         raise WeightsError(f"{reader.path}: {name} holds values that are not finite; the file is damaged")
-    for weight, assembly in zip(weights, assemblies, strict=True):
-        assembly.fill(weight.take(tensor), layer if weight.per_layer else None)
+    return tensor
 
 
 def _is_finite(tensor: Shaped[np.ndarray, "*shape"]) -> bool:
