@@ -94,8 +94,8 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     of the gathered matrix. `axes` name a mesh axis, several, or none for each dimension; one that does not divide its dimension is
     left out.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+    mesh = _mesh_in_use()
+    if mesh is None:
         return x
 
     def divides(axis: str | tuple[str, ...] | None, n: int) -> bool:
@@ -111,10 +111,16 @@ def keep_placed(tree: PyTree) -> PyTree:
 
     What a program returns and is given again must lie where it lay, or the second call would compile it anew.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+    mesh = _mesh_in_use()
+    if mesh is None:
         return tree
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, _specs(tree, mesh))
+
+
+def _mesh_in_use() -> AbstractMesh | None:
+    """The mesh of `jax.set_mesh`, if it is one of ours with several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names) else mesh
 
 
 def place(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -59,15 +59,14 @@ class Encoder:
 
     def fits(self, rows: Sequence[TextRow]) -> list[bool]:
         """Which rows keep the length limits. `skipped` is told of the others, which may raise DataError."""
-        return [self._fits(row, sides) for row, sides in self._sides(rows)]
+        return [self._fits(row, sides) for row, sides, _ in self._sides(rows)]
 
     def _encode(self, rows: Sequence[TextRow]) -> Iterator[tuple[TextRow, list[Sides]]]:
-        for row, sides in self._sides(rows):
-            cut = [(self._cut(row, prompt), response) for prompt, response in sides]
+        for row, sides, shortened in self._sides(rows):
             if self._fits(row, sides):
-                if any(len(after[0]) < len(before[0]) for after, before in zip(cut, sides, strict=True)):
+                if shortened:
                     self.skipped.cut(row.place)
-                yield row, cut
+                yield row, sides
 
     def _cut(self, row: TextRow, prompt: np.ndarray) -> np.ndarray:
         """The end of a prompt, which is what a response answers, behind the start token if the model has one.
@@ -80,9 +79,13 @@ class Encoder:
         start = self.start[:limit]
         return np.concatenate([np.asarray(start, np.int32), prompt[len(prompt) - (limit - len(start)) :]])
 
-    def _sides(self, rows: Sequence[TextRow]) -> Iterator[tuple[TextRow, list[Sides]]]:
+    def _sides(self, rows: Sequence[TextRow]) -> Iterator[tuple[TextRow, list[Sides], bool]]:
+        """Each row, its tokens, and whether one of its prompts was cut."""
         tokens = iter(self._tokens([self._written(row, text) for row in rows for text in row.texts]))
-        return ((row, [next(tokens) for _ in row.texts]) for row in rows)
+        for row in rows:
+            whole = [next(tokens) for _ in row.texts]
+            sides = [(self._cut(row, prompt), response) for prompt, response in whole]
+            yield row, sides, any(len(side[0]) < len(before[0]) for side, before in zip(sides, whole, strict=True))
 
     def _fits(self, row: TextRow, sides: list[Sides]) -> bool:
         for text, tokens in zip(row.texts, sides, strict=True):
@@ -92,8 +95,6 @@ class Encoder:
             ]
             if not text.prompt:  # a whole text: nobody knows where its prompt ends
                 limits[1] = ("max_prompt_length + data.max_response_length", limits[0][1] + limits[1][1])
-            if self.config.too_long == "truncate":
-                tokens = (self._cut(row, tokens[0]), tokens[1])
             for (name, limit), side in zip(limits, tokens, strict=True):
                 if len(side) > limit:
                     self.skipped.long(row.place, name, limit, len(side))

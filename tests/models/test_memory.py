@@ -5,30 +5,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+from deep_backbone import BACKBONE
 
 from pe_rlhf_jax.config import LoRAConfig
-from pe_rlhf_jax.models.decoder import Decoder, DecoderConfig, unembed
+from pe_rlhf_jax.models.decoder import Decoder, unembed
 from pe_rlhf_jax.models.roles import Role
-
-CONFIG = DecoderConfig(
-    vocab_size=512,
-    hidden_size=256,
-    intermediate_size=768,
-    num_layers=8,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    rope_theta=1e4,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-)
 
 
 @pytest.mark.usefixtures("quick_compile")  # the same bytes as with the optimizer
 def test_adapter_gradients_hold_no_buffer_as_large_as_the_backbones():
     """A step of clipped gradient descent (clipping reads every gradient before any is used) in float32 with full remat."""
-    decoder = Decoder(CONFIG, LoRAConfig(r=4), remat="full")
+    decoder = Decoder(BACKBONE, LoRAConfig(r=4), remat="full")
     tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     shapes = jax.eval_shape(decoder._init, jax.random.key(0))
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from deep_backbone import BACKBONE
 from jax.sharding import PartitionSpec as P
 from memory import figures, size
 
 from pe_rlhf_jax import config as configuration
-from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.quantization import QuantizedMatrix, count, product, quantize, quantize_layers
 from pe_rlhf_jax.plan.programs import abstract_context
@@ -95,21 +95,6 @@ def test_decoder_computes_with_the_expanded_matrices(tiny, how):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), found, expected)
     plain = run(tiny.decoder, tiny.params)
     assert float(jnp.max(jnp.abs(plain[0][1] - found[0][1]))) > 1e-3  # it is another function than the one not rounded
-
-
-BACKBONE = DecoderConfig(
-    vocab_size=64,
-    hidden_size=256,
-    intermediate_size=768,
-    num_layers=8,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    rope_theta=1e4,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-)
 
 
 @pytest.mark.usefixtures("quick_compile")

@@ -6,25 +6,12 @@ import functools
 
 import jax.numpy as jnp
 import pytest
+from deep_backbone import BACKBONE
 from memory import figures, size
 
 from pe_rlhf_jax import config as configuration
-from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.plan.programs import abstract_context
 
-BACKBONE = DecoderConfig(
-    vocab_size=512,
-    hidden_size=256,
-    intermediate_size=768,
-    num_layers=8,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    rope_theta=1e4,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-)
 ROLES = {"reward": 1, "rl": 2}  # trained at once: the reward model; policy and value
 CONFIG = """
 model: {source: unused, remat: full, logprob_chunk: 16}
