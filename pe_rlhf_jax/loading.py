@@ -13,6 +13,7 @@ import numpy as np
 
 from pe_rlhf_jax import data, hosts
 from pe_rlhf_jax.checkpoint.peft_import import import_adapter
+from pe_rlhf_jax.checkpoint.preprocessing import vision_of
 from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data.formats import Kind
@@ -23,6 +24,7 @@ from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.sharding import check_batches, make_mesh, shardings
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.functions import load_function
+from pe_rlhf_jax.training.images import ImageEncoder
 from pe_rlhf_jax.training.reward import kind_of
 from pe_rlhf_jax.types import PyTree
 
@@ -38,26 +40,25 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     held = jnp.dtype(decoder.dtype).name + (f" over {config.model.quantization}" if config.model.quantization else "")
     where = f"{jax.device_count()} {jax.default_backend()}" + (f" of {jax.process_count()} processes" if hosts.several() else "")
     progress.note(f"{backbone.source}: {count(params) / 1e6:.1f}M parameters, {held}, on {where}")
-    loaded = data.load(config.data, backbone.tokenizer, needs=needs)
+    vision = vision_of(backbone)
+    loaded = data.load(config.data, backbone.tokenizer, needs=needs, vision=vision)
     if hosts.several():
         hosts.same({"backbone (model.source)": backbone.sha256.encode(), "data": _rows_of(loaded)})
     for note in loaded.notes:
         progress.note(f"data: {note}")
     base, reward_base = (_adapter(config, folder, backbone, decoder) for folder in (config.model.adapter, config.reward.adapter))
     tokenizer, ends = backbone.tokenizer, backbone.eos_token_ids
-    return backbone, Context(config, decoder, params, tokenizer, ends, loaded, mesh, base.replace(head=None), reward_base)
+    encoder = None
+    if loaded.pixels is not None:
+        encoder = ImageEncoder(decoder, params, mesh, loaded.pixels, int(config.data.image_cache_gib * 2**30))
+    return backbone, Context(config, decoder, params, tokenizer, ends, loaded, mesh, base.replace(head=None), reward_base, encoder)
 
 
 def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) -> tuple[Decoder, PyTree]:
     """The decoder and its parameters, on the devices; what is to be quantized is so as soon as it is read.
 
-    Raises ConfigError for a model with images: no stage feeds it any yet.
+    A vision tower and its projector stay in floating point.
     """
-    if backbone.config.vision is not None:
-        raise ConfigError(
-            f"model.source {backbone.source}: a model with images ({backbone.family.model_type}), which the stages do not train yet; "
-            "expected one for text"
-        )
     dtype, how = jnp.dtype(config.model.dtype_on(jax.default_backend())), config.model.quantization
     decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat)
 
@@ -113,7 +114,7 @@ def _rows_of(loaded: data.Data) -> bytes:
     """What tells two sets of loaded rows apart."""
     digest = hashlib.sha256()
     for split in (loaded.sft, loaded.preference, loaded.label, loaded.prompts):
-        for row in [*split.train, *split.validation] if split else ():
+        for row in [*data.as_read(split.train), *data.as_read(split.validation)] if split else ():
             for name, value in vars(row).items():
                 if name == "pictures":  # their files may be copies, at other places and of other times
                     value = [(picture.label, picture.height, picture.width) for picture in value]

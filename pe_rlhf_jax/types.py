@@ -1,6 +1,7 @@
 """The arrays that travel between the parts. Letters: B batch, T tokens, P prompt tokens (left-padded), R response tokens.
 
-A mask is True where a position holds a real token. Token ids at masked positions are the pad id and never matter.
+A mask is True where a position holds a real token. Token ids at masked positions are the pad id and never matter. What a batch says of
+pictures is None for models of text.
 """
 
 from __future__ import annotations
@@ -14,6 +15,15 @@ from jaxtyping import Bool, Float, Int
 PyTree = Any
 
 
+class Images(flax.struct.PyTreeNode):
+    """Pictures of a batch's rows: features, or pixels where they cannot be encoded once for all roles. Letters as in `models.vlm`."""
+
+    features: Float[jax.Array, "B M F E"] | None = None
+    """What the frozen tower makes of them."""
+    pixels: Float[jax.Array, "B M H W 3"] | None = None
+    """Where adapters change the tower: each role encodes them itself."""
+
+
 class Batch(flax.struct.PyTreeNode):
     """Rows for supervised fine-tuning, right-padded."""
 
@@ -21,6 +31,10 @@ class Batch(flax.struct.PyTreeNode):
     mask: Bool[jax.Array, "B T"]
     target_mask: Bool[jax.Array, "B T"]
     """True at tokens that are learned (the response and its end token)."""
+    prompt_mask: Bool[jax.Array, "B T"] | None = None
+    """True at the prompt's tokens, among which pictures have their places; for models that see."""
+    images: Images | None = None
+    """None where no row has a picture."""
 
 
 class PreferenceBatch(flax.struct.PyTreeNode):
@@ -34,6 +48,9 @@ class PreferenceBatch(flax.struct.PyTreeNode):
     """How much better the chosen side was rated; 0 where unknown."""
     weight: Float[jax.Array, " B"]
     """1 for a real row, 0 for one that only fills the last batch of an evaluation."""
+    prompt_mask: Bool[jax.Array, "B T"] | None = None
+    """As in `Batch`, of both sides: they have one prompt."""
+    images: Images | None = None
 
 
 class LabelBatch(flax.struct.PyTreeNode):
@@ -45,6 +62,9 @@ class LabelBatch(flax.struct.PyTreeNode):
     """1 for a good response, 0 for a bad one."""
     weight: Float[jax.Array, " B"]
     """As in `PreferenceBatch`; in training it may hold class weights too."""
+    prompt_mask: Bool[jax.Array, "B T"] | None = None
+    """As in `Batch`."""
+    images: Images | None = None
 
 
 class PromptBatch(flax.struct.PyTreeNode):
@@ -52,6 +72,7 @@ class PromptBatch(flax.struct.PyTreeNode):
 
     tokens: Int[jax.Array, "B P"]
     mask: Bool[jax.Array, "B P"]
+    images: Images | None = None
 
 
 class Rollout(flax.struct.PyTreeNode):
@@ -66,6 +87,8 @@ class Rollout(flax.struct.PyTreeNode):
     """Log-probability of each response token under the sampler, at the sampling temperature; 0 where masked."""
     ended: Bool[jax.Array, " B"]
     """Whether the response holds an end token."""
+    images: Images | None = None
+    """Of the prompts: encoded for sampling, and used by every role and every epoch after it."""
 
 
 class Experience(flax.struct.PyTreeNode):

@@ -170,6 +170,12 @@ class DataConfig(Section):
         False,
         description="Batches of SFT and reward training hold rows of similar length, which saves padding.",
     )
+    image_cache_gib: float = Field(
+        1.0,
+        ge=0,
+        description="Host memory for features of pictures, in GiB: a frozen vision tower encodes each picture once, for all stages; with 0 "
+        "once a batch, for all roles and epochs. Where adapters change the tower, nothing is kept.",
+    )
     train_pairs: int = Field(2048, ge=1, description="movie-reviews: number of training pairs.")
     validation_pairs: int = Field(512, ge=1, description="movie-reviews: number of held-out pairs.")
     min_margin: float = Field(0.5, ge=0, description="movie-reviews: least difference between the mean ratings of a pair's two sides.")

@@ -2,18 +2,23 @@
 
 from pe_rlhf_jax.data.batches import BatchOrder, pad_labels, pad_preferences, pad_prompts, pad_sft
 from pe_rlhf_jax.data.formats import LabelExample, PreferenceExample, PromptExample, SFTExample
+from pe_rlhf_jax.data.image_batches import PixelReader, as_read
 from pe_rlhf_jax.data.loading import Data, Split, load
 from pe_rlhf_jax.data.sources import DataError
+from pe_rlhf_jax.data.turns import Vision
 
 __all__ = [
     "BatchOrder",
     "Data",
     "DataError",
     "LabelExample",
+    "PixelReader",
     "PreferenceExample",
     "PromptExample",
     "SFTExample",
     "Split",
+    "Vision",
+    "as_read",
     "load",
     "pad_labels",
     "pad_preferences",

@@ -46,6 +46,11 @@ class SFTExample:
     """Where the row stands, for messages about its pictures; so in the other examples."""
 
     @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt)
+
+    @property
     def length(self) -> int:
         """Tokens of the row, for batches of rows of similar length."""
         return len(self.prompt) + len(self.response)

@@ -70,7 +70,7 @@ class PixelReader:
         Raises:
             DataError: a picture cannot be decoded.
         """
-        rows = [[tile for picture in example.pictures for tile in self._read(picture, example.place)] for example in examples]
+        rows = [self.tiles(example) for example in examples]
         most = max(map(len, rows), default=0)
         if not most:
             return None
@@ -81,11 +81,13 @@ class PixelReader:
                 values[row, at] = tile
         return values
 
-    def _read(self, picture: Picture, place: str) -> list[Values]:
+    def tiles(self, example: Seen, picture: Picture | None = None) -> list[Values]:
+        """All tiles of an example's pictures, or those of one of them. Raises DataError, which names the row, as `pad` does."""
+        pictures = example.pictures if picture is None else (picture,)
         try:
-            return self(picture)
+            return [tile for picture in pictures for tile in self(picture)]
         except BadRow as problem:
-            raise DataError(f"{place}: {problem}. Mend the row, or set data.on_error: skip to use the next row in its place") from problem
+            raise DataError(f"{example.place}: {problem}. Mend the row, or set data.on_error: skip to use the next row in its place") from problem
 
 
 class WholeExamples(Sequence[Example]):
@@ -136,6 +138,11 @@ class WholeExamples(Sequence[Example]):
         except BadRow as problem:
             return str(problem)
         return None
+
+
+def as_read(examples: Sequence[Example]) -> Sequence[Example]:
+    """The examples as they were read, whether or not their pictures can be decoded: for figures that need no pixels."""
+    return examples.examples if isinstance(examples, WholeExamples) else examples
 
 
 def ahead(make: Callable[[int], Made], start: int, threads: int = 2) -> Iterator[Made]:

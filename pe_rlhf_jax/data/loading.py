@@ -12,6 +12,7 @@ from pe_rlhf_jax.data import catalogs, easy_vqa, movie_reviews, sources
 from pe_rlhf_jax.data.converters import READERS, convert
 from pe_rlhf_jax.data.encoder import Encoder
 from pe_rlhf_jax.data.formats import Kind, Reader, TextRow
+from pe_rlhf_jax.data.image_batches import PixelReader, WholeExamples
 from pe_rlhf_jax.data.sources import DataError, Row, Skipped, hash_share
 from pe_rlhf_jax.data.turns import Vision
 
@@ -39,6 +40,8 @@ class Data:
     notes: list[str]
     """What a person should know, such as how many rows were skipped."""
     label: Split | None = None
+    pixels: PixelReader | None = None
+    """What reads the rows' pictures, for a model that sees."""
 
 
 def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Collection[Kind], vision: Vision | None = None) -> Data:
@@ -58,6 +61,7 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Colle
     notes: list[str] = []
     splits: dict[Kind, Split] = {}
     sentences: movie_reviews.Halves | None = None
+    pixels = None if vision is None else PixelReader(vision.processing)
     for kind in KINDS:
         if kind not in needs:
             continue
@@ -86,7 +90,9 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Colle
                     f"data.label: all {len(examples)} {name} rows have label {examples[0].label:g}, so there is nothing to tell apart; "
                     "give rows of both labels"
                 )
-    return Data(**{kind: splits.get(kind) for kind in KINDS}, notes=notes)
+        if pixels is not None:
+            splits[kind] = Split(*(WholeExamples(part, pixels, skipped) for part in (splits[kind].train, splits[kind].validation)))
+    return Data(**{kind: splits.get(kind) for kind in KINDS}, notes=notes, pixels=pixels)
 
 
 def _from_files(

@@ -45,8 +45,6 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
         jax.config.update("jax_platforms", "cpu")
     config = configuration.load(arguments.config, arguments.set)
     shape = architecture(config.model, arguments.model_config)
-    if shape.vision is not None:
-        raise configuration.ConfigError("model.source is a model with images, which the stages do not train yet; expected one for text")
     stages = arguments.stage or STAGES
     results: list[dict[str, Any]] = []
     fits = True

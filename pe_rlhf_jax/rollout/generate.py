@@ -18,6 +18,7 @@ from pe_rlhf_jax.config import SamplingConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.layers import KVCache
 from pe_rlhf_jax.rollout.sampling import sample
+from pe_rlhf_jax.rollout.score import features_of
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
 BLOCK = 8
@@ -72,7 +73,10 @@ def begin(decoder: Decoder, variables: PyTree, prompts: PromptBatch, sampling: S
     width = (batch, -(-sampling.max_new_tokens // BLOCK) * BLOCK)
     slots = prompt_length + width[1]
     padded_mask = jnp.pad(prompts.mask, ((0, 0), (0, width[1])))
-    hidden, cache = cast(_Output, decoder.apply(variables, prompts.tokens, padded_mask, cache=decoder.new_cache(batch, slots)))
+    features = features_of(decoder, variables, prompts.images)
+    prompt = None if decoder.config.vision is None else prompts.mask
+    cache = decoder.new_cache(batch, slots)
+    hidden, cache = cast(_Output, decoder.apply(variables, prompts.tokens, padded_mask, cache=cache, features=features, prompt=prompt))
     return DecodeState(
         step=jnp.zeros((), jnp.int32),
         logits=decoder.unembed(variables["params"], hidden[:, -1]),
@@ -130,7 +134,7 @@ def so_far(prompts: PromptBatch, state: DecodeState, sampling: SamplingConfig, e
     length = sampling.max_new_tokens
     tokens, mask = state.tokens[:, :length], state.mask[:, :length]
     ended = jnp.any(jnp.isin(tokens, jnp.asarray(end_tokens, jnp.int32)) & mask, axis=1)
-    return Rollout(prompts.tokens, prompts.mask, tokens, mask, state.logprobs[:, :length], ended)
+    return Rollout(prompts.tokens, prompts.mask, tokens, mask, state.logprobs[:, :length], ended, prompts.images)
 
 
 def _sample_row(logits: Float[Array, " V"], key: jax.Array, sampling: SamplingConfig) -> tuple[Int[Array, ""], Float[Array, ""]]:

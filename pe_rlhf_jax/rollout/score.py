@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.heads import apply_head
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.types import PyTree, Rollout
+from pe_rlhf_jax.types import Images, PyTree, Rollout
 
 
 def token_logprobs(
@@ -50,6 +50,22 @@ def token_logprobs(
     return logprobs, entropy
 
 
+def features_of(
+    decoder: Decoder, variables: PyTree, images: Images | None, deterministic: bool = True, rngs: dict[str, jax.Array] | None = None
+) -> Float[Array, "B M F E"] | None:
+    """What `Decoder` takes of a batch's pictures: the features that it has, or the role's own where adapters change the tower."""
+    if images is None or images.pixels is None:
+        return None if images is None else images.features
+    return decoder.encode_images(variables, images.pixels, deterministic, rngs)
+
+
+def prompt_of(decoder: Decoder, rollout: Rollout) -> Bool[Array, "B T"] | None:
+    """Which tokens of a rollout's sequence are the prompt; None for a model of text, which does not ask."""
+    if decoder.config.vision is None:
+        return None
+    return jnp.concatenate([rollout.prompt_mask, jnp.zeros_like(rollout.response_mask)], axis=1)
+
+
 def sequence(rollout: Rollout) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     """Prompt and response as one sequence and its mask, T = P + R."""
     tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
@@ -59,7 +75,10 @@ def sequence(rollout: Rollout) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
 def response_hidden(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout) -> Float[Array, "B R D"]:
     """Hidden states that predict the response's tokens: of the last prompt token and of all but the last response token."""
     tokens, mask = sequence(rollout)
-    hidden, _ = decoder.apply(role.variables(backbone), tokens[:, :-1], mask[:, :-1])
+    variables, prompt = role.variables(backbone), prompt_of(decoder, rollout)
+    features = features_of(decoder, variables, rollout.images)
+    prompt = None if prompt is None else prompt[:, :-1]
+    hidden, _ = decoder.apply(variables, tokens[:, :-1], mask[:, :-1], features=features, prompt=prompt)
     return hidden[:, rollout.prompt.shape[1] - 1 :]
 
 
@@ -85,9 +104,13 @@ def sequence_score(
     mask: Bool[Array, "B T"],
     deterministic: bool = True,
     dropout_key: jax.Array | None = None,
+    prompt: Bool[Array, "B T"] | None = None,
+    features: Float[Array, "B M F E"] | None = None,
 ) -> Float[Array, " B"]:
-    """The role's head at the last real token of each row, whatever the padding side."""
+    """The role's head at the last real token of each row, whatever the padding side; `prompt` and `features` as `Decoder` takes them."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    hidden, _ = decoder.apply(role.variables(backbone), tokens, mask, deterministic=deterministic, rngs=rngs)
+    hidden, _ = decoder.apply(
+        role.variables(backbone), tokens, mask, deterministic=deterministic, rngs=rngs, features=features, prompt=prompt
+    )
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return apply_head(role.head, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import resource
 import sys
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from pe_rlhf_jax.data import Data, Split
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role, Tuning
 from pe_rlhf_jax.sharding import place, place_rows
+from pe_rlhf_jax.training.images import ImageEncoder
 from pe_rlhf_jax.training.step import stage_key
 from pe_rlhf_jax.types import PyTree
 
@@ -34,6 +36,8 @@ class Context:
     """What training starts from: the backbone itself, or with the adapter that `model.adapter` names."""
     reward_base: Role = dataclasses.field(default_factory=Role)
     """The same for the reward model, by `reward.adapter`, perhaps with a head."""
+    encoder: ImageEncoder | None = None
+    """What makes of rows' pictures what the decoder takes; None for models of text."""
 
     @property
     def pad_token(self) -> int:
@@ -54,8 +58,13 @@ class Context:
         fresh = self.decoder.init_lora(self.key(f"{stage}/lora")) if tuning == "lora" and role.lora is None else None
         return place(role.tuned(tuning, self.backbone, fresh, self.config.lora), self.mesh)
 
-    def rows(self, batch: PyTree) -> PyTree:
-        """A host batch on the devices, split by row."""
+    def rows(self, batch: PyTree, examples: Sequence[Any] = ()) -> PyTree:
+        """A host batch on the devices, split by row, with the pictures of its examples where the model sees.
+
+        Fewer examples than rows: the others are copies of the first, as the padding functions fill a batch.
+        """
+        if self.encoder is not None and examples:
+            batch = self.encoder.add(batch, examples)
         return place_rows(batch, self.mesh)
 
 

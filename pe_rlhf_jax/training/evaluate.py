@@ -41,7 +41,7 @@ def policy(context: Context, roles: dict[str, Role], rewards: Rewards) -> Iterat
     for at in range(0, len(prompts), config.batch_size):
         rows = prompts[at : at + config.batch_size]
         batch = pad_prompts(rows, context.pad_token, context.config.data.length_multiple, rows=config.batch_size)
-        batch = context.rows(batch)
+        batch = context.rows(batch, rows)
         for name, collected in answers.items():
             collected.add(roles, name, respond(context, roles[name], batch, jax.random.fold_in(key, at)), rows)
         done = at + len(rows)

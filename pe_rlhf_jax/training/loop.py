@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pe_rlhf_jax.config import RewardConfig, SFTConfig
-from pe_rlhf_jax.data import BatchOrder
+from pe_rlhf_jax.data import BatchOrder, as_read
 from pe_rlhf_jax.training.context import Context, peak_memory_gib
 from pe_rlhf_jax.training.optimizer import learning_rate, make_optimizer
 from pe_rlhf_jax.training.step import Loss, make_step, stop_if_not_finite
@@ -39,12 +39,13 @@ def updates(
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
     step = make_step(loss, total, optimizer, config.batch_size, config.micro_batch_size)
     rate = learning_rate(config.optimizer, config.steps)
-    lengths = [example.length for example in examples] if context.config.data.group_by_length else None
+    lengths = [example.length for example in as_read(examples)] if context.config.data.group_by_length else None
     order, key = BatchOrder(len(examples), config.batch_size, context.config.run.seed, lengths), context.key(stage)
     for index in range(int(state.step), config.steps):
         began = time.perf_counter()
-        batch = collate([examples[i] for i in order(index)])
-        state, metrics = step(state, frozen, context.rows(batch), jax.random.fold_in(key, index))
+        rows = [examples[i] for i in order(index)]
+        batch = collate(rows)
+        state, metrics = step(state, frozen, context.rows(batch, rows), jax.random.fold_in(key, index))
         state = state.replace(step=state.step + 1)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         stop_if_not_finite(state, context.config.run.max_nonfinite, stage)

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float
 
 from pe_rlhf_jax.algorithms.reward import bradley_terry, logistic
 from pe_rlhf_jax.config import RewardConfig
-from pe_rlhf_jax.data import LabelExample, PreferenceExample, pad_labels, pad_preferences
+from pe_rlhf_jax.data import LabelExample, PreferenceExample, as_read, pad_labels, pad_preferences
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.score import sequence_score
+from pe_rlhf_jax.rollout.score import features_of, sequence_score
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.statistics import (
     accuracy_by,
@@ -81,7 +81,7 @@ class Pairs:
 
     def scores(self, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, ...]:
         def of(part: Sequence[PreferenceExample], size: int) -> tuple[Array, ...]:
-            batch = context.rows(pad_preferences(part, context.pad_token, context.config.data.length_multiple, rows=size))
+            batch = context.rows(pad_preferences(part, context.pad_token, context.config.data.length_multiple, rows=size), part)
             return _score_pairs(context.decoder, role, context.backbone, batch)
 
         return _in_batches(context, rows, of)
@@ -112,7 +112,7 @@ class Labels:
     select = "auc"
 
     def collator(self, context: Context) -> Callable[[Sequence[LabelExample]], LabelBatch]:
-        share = float(np.mean(_labels(context.split("label").train)))
+        share = float(np.mean(_labels(as_read(context.split("label").train))))
         balanced = context.config.reward.balance_classes
 
         def collate(rows: Sequence[LabelExample]) -> LabelBatch:
@@ -131,7 +131,7 @@ class Labels:
 
     def scores(self, context: Context, role: Role, rows: Sequence[LabelExample]) -> tuple[np.ndarray, ...]:
         def of(part: Sequence[LabelExample], size: int) -> tuple[Array, ...]:
-            batch = context.rows(pad_labels(part, context.pad_token, context.config.data.length_multiple, rows=size))
+            batch = context.rows(pad_labels(part, context.pad_token, context.config.data.length_multiple, rows=size), part)
             return (_score_labels(context.decoder, role, context.backbone, batch),)
 
         return _in_batches(context, rows, of)
@@ -164,10 +164,12 @@ KINDS: dict[str, Kind] = {"pairs": Pairs(), "labels": Labels()}
 def pair_scores(
     decoder: Decoder, role: Role, backbone: PyTree, batch: PreferenceBatch, dropout_key: jax.Array | None = None
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Scores of both sides in one pass."""
+    """Scores of both sides in one pass; their pictures are encoded once."""
     tokens = jnp.concatenate([batch.chosen, batch.rejected])
     mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
-    both = sequence_score(decoder, backbone, role, tokens, mask, dropout_key is None, dropout_key)
+    seen = _seen(decoder, role, backbone, batch, dropout_key)
+    prompt, features = jax.tree.map(lambda x: jnp.concatenate([x, x]), seen)
+    both = sequence_score(decoder, backbone, role, tokens, mask, dropout_key is None, dropout_key, prompt, features)
     return both[: len(batch.chosen)], both[len(batch.chosen) :]
 
 
@@ -175,7 +177,15 @@ def label_scores(
     decoder: Decoder, role: Role, backbone: PyTree, batch: LabelBatch, dropout_key: jax.Array | None = None
 ) -> Float[Array, " B"]:
     """The logit of each row."""
-    return sequence_score(decoder, backbone, role, batch.tokens, batch.mask, dropout_key is None, dropout_key)
+    prompt, features = _seen(decoder, role, backbone, batch, dropout_key)
+    return sequence_score(decoder, backbone, role, batch.tokens, batch.mask, dropout_key is None, dropout_key, prompt, features)
+
+
+def _seen(
+    decoder: Decoder, role: Role, backbone: PyTree, batch: PreferenceBatch | LabelBatch, dropout_key: jax.Array | None
+) -> tuple[Array | None, Array | None]:
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return batch.prompt_mask, features_of(decoder, role.variables(backbone), batch.images, dropout_key is None, rngs)
 
 
 _score_pairs = jax.jit(pair_scores, static_argnums=0)

@@ -16,7 +16,7 @@ from pe_rlhf_jax.data import PromptExample
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.score import sequence, sequence_score
+from pe_rlhf_jax.rollout.score import features_of, prompt_of, sequence, sequence_score
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.functions import TextFunction, call_function, columns_of, load_function
 from pe_rlhf_jax.training.rollouts import texts
@@ -132,4 +132,5 @@ def for_learning(config: RLConfig, total: Float[Array, " B"], statistics: Reward
 @jax.jit(static_argnums=0)
 def _score(decoder: Decoder, role: Role, backbone: PyTree, rollout: Rollout) -> Float[Array, " B"]:
     """The score head at each row's last real token: the logit, never a probability."""
-    return sequence_score(decoder, backbone, role, *sequence(rollout))
+    features = features_of(decoder, role.variables(backbone), rollout.images)
+    return sequence_score(decoder, backbone, role, *sequence(rollout), prompt=prompt_of(decoder, rollout), features=features)

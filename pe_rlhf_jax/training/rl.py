@@ -93,9 +93,8 @@ def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards
     for index in range(int(state.step), config.steps):
         rollout_key, learn_key = jax.random.split(jax.random.fold_in(key, index))
         examples = [prompts[i] for i in order(index) for _ in range(repeats)]
-        batch = context.rows(pad_prompts(examples, context.pad_token, context.config.data.length_multiple))
-
         began = time.perf_counter()
+        batch = context.rows(pad_prompts(examples, context.pad_token, context.config.data.length_multiple), examples)
         roles = _whole(frozen_roles, state.train.trainable)
         rollout = respond(context, roles["policy"], batch, rollout_key)
         rolled = time.perf_counter()

@@ -13,7 +13,7 @@ from pe_rlhf_jax.algorithms.sft import cross_entropy
 from pe_rlhf_jax.data import pad_sft
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.score import token_logprobs
+from pe_rlhf_jax.rollout.score import features_of, token_logprobs
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.loop import Metrics, updates
 from pe_rlhf_jax.training.optimizer import make_optimizer
@@ -61,7 +61,8 @@ def evaluate(context: Context, role: Role) -> float:
         rows = list(examples[at : at + config.batch_size])
         batch = pad_sft(rows + rows[:1] * (config.batch_size - len(rows)), context.pad_token, context.config.data.length_multiple)
         batch.target_mask[len(rows) :] = False
-        total, count = _evaluate(context.decoder, context.config.model.logprob_chunk, role, context.backbone, context.rows(batch))
+        placed = context.rows(batch, rows)
+        total, count = _evaluate(context.decoder, context.config.model.logprob_chunk, role, context.backbone, placed)
         losses, tokens = losses + float(total), tokens + float(count)
     return losses / max(tokens, 1.0)
 
@@ -70,7 +71,11 @@ def _logprobs(decoder: Decoder, chunk: int, role: Role, backbone: PyTree, batch:
     """Log-probabilities of tokens 1 .. T-1; adapters drop out when a key is given."""
     variables = role.variables(backbone)
     rngs = None if key is None else {"dropout": key}
-    hidden, _ = decoder.apply(variables, batch.tokens[:, :-1], batch.mask[:, :-1], deterministic=key is None, rngs=rngs)
+    features = features_of(decoder, variables, batch.images, key is None, rngs)
+    prompt = None if batch.prompt_mask is None else batch.prompt_mask[:, :-1]
+    hidden, _ = decoder.apply(
+        variables, batch.tokens[:, :-1], batch.mask[:, :-1], deterministic=key is None, rngs=rngs, features=features, prompt=prompt
+    )
     return token_logprobs(hidden, batch.tokens[:, 1:], lambda h: decoder.unembed(variables["params"], h), 1.0, chunk)[0]
 
 

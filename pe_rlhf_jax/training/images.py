@@ -1,0 +1,111 @@
+"""Pictures of a batch's rows as the decoder takes them. A frozen tower sees each picture once: its features are kept, up to a bound.
+
+Letters: B rows, M pictures (or tiles) a row, N pictures at once, H and W sides in pixels, F tokens a picture, E size of a feature.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from pe_rlhf_jax.data import PixelReader
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.roles import TOWER
+from pe_rlhf_jax.models.vlm import adapts_tower
+from pe_rlhf_jax.sharding import place_rows, row_multiple
+from pe_rlhf_jax.types import Images, PreferenceBatch, PromptBatch, PyTree
+
+AT_ONCE = 4
+"""Pictures that a device encodes at once. Always as many, so that a picture's features do not depend on which others are encoded."""
+
+
+class ImageEncoder:
+    """Features of pictures, on the host, by the frozen tower; pixels where adapters change the tower.
+
+    Args:
+        backbone: parameters, of which the tower is used.
+        cached_bytes: of features that are kept, those last used; a picture that is not kept is encoded once a batch.
+    """
+
+    def __init__(self, decoder: Decoder, backbone: PyTree, mesh: jax.sharding.Mesh, read: PixelReader, cached_bytes: int):
+        self.decoder, self.mesh, self.read, self.cached_bytes = decoder, mesh, read, cached_bytes
+        self.tower = {TOWER: backbone[TOWER]}
+        self.adapted = adapts_tower(decoder.lora)
+        self._kept: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+        self._size = 0
+
+    def add(self, batch: PyTree, examples: Sequence[Any]) -> PyTree:
+        """A host batch with its examples' pictures, and with the places of its prompts; the first example stands for missing ones."""
+        lead = batch.chosen if isinstance(batch, PreferenceBatch) else batch.tokens
+        rows = [*examples, *[examples[0]] * (len(lead) - len(examples))]
+        images = self(rows)
+        if isinstance(batch, PromptBatch):
+            return batch.replace(images=images)
+        lengths = np.array([row.prompt_length for row in rows])
+        return batch.replace(prompt_mask=np.arange(lead.shape[1]) < lengths[:, None], images=images)
+
+    def __call__(self, examples: Sequence[Any]) -> Images | None:
+        """Pictures of the examples' rows, as NumPy arrays; None where there is none.
+
+        M is the most pictures of a row, rounded up to a power of two, so that few programs are compiled.
+
+        Raises:
+            DataError: a picture cannot be decoded.
+        """
+        if self.adapted:
+            rows = [self.read.tiles(example) for example in examples]
+        else:
+            features = self._features(examples)
+            rows = [[tile for picture in example.pictures for tile in features[picture.key]] for example in examples]
+        most = max(map(len, rows), default=0)
+        if not most:
+            return None
+        first = next(row[0] for row in rows if row)
+        padded: Any = np.zeros((len(rows), 1 << (most - 1).bit_length(), *first.shape), first.dtype)
+        for row, tiles in enumerate(rows):
+            for at, tile in enumerate(tiles):
+                padded[row, at] = tile
+        return Images(pixels=padded) if self.adapted else Images(features=padded)
+
+    def _features(self, examples: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Features [tiles, F, E] of the examples' pictures by their keys: those that are kept, and the others encoded."""
+        found: dict[str, np.ndarray] = {}
+        missing: dict[str, list[np.ndarray]] = {}
+        for example in examples:
+            for picture in example.pictures:
+                if picture.key in self._kept:
+                    self._kept.move_to_end(picture.key)
+                    found[picture.key] = self._kept[picture.key]
+                elif picture.key not in missing:
+                    missing[picture.key] = self.read.tiles(example, picture)
+        encoded = self._encode([tile for tiles in missing.values() for tile in tiles])
+        at = 0
+        for key, tiles in missing.items():
+            # A copy, so that what is kept does not hold all that was encoded with it.
+            found[key] = encoded[at : at + len(tiles)].copy()
+            at += len(tiles)
+            self._kept[key] = found[key]
+            self._size += found[key].nbytes
+        while self._size > self.cached_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self._size -= oldest.nbytes
+        return found
+
+    def _encode(self, tiles: Sequence[np.ndarray]) -> np.ndarray:
+        size = AT_ONCE * row_multiple(self.mesh)
+        parts = []
+        for at in range(0, len(tiles), size):
+            pixels = np.zeros((size, *tiles[0].shape), np.float32)
+            pixels[: len(tiles[at : at + size])] = tiles[at : at + size]
+            parts.append(_encode(self.decoder, self.tower, place_rows(pixels, self.mesh)))
+        return np.concatenate(jax.device_get(parts))[: len(tiles)] if parts else np.zeros((0,))
+
+
+@jax.jit(static_argnums=0)
+def _encode(decoder: Decoder, tower: PyTree, pixels: Float[Array, "N H W 3"]) -> Float[Array, "N F E"]:
+    return decoder.encode_images({"params": tower}, pixels)
