@@ -72,6 +72,6 @@ def bits(tree) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def lengths(prompts, completions, **columns) -> list[float]:
-    """A reward that needs no model."""
-    return [float(len(completion) % 3) for completion in completions]
+def remainders(prompts, completions, **columns) -> list[float]:
+    """A reward that needs no model and differs from answer to answer."""
+    return [float(sum(map(ord, completion)) % 7) for completion in completions]
