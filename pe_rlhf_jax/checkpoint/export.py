@@ -17,9 +17,9 @@ import safetensors.numpy
 from pe_rlhf_jax.checkpoint.card import SCORING, Kind, Training, card
 from pe_rlhf_jax.checkpoint.folder import written_whole
 from pe_rlhf_jax.checkpoint.peft_import import CONFIG_FILE, SCORE, WEIGHTS_FILE, AdapterError, import_adapter
-from pe_rlhf_jax.checkpoint.peft_layout import adapted_modules, pack, patterns, target_modules
+from pe_rlhf_jax.checkpoint.peft_layout import PREFIX, adapted_modules, modules_to_save, pack, patterns, saved_whole, target_modules
 from pe_rlhf_jax.config import LoRAConfig
-from pe_rlhf_jax.models.families import Weight
+from pe_rlhf_jax.models.families import Weight, join
 from pe_rlhf_jax.models.families.llama import LINEAR_LAYERS
 from pe_rlhf_jax.types import PyTree
 
@@ -35,6 +35,7 @@ def export_policy(
     sha256: str,
     training: Training | None = None,
     weights: Sequence[Weight] = LINEAR_LAYERS,
+    backbone: PyTree | None = None,
 ) -> None:
     """Write a policy's adapter for the backbone's causal language model; a folder that is already there is replaced as a whole.
 
@@ -44,12 +45,17 @@ def export_policy(
         sha256: of the backbone's weight file.
         training: what the model card tells about the training.
         weights: the family's table, `backbone.family.weights(backbone.config)`; by default the names of Llama and those like it.
+        backbone: the backbone's parameters, needed where the adapter trains modules whole: what is written is their sum.
 
     Raises:
-        ValueError: the adapter is not of that family.
+        ValueError: the adapter is not of that family, or trains modules whole and the backbone is not given.
     """
+    whole = saved_whole(lora, weights)
+    if whole and backbone is None:
+        raise ValueError(f"the adapter trains {', '.join(modules_to_save(whole))} whole, of which the sum is written: give the backbone")
+    tensors = {PREFIX + weight.name: _sum(weight, backbone, lora) for weight in whole}
     usage = _USAGE.format(auto="AutoModelForImageTextToText" if _sees(weights) else "AutoModelForCausalLM", arguments="")
-    _export(folder, lora, config, "policy", base_model, sha256, training, weights, tensors={}, header={}, usage=usage)
+    _export(folder, lora, config, "policy", base_model, sha256, training, weights, tensors, header={}, usage=usage)
 
 
 def export_reward(
@@ -102,7 +108,7 @@ def _export(
         "use_rslora": config.use_rslora,
         "lora_dropout": config.lora_dropout,
         "target_modules": target_modules(modules, weights),
-        "modules_to_save": ["score"] if kind == "reward" else None,
+        "modules_to_save": ["score"] if kind == "reward" else modules_to_save(saved_whole(lora, weights)) or None,
         "bias": "none",
         "fan_in_fan_out": not modules[0].weights[0].transposed,  # for merging only; the factors lie alike
         "inference_mode": True,
@@ -127,6 +133,14 @@ def _export(
         safetensors.numpy.save_file(contiguous, unfinished / WEIGHTS_FILE, metadata=header)
         (unfinished / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (unfinished / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _sum(weight: Weight, backbone: PyTree, lora: PyTree) -> np.ndarray:
+    """A tensor of a module that is trained whole, in float32 as it is trained."""
+    base, added = backbone, lora
+    for name in weight.leaf:
+        base, added = base[name], added[name]
+    return join([weight], [np.asarray(base, np.float32) + np.asarray(added, np.float32)])
 
 
 def _sees(weights: Sequence[Weight]) -> bool:

@@ -20,7 +20,7 @@ from jaxtyping import Shaped
 from pe_rlhf_jax import hosts
 from pe_rlhf_jax.checkpoint.card import SCORING, Kind, Training, card
 from pe_rlhf_jax.checkpoint.folder import written_whole
-from pe_rlhf_jax.checkpoint.peft_layout import adapted_modules
+from pe_rlhf_jax.checkpoint.peft_layout import adapted_modules, saved_whole
 from pe_rlhf_jax.checkpoint.safetensors_writer import write_safetensors
 from pe_rlhf_jax.checkpoint.source import Backbone
 from pe_rlhf_jax.checkpoint.weights import WeightsError, account, grouped, leaf_shapes
@@ -138,16 +138,14 @@ def _updates(lora: PyTree, table: Sequence[Weight], config: LoRAConfig) -> dict[
 
         return of
 
-    whole = {weight: _at(lora, weight.leaf) for weight in table}
-    factors = {name: part for name, part in lora.items() if name != "projector"}
+    whole = {weight: _at(lora, weight.leaf) for weight in saved_whole(lora, table)}
     kernels = {group[0].name: group for group in grouped([weight for weight in table if weight.leaf[-1] == "kernel"])}
     found = {}
-    for module in adapted_modules(factors, table):
+    for module in adapted_modules(lora, table):
         name = f"{module.name}.weight"
         found[name] = update(kernels[name], dict(zip(module.weights, module.factors(lora), strict=True)))
     for weight, added in whole.items():
-        if added is not None:  # of a module that is trained whole
-            found[weight.name] = _always(join([weight], [np.asarray(added, np.float32)]))
+        found[weight.name] = _always(join([weight], [np.asarray(added, np.float32)]))
     return found
 
 

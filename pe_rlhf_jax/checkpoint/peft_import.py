@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401 (teaches NumPy the name bfloat16, by which safete
 import numpy as np
 import safetensors
 
-from pe_rlhf_jax.checkpoint.peft_layout import PREFIX, Module, adapted_modules, patterns, unpack
+from pe_rlhf_jax.checkpoint.peft_layout import PREFIX, Module, adapted_modules, patterns, saved_whole, unpack
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.families import Weight
 from pe_rlhf_jax.models.families.llama import LINEAR_LAYERS
@@ -66,6 +66,8 @@ def import_adapter(
         AdapterError: files are missing or unreadable; a setting, a name, a shape or the backbone differs; values are not finite.
     """
     folder = Path(folder)
+    if saved_whole(like, weights):
+        raise AdapterError(f"{folder}: lora.modules_to_save is set, but a module that was trained whole is not read from PEFT's format yet")
     modules = adapted_modules(like, weights)
     settings = _settings(folder / CONFIG_FILE)
     _check_settings(folder / CONFIG_FILE, settings, config, modules)

@@ -24,6 +24,8 @@ from pe_rlhf_jax.models.families import Part, Weight
 from pe_rlhf_jax.types import PyTree
 
 PREFIX = "base_model.model."
+WHOLE = "projector"
+"""What an adapter may train whole."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,10 @@ class Module:
 def adapted_modules(lora: PyTree, weights: Sequence[Weight]) -> list[Module]:
     """The modules that an adapter (or its shapes) lies on, in the decoder and in a vision tower. `weights` is the family's table.
 
+    What it trains whole (`saved_whole`) is not among them.
+
     Raises:
-        ValueError: an adapted leaf is in no module of the family, or a module is trained whole.
+        ValueError: an adapted leaf is in no module of the family.
     """
     kernels = [weight for weight in weights if weight.per_layer and weight.leaf[-1] == "kernel"]
     groups = grouped(kernels)
@@ -69,13 +73,23 @@ def adapted_modules(lora: PyTree, weights: Sequence[Weight]) -> list[Module]:
         if adapted:
             found.append(Module(group[0].name.removesuffix(".weight"), target, adapted, len(group)))
     known = {weight.leaf[:-1] for weight in kernels}
-    for path in _leaves(lora):
-        if path[-1] not in ("a", "b"):
-            raise ValueError(f"the adapter trains {path[0]} whole (lora.modules_to_save), which is not written in PEFT's format yet")
+    for path in _leaves({name: tree for name, tree in lora.items() if name != WHOLE}):
         if path[:-1] not in known:
             name = ".".join(path[:-1]).replace("layers.", "", 1)
             raise ValueError(f"the adapter has {name}, which the model does not; is it of the right family?")
     return found
+
+
+def saved_whole(lora: PyTree, weights: Sequence[Weight]) -> list[Weight]:
+    """The weights to which the adapter adds as they are (`lora.modules_to_save`)."""
+    return [weight for weight in weights if weight.leaf[0] == WHOLE and _at(lora, weight.leaf) is not None]
+
+
+def modules_to_save(whole: Sequence[Weight]) -> list[str]:
+    """PEFT's `modules_to_save`: the one module of the published model in which these weights are."""
+    paths = [weight.name.split(".")[:-1] for weight in whole]
+    depth = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths), default=0))
+    return [".".join(paths[0][:depth])] if paths else []
 
 
 def target_modules(modules: Sequence[Module], weights: Sequence[Weight]) -> list[str] | str:

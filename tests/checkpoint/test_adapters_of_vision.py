@@ -6,13 +6,15 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from tiny_families import flat
 from tiny_vision import TinyVision
 
-from pe_rlhf_jax.checkpoint.export import export_policy, export_reward, import_adapter
+from pe_rlhf_jax.checkpoint.export import AdapterError, export_policy, export_reward, import_adapter
+from pe_rlhf_jax.checkpoint.weights import load_params
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.heads import zero_head
@@ -46,8 +48,36 @@ def test_export_names_modules_of_both_and_reads_them_back(tmp_path, name, target
 def test_what_has_no_format_yet_is_refused(tmp_path):
     tiny, config = TinyVision("llava"), LoRAConfig(r=2, modules_to_save=("projector",))
     lora, weights = adapter(tiny, config), tiny.family.weights(tiny.architecture)
-    with pytest.raises(ValueError, match=r"trains projector whole \(lora.modules_to_save\), which is not written in PEFT's format yet"):
+    with pytest.raises(ValueError, match=r"trains model.multi_modal_projector whole, of which the sum is written: give the backbone"):
         export_policy(tmp_path / "policy", lora, config, **SOURCE, weights=weights)
     with pytest.raises(ValueError, match="expected a reward model on a backbone for text"):
         export_reward(tmp_path / "reward", lora, zero_head(16), config, **SOURCE, weights=weights)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("llava", "model.multi_modal_projector"),
+        ("paligemma", "model.multi_modal_projector.linear"),
+        ("gemma3", "model.multi_modal_projector"),
+        ("smolvlm", "model.connector.modality_projection.proj"),
+    ],
+)
+def test_a_projector_that_is_trained_whole_is_written_whole(tmp_path, name, module):
+    tiny, config = TinyVision(name), LoRAConfig(r=2, modules_to_save=("projector",))
+    lora, weights = adapter(tiny, config), tiny.family.weights(tiny.architecture)
+    base = load_params(tiny, tiny.family, tiny.architecture, jnp.float32)
+    export_policy(tmp_path / "policy", lora, config, **SOURCE, weights=weights, backbone=base)
+    settings = json.loads((tmp_path / "policy" / "adapter_config.json").read_text())
+    assert settings["modules_to_save"] == [module]
+    written = safetensors.numpy.load_file(tmp_path / "policy" / "adapter_model.safetensors")
+    inside = [key for key in tiny.names if key.startswith(f"{module}.")]
+    assert inside and {key for key in written if ".lora_" not in key} == {f"base_model.model.{key}" for key in inside}
+    for weight in weights:
+        if weight.name in inside:
+            added = flat(lora)["/".join(weight.leaf)]
+            expected = weight.take(tiny.tensors[weight.name]) + added
+            np.testing.assert_allclose(weight.take(written[f"base_model.model.{weight.name}"]), expected, rtol=1e-6)
+    with pytest.raises(AdapterError, match="trained whole is not read from PEFT's format yet"):
+        import_adapter(tmp_path / "policy", lora, config, weights=weights)

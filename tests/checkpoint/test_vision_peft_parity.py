@@ -36,6 +36,24 @@ def adapter(decoder: Decoder):
 CASES = [("llava", "attention"), ("llava", BOTH), ("gemma3", BOTH), ("smolvlm", BOTH), ("llava-dinov2", BOTH)]
 
 
+@pytest.mark.parametrize("name", ["llava", "paligemma", "gemma3", "smolvlm"])
+def test_a_projector_that_is_trained_whole_in_peft(tmp_path, name):
+    theirs, peft = pytest.importorskip("torch_vision"), pytest.importorskip("peft")
+    tiny, config = TinyVision(name), LoRAConfig(r=3, lora_alpha=5, modules_to_save=("projector",))
+    decoder = Decoder(tiny.architecture, config, remat="none")
+    params, lora = load_params(tiny, tiny.family, tiny.architecture, jnp.float32), adapter(decoder)
+    export_policy(tmp_path / "policy", lora, config, **SOURCE, weights=tiny.family.weights(tiny.architecture), backbone=params)
+    adapted = peft.PeftModel.from_pretrained(theirs.torch_model(tiny), tmp_path / "policy").eval()
+    expected = theirs.torch_logits(tiny, adapted, 2)
+    logits = jax.jit(lambda variables: forward(decoder, variables, tiny.batch((0, 0, 0))))
+    found, factors = (
+        logits({"params": params, "lora": tree})[0][: len(expected)]
+        for tree in (lora, {name: part for name, part in lora.items() if name != "projector"})
+    )
+    np.testing.assert_allclose(found, expected, atol=LOGITS, rtol=0)
+    assert np.abs(found - factors).max() > 0.05
+
+
 @pytest.mark.parametrize(("name", "target"), CASES)
 def test_ours_in_peft(tmp_path, name, target):
     theirs, peft = pytest.importorskip("torch_vision"), pytest.importorskip("peft")

@@ -1,0 +1,63 @@
+"""A whole run with pictures: it learns which colour it is shown, and continues bit for bit wherever it was stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from tiny_project import result, write_config
+from tiny_seeing_project import PROMPT, seeing_project
+
+from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax import main
+from pe_rlhf_jax.report.metrics import MetricsLog
+
+pytestmark = pytest.mark.xdist_group("whole runs with pictures")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """Configuration values, and the folder of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("seeing")
+    values = seeing_project(folder)
+    execute(write_config(values, folder))
+    return values, folder
+
+
+def execute(config) -> dict:
+    return main.run(configuration.load(config, []), console=Console(file=io.StringIO()))
+
+
+def test_it_learns_what_it_is_shown(seen):
+    _, folder = seen
+    summary = json.loads((folder / "runs" / "run" / "summary.json").read_text())
+    print(json.dumps(summary, indent=1))
+    assert summary["sft"]["loss_after"] < 0.6 * summary["sft"]["loss_before"]
+    assert summary["reward_model"]["auc"] > 0.9
+    assert summary["rl"]["reward_after"] > summary["rl"]["reward_before"]
+    assert summary["judge"]["after"] > max(0.6, summary["judge"]["before"])
+    assert {path.name for path in (folder / "runs" / "run" / "export").iterdir()} == {"policy", "reward"}
+    first = next(row for row in result(folder)[1] if row["stage"] == "rl")
+    assert first["objective/kl"] == 0.0 and abs(first["val/sampler_kl"]) < 1e-6
+
+
+def test_stopped_anywhere_it_ends_the_same(seen, tmp_path, monkeypatch):
+    """Features of pictures are no part of a checkpoint: what is left of a run encodes them again."""
+    values, folder = seen
+    config = write_config(values, tmp_path)
+    write = MetricsLog.write
+    for stop in (("sft", 7), ("reward", 14), ("rl", 6)):
+
+        def interrupted(log, stage, step, metrics, stop=stop):
+            if (stage, step) == stop:
+                raise KeyboardInterrupt
+            write(log, stage, step, metrics)
+
+        monkeypatch.setattr(MetricsLog, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            execute(config)
+    monkeypatch.setattr(MetricsLog, "write", write)
+    execute(config)
+    assert result(tmp_path) == result(folder)

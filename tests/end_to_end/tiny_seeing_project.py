@@ -1,0 +1,86 @@
+"""A tiny project with pictures: a LLaVA of 20 thousand parameters in Hugging Face's layout, drawn colours, and the question which it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from safetensors.numpy import save_file
+from tiny_project import jsonl
+from tiny_vision import IMAGE, TinyVision
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+COLOURS = {"red": (230, 30, 30), "green": (30, 230, 30), "blue": (30, 30, 230)}
+PROMPT = "<image>\nWhich colour is this ?"
+PICTURES = 36
+
+
+def write_model(folder: Path, name: str = "llava") -> Path:
+    """The tiny model `name` of tests/tiny_vision.py with a tokenizer of words."""
+    folder.mkdir()
+    tiny = TinyVision(name)
+    save_file(tiny.tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(tiny.config))
+    edge = tiny.vision.tower.image_size
+    size = {"height": edge, "width": edge}
+    values = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": edge}, "crop_size": size, "resample": 3}
+    values |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    words = ["<pad>", "<unk>", "</s>", *"Which colour is this ?".split(), *COLOURS]
+    vocabulary = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(IMAGE - len(words))), "<image>"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", additional_special_tokens=["<image>"]
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def seeing_project(folder: Path) -> dict:
+    """Configuration values; rows and pictures lie in `folder`."""
+    rows = []
+    for number in range(PICTURES):
+        colour = list(COLOURS)[number % 3]
+        noise = np.random.default_rng(number).integers(-25, 26, (8, 10, 3))
+        PIL.Image.fromarray((np.asarray(COLOURS[colour]) + noise).astype(np.uint8)).save(folder / f"{number}.png")
+        rows.append({"prompt": PROMPT, "image": f"{number}.png", "answer": colour})
+    names = list(COLOURS)
+    sft = [{**row, "completion": f" {row.pop('answer')}"} for row in map(dict, rows)]
+    labels = [
+        {"prompt": PROMPT, "image": row["image"], "completion": f" {answer}", "label": int(answer == row["answer"])}
+        for i, row in enumerate(rows)
+        for answer in (row["answer"], names[(names.index(row["answer"]) + 1 + i % 2) % 3])
+    ]
+    files = {name: jsonl(folder / f"{name}.jsonl", rows) for name, rows in (("sft", sft), ("label", labels), ("prompts", rows))}
+    rates = {"sft": 1e-2, "reward": 1e-2, "rl": 5e-3}
+    return {
+        "run": {"checkpoint_every": 4, "tensorboard": False, "compilation_cache": False},
+        "model": {"source": str(write_model(folder / "llava")), "remat": "none"},
+        "lora": {"r": 4, "lora_alpha": 8.0, "modules_to_save": ["projector"]},
+        "data": {name: {"train": [file]} for name, file in files.items()}
+        | {"validation_share": 0.25, "length_multiple": 16, "max_prompt_length": 32, "max_response_length": 4},
+        "sft": {"steps": 16, "batch_size": 8, "evaluate_every": 6, "optimizer": {"learning_rate": rates["sft"]}},
+        "reward": {"kind": "labels", "steps": 30, "batch_size": 16, "evaluate_every": 10, "optimizer": {"learning_rate": rates["reward"]}},
+        "rl": {
+            "steps": 12,
+            "batch_size": 16,
+            "num_ppo_epochs": 2,
+            "num_mini_batches": 2,
+            "micro_batch_size": 4,
+            "kl_coef": 0.01,
+            "sampling": {"max_new_tokens": 2},
+            "optimizer": {"learning_rate": rates["rl"]},
+        },
+        "evaluate": {
+            "prompts": 9,
+            "batch_size": 8,
+            "bootstrap": 100,
+            "samples": 2,
+            "judge": "pe_rlhf_jax.data.easy_vqa:answer_accuracy",
+        },
+    }
