@@ -51,6 +51,15 @@ class Costs:
         token = self.layers + self.attention(tokens) + (self.adapter if adapter else 0)
         return rows * (tokens * token + logits * self.head)
 
+    def encode(self, pictures: int) -> float:
+        """The vision tower over so many pictures: patches, and its layers over as many tokens as there are patches."""
+        assert self.c.vision is not None
+        t = self.c.vision.tower
+        tokens, d = t.side**2 + t.class_token, t.hidden_size
+        matrices = 4 * d * d + (3 if t.gated_mlp else 2) * d * t.intermediate_size
+        layer = 2 * matrices + 4 * tokens * d
+        return pictures * tokens * (t.num_layers * layer + 2 * 3 * t.patch_size**2 * d)
+
     def update(self, rows: int, tokens: int, logits: int, tuning: str) -> float:
         """Forward, recomputation, and backward for inputs (both of attention's products have two) and for what is trained."""
         remat, full = self.config.model.remat, tuning == "full"
@@ -71,6 +80,8 @@ class Costs:
         """FLOPs of one call of a stage's program, on all devices together, at the longest texts."""
         config, data, sampling = self.config, self.config.data, self.config.rl.sampling
         text = data.max_prompt_length + data.max_response_length
+        if program == "encode":
+            return self.encode(getattr(config, stage).batch_size)
         if stage == sft.STAGE:
             return self.update(config.sft.batch_size, text, text, config.sft.tuning)
         if stage == reward.STAGE:

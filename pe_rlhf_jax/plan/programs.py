@@ -1,5 +1,7 @@
 """The programs that a stage runs, from shapes alone: the very functions that the stages call, with arguments placed as theirs are.
 
+Rows of a model that sees have one picture each, and no picture was seen before.
+
 Letters: B rows, T tokens, P prompt tokens, R response tokens.
 """
 
@@ -18,17 +20,20 @@ from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data import Data
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.decoder import Decoder
-from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.models.roles import TOWER, Role
+from pe_rlhf_jax.models.vlm import adapts_tower
 from pe_rlhf_jax.rollout.generate import BLOCK
 from pe_rlhf_jax.sharding import ROWS, make_mesh, placed_shapes, row_multiple, with_places
 from pe_rlhf_jax.training import reward, rl, sft
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.experience import make_experience
+from pe_rlhf_jax.training.images import AT_ONCE
+from pe_rlhf_jax.training.images import _encode as encode
 from pe_rlhf_jax.training.optimizer import make_optimizer
 from pe_rlhf_jax.training.rewards import _score
 from pe_rlhf_jax.training.rollouts import _respond
 from pe_rlhf_jax.training.step import make_step
-from pe_rlhf_jax.types import Batch, Experience, LabelBatch, PreferenceBatch, PromptBatch, PyTree, Rollout
+from pe_rlhf_jax.types import Batch, Experience, Images, LabelBatch, PreferenceBatch, PromptBatch, PyTree, Rollout
 
 END_TOKENS = (0, 1)
 """Stand-ins: which tokens end a response changes nothing of a program's size."""
@@ -48,7 +53,7 @@ class Call(NamedTuple):
     """Calls in a step of the stage."""
     loop: int = 1
     """Rounds, at most, of the one loop whose length is not fixed."""
-    passing: frozenset[str] = frozenset({"batch", "prompts", "rollout", "scores", "experience", "rows", "kl_coef", "key"})
+    passing: frozenset[str] = frozenset({"batch", "prompts", "rollout", "scores", "experience", "rows", "kl_coef", "key", "pixels"})
     """Arguments that are gone after the step; the others stay in memory through the stage."""
 
 
@@ -111,11 +116,22 @@ def placed_update(context: Context, stage: str) -> Call:
 
 def stage_calls(context: Context, stage: str, compile: Compile) -> dict[str, PyTree]:
     """Compiles what a step of the stage calls, in its order, and returns everything that stays in memory meanwhile, by what it is."""
+    _encode(context, getattr(context.config, stage).batch_size, compile)
     if stage != rl.STAGE:
         call = placed_update(context, stage)
         compile(call)
         return {name: tree for name, tree in call.arguments.items() if name != "batch"} | _other_roles(context, stage)
     return _rl_calls(context, compile)
+
+
+def _encode(context: Context, count: int, compile: Compile) -> None:
+    """Compiles what a frozen tower does with the pictures of so many rows."""
+    pictures = _images(context, count)
+    if pictures is None or pictures.pixels is not None:
+        return
+    size = AT_ONCE * row_multiple(context.mesh)
+    tower, pixels = {TOWER: placed(context, context.backbone[TOWER])}, rows(context, _pixels(context, size))
+    compile(Call("encode", encode, (context.decoder,), {"tower": tower, "pixels": pixels}, repeats=-(-count // size)))
 
 
 def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
@@ -125,7 +141,8 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
     reference, model = (placed(context, role) for role in jax.eval_shape(lambda params: roles(context, params), context.backbone))
     whole = {name: role.join(placed(context, found.frozen.roles[name])) for name, role in state.trainable.items()}
     prompt = _rounded(context, context.config.data.max_prompt_length)
-    prompts = rows(context, PromptBatch(_ints(config.batch_size, prompt), _flags(config.batch_size, prompt)))
+    shapes = PromptBatch(_ints(config.batch_size, prompt), _flags(config.batch_size, prompt), _images(context, config.batch_size))
+    prompts = rows(context, shapes)
     blocks = -(-config.sampling.max_new_tokens // BLOCK)
     static = (context.decoder, config.sampling, END_TOKENS, context.pad_token)
     rollout = compile(
@@ -179,7 +196,7 @@ def _sft_update(context: Context) -> Update:
     step = make_step(sft._loss(context), sft._targets, optimizer, config.batch_size, config.micro_batch_size)
     width = _text_width(context)
     mask = _flags(config.batch_size, width)
-    return Update(step, state, context.backbone, Batch(_ints(config.batch_size, width), mask, mask))
+    return Update(step, state, context.backbone, Batch(_ints(config.batch_size, width), mask, mask, **_seen(context, mask)))
 
 
 def _reward_update(context: Context) -> Update:
@@ -197,8 +214,8 @@ def _reward_update(context: Context) -> Update:
     width = _text_width(context)
     tokens, mask, one = _ints(config.batch_size, width), _flags(config.batch_size, width), _floats(config.batch_size)
     if kind.data == "label":
-        return Update(step, state, frozen, LabelBatch(tokens, mask, label=one, weight=one))
-    return Update(step, state, frozen, PreferenceBatch(tokens, mask, tokens, mask, margin=one, weight=one))
+        return Update(step, state, frozen, LabelBatch(tokens, mask, label=one, weight=one, **_seen(context, mask)))
+    return Update(step, state, frozen, PreferenceBatch(tokens, mask, tokens, mask, margin=one, weight=one, **_seen(context, mask)))
 
 
 def _rl_update(context: Context) -> Update:
@@ -215,7 +232,8 @@ def _rl_update(context: Context) -> Update:
     step = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), rows, config.micro_batch_size)
     prompt, response = _rounded(context, context.config.data.max_prompt_length), config.sampling.max_new_tokens
     numbers, seen = _floats(rows, response), _flags(rows, prompt)
-    rollout = Rollout(_ints(rows, prompt), seen, _ints(rows, response), _flags(rows, response), logprobs=numbers, ended=_flags(rows))
+    ended, pictures = _flags(rows), _images(context, rows)
+    rollout = Rollout(_ints(rows, prompt), seen, _ints(rows, response), _flags(rows, response), numbers, ended, pictures)
     experience = Experience(rollout, old_logprobs=numbers, ref_logprobs=numbers, values=numbers, advantages=numbers, returns=numbers)
     return Update(step, state, frozen, experience)
 
@@ -231,6 +249,28 @@ def rows(context: Context, shapes: PyTree) -> PyTree:
     if count % parts:
         raise ConfigError(f"a batch of {count} rows cannot be split over mesh axes data and fsdp, together {parts}: make it a multiple")
     return with_places(shapes, jax.tree.map(lambda _: NamedSharding(context.mesh, ROWS), shapes))
+
+
+def _seen(context: Context, mask: Any) -> dict[str, Any]:
+    """What a batch of SFT or of reward training says of pictures."""
+    return {} if context.decoder.config.vision is None else {"prompt_mask": mask, "images": _images(context, mask.shape[0])}
+
+
+def _images(context: Context, count: int) -> Images | None:
+    """One picture a row: features, or pixels where adapters change the tower."""
+    if context.decoder.config.vision is None:
+        return None
+    pixels = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, 1, *x.shape[1:]), x.dtype), _pixels(context, count))
+    if adapts_tower(context.decoder.lora):
+        return Images(pixels=pixels)
+    tower = {TOWER: context.backbone[TOWER]}
+    return Images(features=jax.eval_shape(lambda tower, x: context.decoder.encode_images({"params": tower}, x), tower, pixels))
+
+
+def _pixels(context: Context, count: int) -> Any:
+    vision = context.decoder.config.vision
+    assert vision is not None
+    return _floats(count, vision.tower.image_size, vision.tower.image_size, 3)
 
 
 def _text_width(context: Context) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 COLOURS = {"red": (230, 30, 30), "green": (30, 230, 30), "blue": (30, 30, 230)}
 PROMPT = "<image>\nWhich colour is this ?"
-PICTURES = 36
+PICTURES = 60
 
 
 def write_model(folder: Path, name: str = "llava") -> Path:
@@ -57,27 +57,28 @@ def seeing_project(folder: Path) -> dict:
         for answer in (row["answer"], names[(names.index(row["answer"]) + 1 + i % 2) % 3])
     ]
     files = {name: jsonl(folder / f"{name}.jsonl", rows) for name, rows in (("sft", sft), ("label", labels), ("prompts", rows))}
-    rates = {"sft": 1e-2, "reward": 1e-2, "rl": 5e-3}
+    rates = {"sft": 1e-2, "reward": 1e-2, "rl": 1e-2}
     return {
-        "run": {"checkpoint_every": 4, "tensorboard": False, "compilation_cache": False},
+        "run": {"checkpoint_every": 4, "tensorboard": False, "compilation_cache": True},
         "model": {"source": str(write_model(folder / "llava")), "remat": "none"},
         "lora": {"r": 4, "lora_alpha": 8.0, "modules_to_save": ["projector"]},
         "data": {name: {"train": [file]} for name, file in files.items()}
         | {"validation_share": 0.25, "length_multiple": 16, "max_prompt_length": 32, "max_response_length": 4},
-        "sft": {"steps": 16, "batch_size": 8, "evaluate_every": 6, "optimizer": {"learning_rate": rates["sft"]}},
+        "sft": {"steps": 20, "batch_size": 8, "evaluate_every": 6, "optimizer": {"learning_rate": rates["sft"]}},
         "reward": {"kind": "labels", "steps": 30, "batch_size": 16, "evaluate_every": 10, "optimizer": {"learning_rate": rates["reward"]}},
         "rl": {
-            "steps": 12,
+            "steps": 60,
             "batch_size": 16,
             "num_ppo_epochs": 2,
             "num_mini_batches": 2,
             "micro_batch_size": 4,
             "kl_coef": 0.01,
+            "missing_eos_penalty": -5.0,
             "sampling": {"max_new_tokens": 2},
             "optimizer": {"learning_rate": rates["rl"]},
         },
         "evaluate": {
-            "prompts": 9,
+            "prompts": 16,
             "batch_size": 8,
             "bootstrap": 100,
             "samples": 2,

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_context import tiny_context
+from tiny_pictures import new_encoder, prompt, seeing_context
+from tiny_vision import TinyVision
 
 from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.data import PreferenceExample, PromptExample, SFTExample, Split
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.plan import programs
 from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
-from pe_rlhf_jax.training import loop, rewards, rl, rollouts, sft
+from pe_rlhf_jax.training import images, loop, rewards, rl, rollouts, sft
 from pe_rlhf_jax.training import reward as reward_stage
 
 FIELDS = {
@@ -144,3 +146,34 @@ def test_roles_without_a_reward_stage_need_no_reward_model(tiny):
     abstract = abstract_context(context.config, tiny.config, jnp.dtype("float32"), jax.devices()[:1])
     assert jax.eval_shape(lambda params: programs.roles(abstract, params), abstract.backbone) == (Role(), None)
     assert "score" not in planned(context, "rl")
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("target", ["attention", r"(vision\.)?attention\..*"])
+def test_with_pictures_stages_call_what_was_planned(caught, monkeypatch, target):
+    """Rows of one picture and of the longest texts: encoded once by a frozen tower, or by each role where adapters change it."""
+    adapted = "vision" in target
+
+    def encode(decoder, *arguments, original=images._encode):
+        caught.setdefault("encode", signature(list(arguments)))
+        return original(decoder, *arguments)
+
+    lengths = {"max_prompt_length": len(prompt(TinyVision("llava"), 1)), "max_response_length": 2, "length_multiple": 1}
+    fields = FIELDS | {"data": lengths, "reward": FIELDS["reward"] | {"kind": "labels"}}
+    context = seeing_context("llava", target_modules=target, **fields)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_encode", encode)
+        with jax.set_mesh(context.mesh):
+            next(sft.run(context, sft.init(context)))
+            assert caught == planned(context, "sft") and ("encode" in caught) == (not adapted)
+            caught.clear()
+            reference = sft.init(context).trainable
+            context = dataclasses.replace(context, encoder=new_encoder(context))
+            next(reward_stage.run(context, reference, reward_stage.init(context, reference)))
+            assert caught == planned(context, "reward")
+            caught.clear()
+            context = dataclasses.replace(context, encoder=new_encoder(context))
+            model = reward_stage.init(context, reference).trainable
+            given = rewards.Rewards(context, {"run": rewards.RewardModel(context.decoder, context.backbone, model)})
+            next(rl.run(context, reference, model, given, rl.init(context, reference, model)))
+            assert caught == planned(context, "rl")
