@@ -15,6 +15,8 @@ from pe_rlhf_jax import run_folder
 from pe_rlhf_jax.checkpoint.store import Store
 from pe_rlhf_jax.config import ConfigError, SamplingConfig
 from pe_rlhf_jax.data import PromptExample, pad_prompts
+from pe_rlhf_jax.data.images import find
+from pe_rlhf_jax.data.sources import BadRow
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.loading import load
 from pe_rlhf_jax.models.roles import Role
@@ -53,12 +55,12 @@ class Answerer:
         self.key = self.context.key("generate" if seed is None else f"generate/{seed}")
         self.asked = 0
 
-    def __call__(self, prompts: Sequence[str]) -> list[dict[str, str]]:
-        """Both answers to each prompt, as `prompt`, `reference` and `policy`. Asked again, it draws anew.
+    def __call__(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> list[dict[str, str]]:
+        """Both answers to each prompt, as `prompt`, `reference` and `policy`; each shows all the pictures. Asked again, it draws anew.
 
-        Raises ConfigError for a prompt that leaves no room for a response.
+        Raises ConfigError for a prompt that leaves no room for a response, and for pictures that the model or the prompt does not take.
         """
-        batch, key = self._asked(prompts)
+        batch, key = self._asked(prompts, images)
         answers: list[dict[str, str]] = [{"prompt": text} for text in prompts]
         with jax.set_mesh(self.context.mesh):
             for name, role in self.roles.items():
@@ -67,12 +69,12 @@ class Answerer:
                     answer[name] = text
         return answers
 
-    def stream(self, prompt: str) -> Iterator[tuple[str, str]]:
+    def stream(self, prompt: str, images: Sequence[Path] = ()) -> Iterator[tuple[str, str]]:
         """The same two answers to one prompt while they are written: (role, what its answer has more than before), at first nothing.
 
         Raises ConfigError as calling does.
         """
-        batch, key = self._asked([prompt])
+        batch, key = self._asked([prompt], images)
         for name, role in self.roles.items():
             yield name, ""
             for piece in additions(self._written(role, batch, key)):
@@ -90,10 +92,10 @@ class Answerer:
             yield texts(self.context, sampled)[0]
             ended = bool(fetch(sampled.ended)[0])  # the other rows only fill the devices
 
-    def _asked(self, prompts: Sequence[str]) -> tuple[PromptBatch, jax.Array]:
+    def _asked(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> tuple[PromptBatch, jax.Array]:
         """The prompts on the devices, and a key for their answers."""
-        context, tokenizer = self.context, self.backbone.tokenizer
-        rows = [PromptExample(np.asarray(tokenizer(text)["input_ids"], np.int32), text, {}) for text in prompts]
+        context = self.context
+        rows = [self._example(text, images) for text in prompts]
         room = self.backbone.config.max_position_embeddings - self.sampling.max_new_tokens
         for row in rows:
             if not 0 < len(row.tokens) <= room:
@@ -103,9 +105,23 @@ class Answerer:
         while length < max(len(row.tokens) for row in rows):
             length *= 2
         count = -(-len(rows) // row_multiple(context.mesh)) * row_multiple(context.mesh)
-        batch = context.rows(pad_prompts(rows, context.pad_token, min(length, room), rows=count))
+        batch = context.rows(pad_prompts(rows, context.pad_token, min(length, room), rows=count), rows)
         self.asked += 1
         return batch, jax.random.fold_in(self.key, self.asked - 1)
+
+    def _example(self, text: str, images: Sequence[Path]) -> PromptExample:
+        tokenizer, vision = self.backbone.tokenizer, self.context.vision
+        if vision is None:
+            if images:
+                raise ConfigError(f"{self.backbone.source} takes no pictures, found {images[0]}")
+            return PromptExample(np.asarray(tokenizer(text)["input_ids"], np.int32), text, {})
+        try:
+            pictures = tuple(find(path.absolute(), None, "--image") for path in images)
+            written = vision.write(text, pictures, tokenizer.bos_token or "")
+        except BadRow as problem:
+            raise ConfigError(str(problem)) from problem
+        ids = tokenizer(written, add_special_tokens=not vision.prompt.begin_after_pictures)["input_ids"]
+        return PromptExample(np.asarray(ids, np.int32), text, {}, pictures, "--image")
 
 
 def additions(texts: Iterable[str]) -> Iterator[str]:

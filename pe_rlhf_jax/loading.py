@@ -51,7 +51,7 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     encoder = None
     if loaded.pixels is not None:
         encoder = ImageEncoder(decoder, params, mesh, loaded.pixels, int(config.data.image_cache_gib * 2**30))
-    return backbone, Context(config, decoder, params, tokenizer, ends, loaded, mesh, base.replace(head=None), reward_base, encoder)
+    return backbone, Context(config, decoder, params, tokenizer, ends, loaded, mesh, base.replace(head=None), reward_base, encoder, vision)
 
 
 def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) -> tuple[Decoder, PyTree]:

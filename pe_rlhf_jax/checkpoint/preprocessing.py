@@ -29,7 +29,7 @@ def vision_of(backbone: Backbone) -> Vision | None:
     prompt = prompt_of(backbone.config)
     token = backbone.tokenizer.convert_tokens_to_ids(prompt.token)
     if token != vision.image_token:
-        raise WeightsError(f"{backbone.source}: expected the tokenizer's {prompt.token} to have the model's id {vision.image_token}, found {token}")
+        raise WeightsError(f"{backbone.source}: expected {prompt.token} to be the model's token {vision.image_token}, found {token}")
     processing, path = _processing(Path(backbone.reader.path))
     sides = {tile.shape[:2] for tile in processing.tiles(np.zeros((9, 9, 3), np.uint8))[0]}
     size = vision.tower.image_size
@@ -51,4 +51,4 @@ def _processing(folder: Path) -> tuple[ImageProcessing, Path]:
                 return from_hf(values), path
         except (OSError, ValueError, AttributeError) as error:  # ProcessingError is a ValueError
             raise WeightsError(f"{path}: expected Hugging Face's preprocessing of pictures: {error}") from error
-    raise WeightsError(f"{folder}: expected {' or '.join(FILES)}, which says how pictures are prepared, found neither; put the model's there")
+    raise WeightsError(f"{folder}: expected {' or '.join(FILES)}, which says how pictures are prepared; put the model's there")

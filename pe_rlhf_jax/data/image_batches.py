@@ -87,7 +87,8 @@ class PixelReader:
         try:
             return [tile for picture in pictures for tile in self(picture)]
         except BadRow as problem:
-            raise DataError(f"{example.place}: {problem}. Mend the row, or set data.on_error: skip to use the next row in its place") from problem
+            mend = "Mend the row, or set data.on_error: skip to use the next row in its place"
+            raise DataError(f"{example.place}: {problem}. {mend}") from problem
 
 
 class WholeExamples(Sequence[Example]):

@@ -12,7 +12,7 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from pe_rlhf_jax.config import Config, ConfigError
-from pe_rlhf_jax.data import Data, Split
+from pe_rlhf_jax.data import Data, Split, Vision
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role, Tuning
 from pe_rlhf_jax.sharding import place, place_rows
@@ -38,6 +38,8 @@ class Context:
     """The same for the reward model, by `reward.adapter`, perhaps with a head."""
     encoder: ImageEncoder | None = None
     """What makes of rows' pictures what the decoder takes; None for models of text."""
+    vision: Vision | None = None
+    """How pictures are written in prompts, and how their pixels are prepared."""
 
     @property
     def pad_token(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.data import PixelReader
+from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import TOWER
 from pe_rlhf_jax.models.vlm import adapts_tower
@@ -103,7 +104,7 @@ class ImageEncoder:
             pixels = np.zeros((size, *tiles[0].shape), np.float32)
             pixels[: len(tiles[at : at + size])] = tiles[at : at + size]
             parts.append(_encode(self.decoder, self.tower, place_rows(pixels, self.mesh)))
-        return np.concatenate(jax.device_get(parts))[: len(tiles)] if parts else np.zeros((0,))
+        return np.concatenate(fetch(parts))[: len(tiles)] if parts else np.zeros((0,))
 
 
 @jax.jit(static_argnums=0)

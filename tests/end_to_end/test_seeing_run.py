@@ -8,10 +8,12 @@ import json
 import pytest
 from rich.console import Console
 from tiny_project import result, write_config
-from tiny_seeing_project import PROMPT, seeing_project
+from tiny_seeing_project import seeing_project
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import main
+from pe_rlhf_jax.answering import Answerer
+from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.report.metrics import MetricsLog
 
 pytestmark = pytest.mark.xdist_group("whole runs with pictures")
@@ -33,12 +35,11 @@ def execute(config) -> dict:
 def test_it_learns_what_it_is_shown(seen):
     _, folder = seen
     summary = json.loads((folder / "runs" / "run" / "summary.json").read_text())
-    print(json.dumps(summary, indent=1))
     assert summary["sft"]["loss_after"] < 0.6 * summary["sft"]["loss_before"]
     assert summary["reward_model"]["auc"] > 0.9
     assert summary["rl"]["reward_after"] > summary["rl"]["reward_before"]
-    assert summary["judge"]["after"] > max(0.6, summary["judge"]["before"])
-    assert {path.name for path in (folder / "runs" / "run" / "export").iterdir()} == {"policy", "reward"}
+    assert summary["judge"]["after"] > max(0.8, summary["judge"]["before"])
+    assert {path.name for path in (folder / "runs" / "run" / "export").iterdir()} == {"policy"}
     first = next(row for row in result(folder)[1] if row["stage"] == "rl")
     assert first["objective/kl"] == 0.0 and abs(first["val/sampler_kl"]) < 1e-6
 
@@ -61,3 +62,14 @@ def test_stopped_anywhere_it_ends_the_same(seen, tmp_path, monkeypatch):
     monkeypatch.setattr(MetricsLog, "write", write)
     execute(config)
     assert result(tmp_path) == result(folder)
+
+
+def test_it_answers_about_a_picture_that_it_is_shown(seen):
+    _, folder = seen
+    answerer = Answerer(folder / "runs" / "run", Console(file=io.StringIO()), {"temperature": 0.0})
+    answers = [answerer([PROMPT], [folder / f"{number}.png"])[0]["policy"] for number in range(6)]
+    assert answers == [colour for _ in range(2) for colour in COLOURS]
+    with pytest.raises(ConfigError, match="expected <image> 2 times, once for each picture"):
+        answerer([PROMPT], [folder / "0.png", folder / "1.png"])
+    with pytest.raises(ConfigError, match="found no file"):
+        answerer([PROMPT], [folder / "none.png"])

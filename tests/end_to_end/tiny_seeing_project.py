@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from safetensors.numpy import save_file
 from tiny_project import jsonl
-from tiny_vision import IMAGE, TinyVision
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_vision_folder import COLOURS, write_model
 
-COLOURS = {"red": (230, 30, 30), "green": (30, 230, 30), "blue": (30, 30, 230)}
 PROMPT = "<image>\nWhich colour is this ?"
 PICTURES = 60
-
-
-def write_model(folder: Path, name: str = "llava") -> Path:
-    """The tiny model `name` of tests/tiny_vision.py with a tokenizer of words."""
-    folder.mkdir()
-    tiny = TinyVision(name)
-    save_file(tiny.tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(tiny.config))
-    edge = tiny.vision.tower.image_size
-    size = {"height": edge, "width": edge}
-    values = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": edge}, "crop_size": size, "resample": 3}
-    values |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
-    words = ["<pad>", "<unk>", "</s>", *"Which colour is this ?".split(), *COLOURS]
-    vocabulary = {word: i for i, word in enumerate([*words, *(f"w{i}" for i in range(IMAGE - len(words))), "<image>"])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", additional_special_tokens=["<image>"]
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def seeing_project(folder: Path) -> dict:
@@ -59,7 +31,7 @@ def seeing_project(folder: Path) -> dict:
     files = {name: jsonl(folder / f"{name}.jsonl", rows) for name, rows in (("sft", sft), ("label", labels), ("prompts", rows))}
     rates = {"sft": 1e-2, "reward": 1e-2, "rl": 1e-2}
     return {
-        "run": {"checkpoint_every": 4, "tensorboard": False, "compilation_cache": True},
+        "run": {"checkpoint_every": 4, "tensorboard": False, "compilation_cache": False},
         "model": {"source": str(write_model(folder / "llava")), "remat": "none"},
         "lora": {"r": 4, "lora_alpha": 8.0, "modules_to_save": ["projector"]},
         "data": {name: {"train": [file]} for name, file in files.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import pytest
+from tiny_pictures import seeing_context
 
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import evaluate, reward, rl, sft
@@ -16,8 +18,10 @@ def buffers_like(backbone) -> set[int]:
     return {x.unsafe_buffer_pointer() for x in jax.live_arrays() if (x.shape, x.dtype) in kinds}
 
 
-def test_four_roles_share_one_copy_of_the_backbone(make_context):
-    context = make_context()
+@pytest.mark.parametrize("sees", [False, True])
+def test_four_roles_share_one_copy_of_the_backbone(make_context, sees):
+    """And of the vision tower, where there is one."""
+    context = seeing_context("paligemma") if sees else make_context()
     before = buffers_like(context.backbone)
     wide = [leaf for leaf in jax.tree.leaves(context.backbone) if leaf.ndim > 1]
     assert {leaf.unsafe_buffer_pointer() for leaf in wide} <= before

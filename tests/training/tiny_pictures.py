@@ -37,7 +37,9 @@ def prompt(tiny: TinyVision, pictures: int, word: int = 9) -> np.ndarray:
     return np.array([3, *one * pictures, word], np.int32)
 
 
-def seeing_context(name: str = "llava", pictures: int = 1, devices: int = 1, target_modules: str = "all-linear", **sections: dict) -> Context:
+def seeing_context(
+    name: str = "llava", pictures: int = 1, devices: int = 1, target_modules: str = "all-linear", **sections: dict
+) -> Context:
     """A context whose rows show `pictures` pictures each; every third row has none, where they show more than one."""
     tiny = TinyVision(name)
     decoder = Decoder(tiny.architecture, LoRAConfig(r=3, lora_alpha=6.0, target_modules=target_modules))
