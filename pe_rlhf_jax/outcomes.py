@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from pe_rlhf_jax import run_folder
+from pe_rlhf_jax.checkpoint.preprocessing import vision_of
 from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.config import Config, ConfigError
@@ -17,9 +18,11 @@ from pe_rlhf_jax.files import path_of
 from pe_rlhf_jax.loading import load_decoder
 from pe_rlhf_jax.models.lora import merge
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.models.vlm import adapts_tower
 from pe_rlhf_jax.sharding import placed_shapes
 from pe_rlhf_jax.training import reward, rl, sft
 from pe_rlhf_jax.training.context import Context
+from pe_rlhf_jax.training.images import ImageEncoder
 from pe_rlhf_jax.training.rewards import RewardModel
 from pe_rlhf_jax.types import PyTree
 
@@ -89,9 +92,22 @@ class Outcomes:
         role = Outcomes(Store(folder / "checkpoints"), backbone, theirs).reward_model()
         if role is None:
             raise ConfigError(f"rl.rewards: {folder} has no finished reward model; run its stage `reward` first")
-        if mine.config.rl.roles == "separate":
-            return _merged(theirs, role)
-        return RewardModel(decoder, params, role)
+        model = _merged(theirs, role) if mine.config.rl.roles == "separate" else RewardModel(decoder, params, role)
+        return model._replace(encoder=self._sight(folder, backbone, theirs))
+
+    def _sight(self, folder: Path, backbone: Backbone, theirs: Context) -> ImageEncoder | None:
+        """What encodes pictures for another run's reward model; None where it sees what this run's policy sees."""
+        mine = self.context
+        if mine.encoder is None or backbone.config.vision is None:
+            return None
+        if vision_of(backbone) != mine.vision:
+            raise ConfigError(
+                f"rl.rewards: the reward model of {folder} has pictures written or prepared in another way than this run's model "
+                f"({backbone.source}, {self.backbone.source}); both must be the same"
+            )
+        if theirs.backbone is mine.backbone and adapts_tower(theirs.decoder.lora) == mine.encoder.adapted:
+            return None
+        return ImageEncoder(theirs.decoder, theirs.backbone, mine.mesh, mine.encoder.read, mine.encoder.cached_bytes)
 
     def trained(self) -> dict[str, PyTree]:
         """What each finished training stage trained, by the name of its outcome."""

@@ -19,6 +19,7 @@ from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import features_of, prompt_of, sequence, sequence_score
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.functions import TextFunction, call_function, columns_of, load_function
+from pe_rlhf_jax.training.images import ImageEncoder
 from pe_rlhf_jax.training.rollouts import texts
 from pe_rlhf_jax.types import PyTree, Rollout
 
@@ -29,6 +30,8 @@ class RewardModel(NamedTuple):
     decoder: Decoder
     backbone: PyTree
     role: Role
+    encoder: ImageEncoder | None = None
+    """Where it sees pictures otherwise than the policy, whose features it cannot use then."""
 
 
 class RewardStatistics(flax.struct.PyTreeNode):
@@ -97,14 +100,17 @@ class Rewards:
                 function, asked = self.functions[term.function], [prompt.text for prompt in prompts]
                 terms[term.name] = np.asarray(call_function(term.function, function, asked, completions, columns_of(prompts)), np.float32)
             else:
-                terms[term.name] = np.asarray(fetch(self._model(str(term.model), rollout)), np.float32)[:count]
+                terms[term.name] = np.asarray(fetch(self._model(str(term.model), rollout, prompts)), np.float32)[:count]
         total = sum(
             (np.float32(term.weight) * terms[term.name] for term in self.config.rewards if term.weight), np.zeros(count, np.float32)
         )
         return Scores(penalised(self.config, total, rollout), terms)
 
-    def _model(self, name: str, rollout: Rollout) -> Float[Array, " B"]:
+    def _model(self, name: str, rollout: Rollout, prompts: Sequence[PromptExample]) -> Float[Array, " B"]:
         model = self.models[name]
+        if model.encoder is not None:
+            rows = [*prompts, *[prompts[0]] * (len(rollout.prompt) - len(prompts))]
+            rollout = rollout.replace(images=self.context.rows(model.encoder(rows)))
         return _score(model.decoder, model.role, model.backbone, rollout)
 
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from tiny_pictures import bits, new_encoder, seeing_context
 
-from pe_rlhf_jax.data import pad_labels, pad_preferences, pad_prompts, pad_sft
+from pe_rlhf_jax.data import Split, pad_labels, pad_preferences, pad_prompts, pad_sft
+from pe_rlhf_jax.data.image_batches import WholeExamples
+from pe_rlhf_jax.data.images import Picture
+from pe_rlhf_jax.data.sources import Skipped
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.training import evaluate, images, reward, rl, sft
@@ -174,3 +177,35 @@ def test_what_is_shown_matters():
         for seen in (rows, other)
     ]
     assert np.all(np.abs(scores[0] - scores[1]) > 1e-4)
+
+
+def test_a_reward_model_with_a_tower_of_its_own_sees_for_itself():
+    """Its backbone is another one: the policy's features mean nothing to it."""
+    context = seeing_context()
+    other = {**context.backbone, "vision": jax.tree.map(lambda x: x * 1.3, context.backbone["vision"])}
+    encoder = new_encoder(dataclasses.replace(context, backbone=other))
+    role, rows = reward.init(context, Role()).trainable, context.data.prompts.train[:3]
+    rollout = respond(context, Role(), context.rows(pad_prompts(rows, 0, 8, rows=4), rows), jax.random.key(0))
+    found = Rewards(context, {"run": RewardModel(context.decoder, other, role, encoder)})(rollout, rows).total
+    shown = rollout.replace(images=encoder([*rows, rows[0]]))
+    np.testing.assert_array_equal(found, _score(context.decoder, role, other, shown)[:3])
+    assert np.all(np.abs(found - np.asarray(_score(context.decoder, role, other, rollout))[:3]) > 1e-4)
+
+
+def test_pictures_are_decoded_when_a_batch_needs_them(monkeypatch, quick_compile):
+    """Neither to sort rows by length nor to weigh the classes."""
+    context = seeing_context(data={"group_by_length": True}, reward={"kind": "labels", "balance_classes": True, "steps": 1})
+    skipped = Skipped()
+    splits = {
+        name: Split(*(WholeExamples(part, context.data.pixels, skipped) for part in (split.train, split.validation[:1])))
+        for name, split in (("sft", context.data.sft), ("label", context.data.label))
+    }
+    context = dataclasses.replace(context, data=dataclasses.replace(context.data, **splits))
+    decoded, decode = [], Picture.decode
+    monkeypatch.setattr(Picture, "decode", lambda picture: (decoded.append(picture.key), decode(picture))[1])
+    next(sft.run(context, sft.init(context)))
+    assert len(decoded) == context.config.sft.batch_size
+    kind = reward.kind_of(context.config.reward)
+    collate = kind.collator(context)
+    assert len(decoded) == context.config.sft.batch_size
+    assert collate(context.data.label.train[:2]).weight.shape == (2,)
