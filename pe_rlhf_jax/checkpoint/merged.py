@@ -101,6 +101,8 @@ def export_merged(
         for file in (backbone.reader.path / name for name in _PROCESSOR if backbone.config.vision is not None):
             if file.is_file():
                 shutil.copyfile(file, unfinished / file.name)
+        if backbone.preprocessor is not None:
+            _write(unfinished / "preprocessor_config.json", dict(backbone.preprocessor))
         (unfinished / "README.md").write_text(_card(backbone, dtype, head, training), encoding="utf-8")
 
 

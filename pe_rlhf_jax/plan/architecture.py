@@ -25,6 +25,8 @@ def architecture(config: ModelConfig, model_config: Path | None = None) -> Decod
     folder = Path(config.source).expanduser()
     if model_config is not None:
         path = model_config
+    elif config.vision is not None:  # put together of two
+        return source.resolve(config).config
     elif kind == "hf":
         path = _from_hub(name, config.revision)
     elif folder.is_dir():

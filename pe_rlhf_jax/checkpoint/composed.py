@@ -1,0 +1,104 @@
+"""A model of text and an image encoder, put together as a LLaVA: the encoder's features, a fresh projector, the text model.
+
+What comes out is what a folder of a published LLaVA holds, with the same names, so everything that works for one works for it; its
+projector knows nothing before it is trained (`lora.modules_to_save: [projector]`). The vocabulary has one token more, the picture's
+placeholder, whose embedding is the mean of the others: a policy hardly ever samples it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+from transformers import PreTrainedTokenizerFast
+
+from pe_rlhf_jax.checkpoint.onnx import PREPROCESSOR, ONNXEncoder
+from pe_rlhf_jax.checkpoint.weights import WeightReader, WeightsError
+from pe_rlhf_jax.models.families.seeing import LLAVA_PROJECTOR, LLAVA_TEXT, LLAVA_TOWER
+
+PLACEHOLDER = "<image>"
+SPREAD = 0.02
+"""Standard deviation of the fresh projector's matrices: transformers' `initializer_range`."""
+_VOCABULARY = (f"{LLAVA_TEXT}embed_tokens.weight", "lm_head.weight")
+
+
+class ComposedModel:
+    """A `WeightReader` of both. Tensors keep the types that their files have.
+
+    Args:
+        image_size: sides of a picture in pixels; positions of the encoder are interpolated to it.
+
+    Raises:
+        WeightsError: the encoder's patches do not fit into pictures of that size.
+    """
+
+    def __init__(self, text: WeightReader, encoder: ONNXEncoder, image_size: int):
+        self.text, self.encoder = text, encoder
+        self.path, self.files, self.eos_token_ids = text.path, (*text.files, *encoder.files), text.eos_token_ids
+        patch, width = int(encoder.config["patch_size"]), int(encoder.config["hidden_size"])
+        if image_size % patch:
+            raise WeightsError(f"model.vision.image_size: expected a multiple of {patch}, the encoder's patches, found {image_size}")
+        hidden = int(text.config["hidden_size"])
+        self._projector: dict[str, tuple[int, ...]] = {}
+        for name, inputs in (("linear_1", width), ("linear_2", hidden)):
+            self._projector |= {f"{LLAVA_PROJECTOR}{name}.weight": (hidden, inputs), f"{LLAVA_PROJECTOR}{name}.bias": (hidden,)}
+        self._names = {self._renamed(name): (text, name) for name in text.names}
+        self._names |= {LLAVA_TOWER + name: (encoder, name) for name in encoder.names}
+        self.names = (*self._names, *self._projector)
+        self.placeholder = int(text.config["vocab_size"])
+        inside = {key: value for key, value in text.config.items() if value is not None}
+        self.config: dict[str, Any] = {
+            "model_type": "llava",
+            "text_config": {**inside, "vocab_size": self.placeholder + 1},
+            "vision_config": encoder.config,
+            "image_token_index": self.placeholder,
+            "image_seq_length": (image_size // patch) ** 2,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+            "projector_hidden_act": "gelu",
+            "multimodal_projector_bias": True,
+            "tie_word_embeddings": bool(text.config.get("tie_word_embeddings", False)),
+        }
+        # The whole picture, whatever its shape: what a question is about may be at its edge.
+        side = {"height": image_size, "width": image_size}
+        self.preprocessor = {**PREPROCESSOR, "size": side, "do_center_crop": False}
+
+    @staticmethod
+    def _renamed(name: str) -> str:
+        return LLAVA_TEXT + name.removeprefix("model.") if name.startswith("model.") else name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape, [out, in] for matrices."""
+        if name in self._projector:
+            return self._projector[name]
+        reader, inside = self._names[name]
+        shape = reader.shape(inside)
+        return (shape[0] + 1, *shape[1:]) if name in _VOCABULARY else shape
+
+    def read(self, name: str) -> Shaped[np.ndarray, "*shape"]:
+        """The tensor; the projector's follow from their names alone."""
+        if name in self._projector:
+            shape = self._projector[name]
+            if len(shape) == 1:
+                return np.zeros(shape, np.float32)
+            return (SPREAD * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)).astype(np.float32)
+        reader, inside = self._names[name]
+        tensor = reader.read(inside)
+        if name not in _VOCABULARY:
+            return tensor
+        mean = np.mean(tensor, axis=0, keepdims=True, dtype=np.float32)
+        return np.concatenate([tensor, mean.astype(tensor.dtype)])
+
+    def extend(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+        """The text model's tokenizer with the placeholder.
+
+        Raises:
+            WeightsError: it has tokens beyond the model's vocabulary, or fewer, so that the placeholder would have another id.
+        """
+        tokenizer.add_tokens([PLACEHOLDER], special_tokens=True)
+        found = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+        if found != self.placeholder:
+            raise WeightsError(f"{self.path}: expected a tokenizer of {self.placeholder} tokens, as the model has, found {found}")
+        return tokenizer

