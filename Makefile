@@ -8,7 +8,7 @@ IN_VENV := .venv/bin/python -m
 INSTALL := $(IN_VENV) pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-parity test-tpu benchmark-baseline benchmark-tables clean
+.PHONY: help quickstart quickstart-vision test test-slow test-parity test-tpu benchmark-baseline benchmark-tables clean
 .NOTPARALLEL:  # two installs into one environment would meet
 
 help:  ## Show this list
@@ -16,6 +16,9 @@ help:  ## Show this list
 
 quickstart: .venv/quickstart.installed  ## Train a small model on the CPU, from nothing (or continue)
 	$(IN_VENV) pe_rlhf_jax.main --config configs/quickstart.yaml
+
+quickstart-vision: .venv/quickstart.installed  ## Train a small model on questions about drawn pictures, on the CPU
+	$(IN_VENV) pe_rlhf_jax.main --config configs/quickstart_vision.yaml
 
 test: .venv/dev.installed  ## Lint, layout, types and the fast tests
 	$(IN_VENV) ruff check .
