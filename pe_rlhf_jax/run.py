@@ -72,6 +72,8 @@ class Run:
             actions[stage]()
             summary = self.summary()
             hosts.once(functools.partial(run_folder.write_summary, self.folder, summary))
+        for note in self.context.data.damaged.notes() if self.context.data.damaged else ():
+            self.progress.note(f"data: {note}")
         hosts.once(lambda: html.build(self.folder))
         return summary
 

@@ -21,6 +21,7 @@ from pe_rlhf_jax.models.families.seeing import LLAVA_PROJECTOR, LLAVA_TEXT, LLAV
 PLACEHOLDER = "<image>"
 SPREAD = 0.02
 """Standard deviation of the fresh projector's matrices: transformers' `initializer_range`."""
+_UNTOLD = 576  # LLaVA 1.5's `image_seq_length`, which is written whatever the tower and so says nothing
 _VOCABULARY = (f"{LLAVA_TEXT}embed_tokens.weight", "lm_head.weight")
 
 
@@ -31,7 +32,7 @@ class ComposedModel:
         image_size: sides of a picture in pixels; positions of the encoder are interpolated to it.
 
     Raises:
-        WeightsError: the encoder's patches do not fit into pictures of that size.
+        WeightsError: the encoder's patches do not fit into pictures of that size, or LLaVA's files cannot tell it.
     """
 
     def __init__(self, text: WeightReader, encoder: ONNXEncoder, image_size: int):
@@ -40,6 +41,9 @@ class ComposedModel:
         patch, width = int(encoder.config["patch_size"]), int(encoder.config["hidden_size"])
         if image_size % patch:
             raise WeightsError(f"model.vision.image_size: expected a multiple of {patch}, the encoder's patches, found {image_size}")
+        tokens = (image_size // patch) ** 2
+        if tokens == _UNTOLD:
+            raise WeightsError(f"model.vision.image_size: expected other than {image_size}, as files of every size say {_UNTOLD} tokens")
         hidden = int(text.config["hidden_size"])
         self._projector: dict[str, tuple[int, ...]] = {}
         for name, inputs in (("linear_1", width), ("linear_2", hidden)):
@@ -54,7 +58,7 @@ class ComposedModel:
             "text_config": {**inside, "vocab_size": self.placeholder + 1},
             "vision_config": encoder.config,
             "image_token_index": self.placeholder,
-            "image_seq_length": (image_size // patch) ** 2,
+            "image_seq_length": tokens,
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "default",
             "projector_hidden_act": "gelu",

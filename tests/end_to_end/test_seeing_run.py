@@ -7,13 +7,14 @@ import json
 
 import pytest
 from rich.console import Console
-from tiny_project import result, write_config
+from tiny_project import jsonl, result, write_config
 from tiny_seeing_project import seeing_project
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import main
 from pe_rlhf_jax.answering import Answerer
 from pe_rlhf_jax.config import ConfigError
+from pe_rlhf_jax.data import DataError
 from pe_rlhf_jax.report.metrics import MetricsLog
 
 pytestmark = pytest.mark.xdist_group("whole runs with pictures")
@@ -62,6 +63,24 @@ def test_stopped_anywhere_it_ends_the_same(seen, tmp_path, monkeypatch):
     monkeypatch.setattr(MetricsLog, "write", write)
     execute(config)
     assert result(tmp_path) == result(folder)
+
+
+def test_a_damaged_picture_is_named_or_skipped(seen, tmp_path):
+    values, folder = seen
+    whole = (folder / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "1.png").write_bytes((folder / "1.png").read_bytes())
+    rows = [{"prompt": PROMPT, "image": f"{number}.png", "completion": " red"} for number in range(2)]
+    data = {"sft": {"train": [jsonl(tmp_path / "rows.jsonl", rows)], "validation": [jsonl(tmp_path / "held.jsonl", rows[1:])]}}
+    only = {"run": {"stages": ["sft"]}, "sft": {"steps": 1, "batch_size": 2}}
+    for name in ("stops", "skips"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=r"rows.jsonl:1: expected a whole picture in .*0.png, found damaged or truncated data"):
+        execute(write_config(values, tmp_path / "stops", data=data, **only))
+    shown = io.StringIO()
+    config = write_config(values, tmp_path / "skips", data=data | {"on_error": "skip"}, **only)
+    main.run(configuration.load(config, []), console=Console(file=shown, width=200))
+    assert "1 row skipped as bad in" in shown.getvalue()
 
 
 def test_it_answers_about_a_picture_that_it_is_shown(seen):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.models.architecture import TowerConfig, VisionConfig
 from pe_rlhf_jax.plan.flops import Costs
 from pe_rlhf_jax.plan.programs import abstract_context, placed_update
 
@@ -51,3 +52,10 @@ def test_what_a_70b_model_costs(tiny):
     assert costs.update(1, 512, 0, "full") / costs.forward(1, 512, adapter=False) == pytest.approx(4 - 0.27, rel=0.01)
     # No gradients of matrices.
     assert costs.update(1, 512, 0, "full") - costs.update(1, 512, 0, "lora") == pytest.approx(512 * costs.layers, rel=0.02)
+
+
+def test_what_a_picture_costs(tiny):
+    """ViT-B/16 at 224 x 224 pixels: 17.6 billion multiplications and additions, as published."""
+    tower = TowerConfig(768, 3072, 12, 12, image_size=224, patch_size=16, rms_norm_eps=1e-6, activation="gelu", class_token=True)
+    sees = dataclasses.replace(tiny.config, vision=VisionConfig(tower, 0, "linear", projector_bias=True))
+    assert Costs(configuration.parse(CONFIG % "full"), sees).encode(3) == pytest.approx(3 * 2 * 17.58e9, rel=0.01)
