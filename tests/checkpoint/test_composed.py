@@ -29,8 +29,15 @@ def sources(tmp_path_factory):
     """The text model's and the encoder's file."""
     folder = tmp_path_factory.mktemp("composed")
     tiny_gguf.write_gguf(folder / "text.gguf", tiny_gguf.hf_tensors())
-    (folder / "encoder.onnx").write_bytes(tiny_onnx.model(tiny_onnx.weights()))
+    (folder / "encoder.onnx").write_bytes(tiny_onnx.model({name: twice_as_wide(name, x) for name, x in tiny_onnx.weights().items()}))
     return folder / "text.gguf", folder / "encoder.onnx"
+
+
+def twice_as_wide(name: str, tensor: np.ndarray) -> np.ndarray:
+    """The MLP's inside twice as wide as the rest: transformers reads whole numbers only."""
+    missing = 2 * tiny_onnx.HIDDEN - tiny_onnx.INNER
+    axis = 0 if ".mlp.fc1." in name else 1 if name.endswith(".mlp.fc2.weight") else None
+    return tensor if axis is None else np.pad(tensor, [(0, missing if i == axis else 0) for i in range(tensor.ndim)])
 
 
 def model_config(sources, **vision) -> ModelConfig:
