@@ -25,7 +25,8 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 def trained(devices, mesh, target):
-    context = seeing_context("paligemma", 2, devices, target, mesh=mesh, sft=dict(steps=1, batch_size=8), reward=dict(batch_size=8, steps=1))
+    batch = dict(steps=1, batch_size=8)
+    context = seeing_context("paligemma", 2, devices, target, mesh=mesh, sft=batch, reward=batch)
     with jax.set_mesh(context.mesh):
         rows = context.data.sft.train
         images = new_encoder(context)(rows)
