@@ -71,7 +71,7 @@ class ONNXEncoder:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.files = (self.path,)
+        self.files: tuple[Path, ...] = (self.path,)
         try:
             with open(self.path, "rb") as file:
                 # The tensors' views keep the map open.
