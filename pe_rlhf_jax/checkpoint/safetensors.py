@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from pe_rlhf_jax.checkpoint.weights import WeightsError
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 _ALIGNED = 64  # bytes
+_HALVES = re.compile(r"(?<=\.mlp\.)weights_in(?=\.(?:weight|bias)\Z)")
+"""Gate above up projection in one tensor, which transformers takes apart when it reads DINOv2 giant; so does the folder."""
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -43,6 +47,11 @@ class SafetensorsFolder:
                     raise WeightsError(f"{self.path / shard} lacks {name}, which {_INDEX} promises; fetch it again")
         else:
             self._file_of = dict.fromkeys(self._entries[_SINGLE], _SINGLE)
+        for name in [name for name in self._file_of if _HALVES.search(name) and self.shape(name)[:1] and self.shape(name)[0] % 2 == 0]:
+            file = self._file_of.pop(name)
+            for half, entry in zip(("gate_proj", "up_proj"), self._entries[file].pop(name).halves(), strict=True):
+                self._entries[file][_HALVES.sub(half, name)] = entry
+                self._file_of[_HALVES.sub(half, name)] = file
         self.names = tuple(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -110,6 +119,11 @@ class _Entry:
     shape: tuple[int, ...]
     start: int
     size: int
+
+    def halves(self) -> tuple[_Entry, _Entry]:
+        """The upper and the lower half of the rows, of which there is an even number."""
+        half, shape = self.size // 2, (self.shape[0] // 2, *self.shape[1:])
+        return _Entry(self.kind, shape, self.start, half), _Entry(self.kind, shape, self.start + half, half)
 
 
 def _entries(file: Path) -> dict[str, _Entry]:

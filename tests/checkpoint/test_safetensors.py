@@ -23,6 +23,23 @@ def test_tensors_come_back_as_they_are(tmp_path, shards, dtype):
         np.testing.assert_array_equal(read, tensor)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gate_and_up_projection_in_one_tensor_are_taken_apart(tmp_path, dtype):
+    """As files of DINOv2 giant hold them; a tensor that has no halves stays, and is told to be unknown when it is read into a model."""
+    prefix, both = "encoder.layer.0.mlp.", np.arange(24).reshape(6, 4).astype(dtype)
+    bias = both[:, 0].copy()
+    stored = {f"{prefix}weights_in.weight": both, f"{prefix}weights_in.bias": bias, "odd.mlp.weights_in.bias": bias[:3]}
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    reader = SafetensorsFolder(tmp_path)
+    halves = {f"{prefix}{name}.{kind}" for name in ("gate_proj", "up_proj") for kind in ("weight", "bias")}
+    assert set(reader.names) == {*halves, "odd.mlp.weights_in.bias"}
+    for name, rows in (("gate_proj", slice(3)), ("up_proj", slice(3, 6))):
+        assert reader.shape(f"{prefix}{name}.weight") == (3, 4)
+        np.testing.assert_array_equal(reader.read(f"{prefix}{name}.weight"), both[rows])
+        np.testing.assert_array_equal(reader.read(f"{prefix}{name}.bias"), both[rows, 0])
+
+
 def test_end_tokens_of_both_files_are_joined(tmp_path):
     write_folder(tmp_path, hf_tensors())
     assert SafetensorsFolder(tmp_path).eos_token_ids == (2,)

@@ -157,4 +157,5 @@ def _pair(theirs: str, ours: tuple[str, ...], weight: str, transposed: bool = Fa
 OLD_DINOV2 = (
     *((rf"attention\.attention\.{word}", f"attention.{word[0]}_proj") for word in ("query", "key", "value")),
     (r"attention\.output\.dense", "attention.o_proj"),
+    (r"mlp\.weights_out", "mlp.down_proj"),
 )
