@@ -33,6 +33,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485
 """Pixels of the largest picture, Pillow's own bound: 24-bit pixels in 256 MiB. A few kilobytes of file can hold more than memory does."""
 
+THUMBNAIL = 256
+"""Longest side in pixels of what a report shows."""
+
 Pixels = UInt8[np.ndarray, "H W 3"]
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -66,6 +69,13 @@ class Picture:
                 f"{pixels.shape[1]} x {pixels.shape[0]}; the file has changed"
             )
         return pixels
+
+    def thumbnail(self) -> str:
+        """A data URI of the picture, made smaller where a side is over THUMBNAIL pixels. Raises as `decode` does."""
+        small, written = PIL.Image.fromarray(self.decode()), io.BytesIO()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        small.save(written, "WEBP", quality=90)
+        return f"data:image/webp;base64,{base64.b64encode(written.getvalue()).decode()}"
 
 
 # One object for one picture: many questions about it keep its bytes once, and its header is read once.

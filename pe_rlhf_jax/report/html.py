@@ -20,6 +20,7 @@ from pe_rlhf_jax.report import headline, health, metrics, samples, sections
 from pe_rlhf_jax.report.progress import duration
 
 SAMPLES_OPEN, SAMPLES_SHOWN = 8, 50
+_PICTURE = re.compile(r"data:image/(?:webp|png|jpeg);base64,[A-Za-z0-9+/]+={0,2}")
 STAGE_TITLES = {
     "sft": "supervised fine-tuning",
     "reward": "reward model",
@@ -58,7 +59,7 @@ def build(folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(visible=lambda value: samples.visible(str(value)), change=change)
+    environment.filters.update(visible=lambda value: samples.visible(str(value)), change=change, pictures=pictures)
     page = environment.get_template("template.html.j2").render(
         run=run,
         tiles=headline.tiles(run.summary, run.rows),
@@ -160,6 +161,12 @@ def change(sample: Mapping[str, Any], name: str) -> dict[str, str]:
     tone = "" if before is None or after is None or before == after else "good" if after > before else "bad"
     shown = ["—" if value is None else headline.signed(value) for value in (before, after)]
     return {"before": shown[0], "after": shown[1], "tone": tone}
+
+
+def pictures(sample: Mapping[str, Any]) -> list[str]:
+    """The sample's pictures, of which each is in the file itself; anything else is left out."""
+    found = sample.get("images")
+    return [uri for uri in found if isinstance(uri, str) and _PICTURE.fullmatch(uri)] if isinstance(found, list) else []
 
 
 def _natural(path: Path) -> list[Any]:

@@ -1,7 +1,8 @@
 """Answers before and after training: kept as JSON lines, shown as a table.
 
 A sample is `{"prompt", "reference", "policy", "reward_reference", "reward_policy"}` and, where a judge was asked,
-`"judge_reference"` and `"judge_policy"`. Its text is whatever a model wrote; nothing here lets it act on the terminal.
+`"judge_reference"` and `"judge_policy"`; the first of those with pictures have `"images"`, a list of data URIs. Its text is whatever a
+model wrote; nothing here lets it act on the terminal.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from pe_rlhf_jax.training.statistics import bootstrap_ci, distinct_n
 from pe_rlhf_jax.types import PyTree, Rollout
 
 STAGE = "evaluate"
+PICTURED = 50
+"""Samples that keep their pictures: as many as the report shows."""
 
 
 def policy(context: Context, roles: dict[str, Role], rewards: Rewards) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -96,6 +98,9 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
     samples: list[dict[str, Any]] = [
         {"prompt": prompt.text, "reference": a, "policy": b} for prompt, a, b in zip(prompts, before.texts, after.texts, strict=True)
     ]
+    for sample, prompt in zip(samples[:PICTURED], prompts, strict=False):
+        if prompt.pictures:
+            sample["images"] = [picture.thumbnail() for picture in prompt.pictures]
     gain = np.asarray(after.scores) - np.asarray(before.scores)
     spread = float(np.std(before.scores, ddof=1)) if len(prompts) > 1 else 0.0
     rl |= {

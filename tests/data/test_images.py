@@ -59,6 +59,14 @@ GRAY = SHOWN[:, :, 0]
 ALPHA = np.linspace(0, 255, GRAY.size).astype(np.uint8).reshape(GRAY.shape)
 
 
+@pytest.mark.parametrize(("shape", "expected"), [((40, 30), (40, 30)), ((30, 1000), (8, 256)), ((600, 300), (256, 128))])
+def test_a_thumbnail_is_a_small_picture_in_a_data_uri(shape, expected):
+    picture = images.find(np.full((*shape, 3), (200, 30, 60), np.uint8), None, "images")
+    back = images.find(picture.thumbnail(), None, "images").decode()
+    assert back.shape == (*expected, 3)
+    np.testing.assert_allclose(back, np.broadcast_to((200, 30, 60), back.shape), atol=6)
+
+
 def test_modes_become_rgb():
     gray = np.repeat(GRAY[:, :, None], 3, axis=2)
     sixteen = GRAY.astype(np.uint16) * 256 + 77

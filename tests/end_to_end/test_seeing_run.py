@@ -41,6 +41,8 @@ def test_it_learns_what_it_is_shown(seen):
     assert summary["rl"]["reward_after"] > summary["rl"]["reward_before"]
     assert summary["judge"]["after"] > max(0.8, summary["judge"]["before"])
     assert {path.name for path in (folder / "runs" / "run" / "export").iterdir()} == {"policy"}
+    answered = (folder / "runs" / "run" / "samples" / "evaluation.jsonl").read_text().splitlines()
+    assert (folder / "runs" / "run" / "report.html").read_text().count('<img src="data:image/webp;base64,') == len(answered) > 0
     first = next(row for row in result(folder)[1] if row["stage"] == "rl")
     assert first["objective/kl"] == 0.0 and abs(first["val/sampler_kl"]) < 1e-6
 

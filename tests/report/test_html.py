@@ -92,7 +92,22 @@ def test_nothing_is_loaded_and_nothing_runs(page):
         for name in ("src", "href", "xlink:href", "data", "action", "poster"):
             assert attributes.get(name, "#").startswith("#"), (tag, attributes)
     assert not re.search(r"https?:|@import|url\((?!#)", page.source)
-    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; style-src 'unsafe-inline'"}) in page.tags
+    assert (
+        "meta",
+        {"http-equiv": "Content-Security-Policy", "content": "default-src 'none'; img-src data:; style-src 'unsafe-inline'"},
+    ) in page.tags
+
+
+def test_pictures_are_in_the_page_and_nothing_else_is_fetched(tmp_path):
+    """A file of samples may come from anywhere."""
+    good = "data:image/webp;base64,UklGRg=="
+    bad = ["https://example.org/x.png", "data:image/svg+xml;base64,PHN2Zz4=", f'{good}" onerror="alert(1)', f"{good}\n", 3, None]
+    fill(tmp_path, {"prompt": "p", "reference": "r", "policy": "q", "images": [good, *bad, good]})
+    found = [attributes for tag, attributes in Page(report.build(tmp_path)).tags if tag == "img"]
+    assert [attributes["src"] for attributes in found] == [good, good]
+    assert [attributes["alt"] for attributes in found] == ["picture 1 of the prompt", "picture 2 of the prompt"]
+    fill(tmp_path, {"prompt": "p", "reference": "r", "policy": "q", "images": good})
+    assert "img" not in {tag for tag, _ in Page(report.build(tmp_path)).tags}
 
 
 def test_hostile_text_is_shown_as_text(page):
