@@ -8,7 +8,7 @@ import json
 import pytest
 from rich.console import Console
 from tiny_project import jsonl, result, write_config
-from tiny_seeing_project import seeing_project
+from tiny_seeing_project import COLOURS, PROMPT, seeing_project
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import main
@@ -47,21 +47,20 @@ def test_it_learns_what_it_is_shown(seen):
     assert first["objective/kl"] == 0.0 and abs(first["val/sampler_kl"]) < 1e-6
 
 
-def test_stopped_anywhere_it_ends_the_same(seen, tmp_path, monkeypatch):
+def test_stopped_and_continued_it_ends_the_same(seen, tmp_path, monkeypatch):
     """Features of pictures are no part of a checkpoint: what is left of a run encodes them again."""
     values, folder = seen
     config = write_config(values, tmp_path)
     write = MetricsLog.write
-    for stop in (("sft", 7), ("reward", 14), ("rl", 6)):
 
-        def interrupted(log, stage, step, metrics, stop=stop):
-            if (stage, step) == stop:
-                raise KeyboardInterrupt
-            write(log, stage, step, metrics)
+    def interrupted(log, stage, step, metrics):
+        if (stage, step) == ("rl", 6):
+            raise KeyboardInterrupt
+        write(log, stage, step, metrics)
 
-        monkeypatch.setattr(MetricsLog, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            execute(config)
+    monkeypatch.setattr(MetricsLog, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execute(config)
     monkeypatch.setattr(MetricsLog, "write", write)
     execute(config)
     assert result(tmp_path) == result(folder)

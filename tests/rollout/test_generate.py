@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +33,12 @@ class Script:
     vocabulary: int = 40
     logits: np.ndarray | None = None
     steps: int = 0
+    config = types.SimpleNamespace(vision=None)
 
     def new_cache(self, batch, slots):
         return jnp.zeros((batch, slots))
 
-    def apply(self, variables, tokens, mask, positions=None, cache=None, start=0):
+    def apply(self, variables, tokens, mask, positions=None, cache=None, start=0, features=None, prompt=None):
         if positions is not None:
             jax.debug.callback(self._count)
         following = 50.0 * jax.nn.one_hot(tokens + 1, self.vocabulary) if self.logits is None else self.logits
