@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.checkpoint import source
 from pe_rlhf_jax.config import Config
+from pe_rlhf_jax.data import PreferenceExample
 from pe_rlhf_jax.models.roles import Role, Tuning
 from pe_rlhf_jax.plan.programs import abstract_context
 from pe_rlhf_jax.rollout.score import response_logprobs
@@ -43,7 +44,7 @@ from pe_rlhf_jax.training.optimizer import make_optimizer
 from pe_rlhf_jax.training.rewards import _score
 from pe_rlhf_jax.training.rollouts import _respond
 from pe_rlhf_jax.training.step import make_step
-from pe_rlhf_jax.types import LabelBatch, PreferenceBatch, PromptBatch, PyTree
+from pe_rlhf_jax.types import LabelBatch, PromptBatch, PyTree
 
 PAPER = {
     "reward": {"memory": "43 to 56% (vision 74%)", "speed": "1.5 to 1.9x (vision 1.15x)"},
@@ -73,9 +74,7 @@ def reward_twin(context: Context) -> Twin:
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
     loss = reward._loss(context, reward.kind_of(config))
     step = make_step(loss, lambda batch: jnp.sum(batch.weight), optimizer, config.batch_size, config.micro_batch_size)
-    tokens, mask = _tokens(context, config.batch_size, _longest(context))
-    one = jnp.ones(config.batch_size)
-    batch: PyTree = LabelBatch(tokens, mask, one, one) if config.kind == "labels" else PreferenceBatch(tokens, mask, tokens, mask, one, one)
+    batch = _batch(context)
     # Full tuning trains a copy; the backbone it began from is not read by the step and need not stay.
     frozen = (context.backbone if config.tuning == "lora" else {}, Role())
     compiled = step.lower(state, frozen, batch, jax.random.key(0)).compile()
@@ -228,6 +227,18 @@ def _need(compiled: jax.stages.Compiled) -> int:
 def _unique(tree: PyTree) -> int:
     """Bytes of all buffers in a tree, each counted once however often it is referred to."""
     return sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.tree.leaves(tree)}.values())
+
+
+def _batch(context: Context) -> PyTree:
+    """Rows of the longest texts, or pairs of them, which have one prompt."""
+    config, data = context.config.reward, context.config.data
+    if config.kind == "labels":
+        one = jnp.ones(config.batch_size)
+        return LabelBatch(*_tokens(context, config.batch_size, _longest(context)), one, one)
+    words = np.random.default_rng(0).integers(0, context.decoder.config.vocab_size, (config.batch_size, _longest(context))).astype(np.int32)
+    prompts, answers = words[:, : data.max_prompt_length], words[:, data.max_prompt_length :]
+    sides = [np.concatenate([prompts, side], axis=1) for side in (answers, answers[:, ::-1])]
+    return reward.kind_of(config).collator(context)([PreferenceExample(*pair) for pair in zip(*sides, strict=True)])
 
 
 def _longest(context: Context) -> int:

@@ -38,18 +38,23 @@ class Batch(flax.struct.PyTreeNode):
 
 
 class PreferenceBatch(flax.struct.PyTreeNode):
-    """Preference pairs, right-padded; both sides end with the end token."""
+    """Preference pairs, right-padded; both sides end with the end token.
 
-    chosen: Int[jax.Array, "B T"]
-    chosen_mask: Bool[jax.Array, "B T"]
-    rejected: Int[jax.Array, "B T"]
-    rejected_mask: Bool[jax.Array, "B T"]
+    A pair is n rows: one, in which each side goes on from the beginning that both share, or two, chosen and rejected.
+    """
+
+    tokens: Int[jax.Array, "B n T"]
+    mask: Bool[jax.Array, "B n T"]
+    last: Int[jax.Array, "B n 2/n"]
+    """Where in each row its sides end, chosen first."""
+    branches: Int[jax.Array, "B n T"] | None
+    """In one row: 0 at what both sides share, 1 where chosen goes on, 2 where rejected does; as `models.visibility` has it."""
     margin: Float[jax.Array, " B"]
     """How much better the chosen side was rated; 0 where unknown."""
     weight: Float[jax.Array, " B"]
     """1 for a real row, 0 for one that only fills the last batch of an evaluation."""
-    prompt_mask: Bool[jax.Array, "B T"] | None = None
-    """As in `Batch`, of both sides: they have one prompt."""
+    prompt_mask: Bool[jax.Array, "B n T"] | None = None
+    """As in `Batch`: both sides have one prompt."""
     images: Images | None = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -59,22 +59,40 @@ def pad_sft(examples: Sequence[SFTExample], pad_id: int, multiple: int) -> Batch
     return Batch(tokens=tokens, mask=mask, target_mask=target_mask)
 
 
-def pad_preferences(examples: Sequence[PreferenceExample], pad_id: int, multiple: int, rows: int | None = None) -> PreferenceBatch:
-    """Right-padded pairs, both sides to one length, a multiple of `multiple`.
+def pad_preferences(
+    examples: Sequence[PreferenceExample],
+    pad_id: int,
+    multiple: int,
+    rows: int | None = None,
+    in_one_row: Callable[[int, int], bool] = lambda pair, side: True,
+) -> PreferenceBatch:
+    """Right-padded pairs, one row each or, where that does not pay, two; the length is a multiple of `multiple`.
 
     Args:
-        rows: fill the batch to this many rows with copies of the first at weight 0.
+        rows: fill the batch to this many pairs with copies of the first at weight 0.
+        in_one_row: whether pairs go into one row of the first number of tokens, rather than into two rows of the second.
     """
     filled = _fill(examples, rows)
-    length = _rounded([example.chosen for example in filled] + [example.rejected for example in filled], multiple)
-    chosen, chosen_mask = _pad([example.chosen for example in filled], pad_id, length)
-    rejected, rejected_mask = _pad([example.rejected for example in filled], pad_id, length)
+    sides = [side for example in filled for side in (example.chosen, example.rejected)]
+    shared = np.array([example.shared for example in filled])
+    joined = [np.concatenate([example.chosen, example.rejected[example.shared :]]) for example in filled]
+    # A prompt that is read in both directions has to be one for both sides.
+    whole = all(example.shared >= example.prompt_length for example in filled)
+    if whole and in_one_row(_rounded(joined, multiple), _rounded(sides, multiple)):
+        tokens, mask = _pad(joined, pad_id, _rounded(joined, multiple))
+        last = np.array([(len(example.chosen), len(row)) for example, row in zip(filled, joined, strict=True)], np.int32)[:, None] - 1
+        places: HostArray = np.arange(tokens.shape[1])
+        branches = (places >= shared[:, None]).astype(np.int32) + (places > last[:, :, 0])
+        shape: tuple[int, ...] = (len(filled), 1, -1)
+    else:
+        tokens, mask = _pad(sides, pad_id, _rounded(sides, multiple))
+        last, branches, shape = np.array([len(side) for side in sides], np.int32) - 1, None, (len(filled), 2, -1)
     margin: HostArray = np.array([example.margin for example in filled], np.float32)
     return PreferenceBatch(
-        chosen=chosen,
-        chosen_mask=chosen_mask,
-        rejected=rejected,
-        rejected_mask=rejected_mask,
+        tokens=tokens.reshape(shape),
+        mask=mask.reshape(shape),
+        last=last.reshape(shape),
+        branches=None if branches is None else branches.reshape(shape),
         margin=margin,
         weight=_weight(examples, filled),
     )

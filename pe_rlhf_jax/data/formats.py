@@ -9,6 +9,7 @@ among the parts of a turn, belong to the prompt; `turns` says how they are writt
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -70,10 +71,17 @@ class PreferenceExample:
     """Tokens of the prompt at the start of each side, where there are pictures: their placeholders are looked for in it only."""
     place: str = ""
 
+    @functools.cached_property
+    def shared(self) -> int:
+        """Tokens with which both sides begin: the prompt, and as much of the answers as is alike. Of each side at least one is left."""
+        most = min(len(self.chosen), len(self.rejected)) - 1
+        same = self.chosen[:most] == self.rejected[:most]
+        return most if np.all(same) else int(np.argmin(same))
+
     @property
     def length(self) -> int:
-        """Tokens of the longer side."""
-        return max(len(self.chosen), len(self.rejected))
+        """Tokens of both sides, what they share counted once."""
+        return len(self.chosen) + len(self.rejected) - self.shared
 
 
 @dataclass(frozen=True)

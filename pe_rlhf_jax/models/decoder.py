@@ -18,6 +18,7 @@ from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.layers import HEADS, MLP, Attention, KVCache, Rotation, make_norm, softcap
 from pe_rlhf_jax.models.lora import MODULES
 from pe_rlhf_jax.models.rope import RopeScaling, rope_angles
+from pe_rlhf_jax.models.visibility import Visible, visible, with_blocks
 from pe_rlhf_jax.models.vision import VisionTower, tower_features
 from pe_rlhf_jax.models.vlm import Projector, blocks, condense, insert, placeholders
 from pe_rlhf_jax.sharding import BATCH, constrain
@@ -49,7 +50,7 @@ class Layer(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, carry, layer: PerLayer, rotation: Rotation | None, mask, beyond, start, deterministic):
+    def __call__(self, carry, layer: PerLayer, rotation: Rotation | None, seen: Visible, start, deterministic):
         x, cache = carry
         x = constrain(x, BATCH, None, None)
         c = self.config
@@ -61,7 +62,7 @@ class Layer(nn.Module):
         if layer.kind is not None:
             rotation = jax.tree.map(lambda leaf: leaf[layer.kind], rotation)
         if layer.window is not None:
-            mask = windowed(mask, layer.window, start, beyond)
+            seen = seen.within(layer.window)
         attention_class = Attention
         if self.remat == "full":
             # What attention keeps for its own backward pass, scores first of all, is not to lie beside what the MLP's needs: it is computed
@@ -69,7 +70,7 @@ class Layer(nn.Module):
             keep = jax.checkpoint_policies.save_only_these_names(HEADS)
             attention_class = nn.remat(Attention, policy=keep, static_argnums=(7,))
         attention, mlp = attention_class(c, **common, name="attention"), MLP(c, **common, name="mlp")
-        y, cache = attention(norm("attention_norm", x), rotation, mask, cache, layer.index, start, deterministic)
+        y, cache = attention(norm("attention_norm", x), rotation, seen.mask, cache, layer.index, start, deterministic)
         if c.post_norms:
             y = norm("attention_post_norm", y)
         read, x = x, x + y
@@ -103,6 +104,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         features: Float[Array, "B M F E"] | None = None,
         prompt: Bool[Array, "B T"] | None = None,
+        branches: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns final-normed hidden states and the updated cache (None without one).
 
@@ -110,55 +112,46 @@ class Decoder(nn.Module):
         slots start .. start + T - 1 and see real tokens up to their own slot. Positions default to counting real tokens only, so that
         left padding changes nothing; they must be given when `start` is not 0. `features` of pictures take the place of the prompt's
         placeholders, and tokens that are read in both directions see each other: vlm.py says how, and when `prompt` is needed.
+        `branches` are for several continuations of one beginning in one row, without a cache: visibility.py.
         """
         c = self.config
-        length = tokens_BT.shape[1]
+        seen = visible(mask_BS, tokens_BT.shape[1], start, branches)
         if features is not None and (c.vision is None or prompt is None):
             what = "a model without a vision tower" if c.vision is None else "no `prompt`, which says where its placeholders are"
             raise ValueError(f"expected features of pictures only for a model that sees, together with `prompt`; found {what}")
         if positions_BT is None:
-            positions_BT = positions(mask_BS)[:, :length]
+            positions_BT = positions(mask_BS)[:, : tokens_BT.shape[1]] if branches is None else seen.queries
         embedding = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.param_dtype)
         x = constrain(embedding[tokens_BT].astype(self.dtype), BATCH, None, None)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, self.dtype)  # rounded first, as the models were trained
         if c.learned_positions:
             x = x + self._learned_positions(positions_BT)
-        block_BT = None
         if c.vision is not None:
             placeholder_BT = placeholders(c.vision, tokens_BT, prompt)
             x = self._insert(x, features, placeholder_BT)
             block_BT = None if prompt is None or placeholder_BT is None else blocks(c.vision, prompt, placeholder_BT)
-        slots_T = start + jnp.arange(length)
-        sees = (jnp.arange(mask_BS.shape[1])[None, :] <= slots_T[:, None])[None, None]
-        beyond = None
-        if block_BT is not None:
-            # A block lies among these tokens as a whole: whatever else is in the cache belongs to none.
-            block_BS = jax.lax.dynamic_update_slice(jnp.zeros(mask_BS.shape, block_BT.dtype), block_BT, (0, start))
-            together = ((block_BT[:, :, None] == block_BS[:, None, :]) & (block_BT[:, :, None] > 0))[:, None]
-            sees = sees | together
-            if c.vision is not None and c.vision.blocks_beyond_windows:
-                beyond = together & mask_BS[:, None, None, :]
-        mask = mask_BS[:, None, None, :] & sees
+            if block_BT is not None:
+                seen = with_blocks(seen, mask_BS, start, block_BT, c.vision.blocks_beyond_windows)
         layer_class = Layer
         if self.remat != "none":
-            layer_class = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(7,))
+            layer_class = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(6,))
         layers = nn.scan(
             layer_class,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "lora": True, "dropout": True},
-            in_axes=(0, *[nn.broadcast] * 5),
+            in_axes=(0, *[nn.broadcast] * 4),
             length=c.num_layers,
         )(c, self.lora, self.dtype, self.param_dtype, self.remat, name="layers")
         rotation, kinds = rotations(c, positions_BT)
         window = None
         windows = [c.sliding_window if c.is_windowed(i) else None for i in range(c.num_layers)]
         if len(set(windows)) > 1:
-            window = jnp.array([mask.shape[-1] if w is None else w for w in windows], jnp.int32)
+            window = jnp.array([mask_BS.shape[1] if w is None else w for w in windows], jnp.int32)
         elif windows[0] is not None:
-            mask = windowed(mask, windows[0], start, beyond)
+            seen = seen.within(windows[0])
         per_layer = PerLayer(jnp.arange(c.num_layers), window, kinds)
-        (x, cache), _ = layers((x, cache), per_layer, rotation, mask, beyond, start, deterministic)
+        (x, cache), _ = layers((x, cache), per_layer, rotation, seen, start, deterministic)
         x = make_norm(c, self.dtype, self.param_dtype, "final_norm")(x)
         if not c.tie_word_embeddings and self.is_initializing():
             self.param("lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.param_dtype)
@@ -266,21 +259,6 @@ def rotations(c: DecoderConfig, positions_BT: Int[Array, "B T"]) -> tuple[Rotati
     if len(distinct) == 1:
         return Rotation(angles(distinct[0]), None if length is None else length[0]), None
     return Rotation(jnp.stack([angles(kind) for kind in distinct]), length), jnp.array([distinct.index(kind) for kind in kinds])
-
-
-def windowed(
-    mask: Bool[Array, "B 1 T S"], window: Int[Array, ""] | int, start: Int[Array, ""] | int, beyond: Bool[Array, "B 1 T S"] | None
-) -> Bool[Array, "B 1 T S"]:
-    """The mask of a windowed layer; `beyond` is what no window hides."""
-    inside = mask & within_window(window, mask.shape, start)
-    return inside if beyond is None else inside | beyond
-
-
-def within_window(window: Int[Array, ""] | int, mask_shape: tuple[int, ...], start: Int[Array, ""] | int) -> Bool[Array, "1 1 T S"]:
-    """Which slots lie less than `window` before each token's own; padding counts, so rows must be padded at their ends only."""
-    length, slots = mask_shape[-2:]
-    distance_TS = (start + jnp.arange(length))[:, None] - jnp.arange(slots)[None, :]
-    return (distance_TS < window)[None, None]
 
 
 def unembed(params: PyTree, hidden: Float[Array, "*batch D"], final_softcap: float | None = None) -> Float[Array, "*batch V"]:

@@ -22,7 +22,7 @@ The interface, for whoever makes batches and for the stages:
                    prompts are read in both directions (`config.vision.attention == "prefix"`) always, but for single tokens: a
                    decode step after the prefill takes neither.
 
-Who sees whom follows from one integer per token (`blocks`): 0 sees what comes before it; tokens of one block see each other besides.
+Who sees whom follows from one integer per token (`blocks`), as visibility.py reads it.
 """
 
 from __future__ import annotations

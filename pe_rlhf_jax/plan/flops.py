@@ -21,6 +21,7 @@ from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.lora import is_target
 from pe_rlhf_jax.training import reward, rl, sft
+from pe_rlhf_jax.training.shared_rows import longest_pair
 
 
 def matrices(c: DecoderConfig) -> Mapping[str, tuple[int, int]]:
@@ -32,10 +33,10 @@ def matrices(c: DecoderConfig) -> Mapping[str, tuple[int, int]]:
 
 
 class Costs:
-    """FLOPs of passes through one architecture with one configuration."""
+    """FLOPs of passes through one architecture with one configuration, its rows split over so many devices."""
 
-    def __init__(self, config: Config, c: DecoderConfig):
-        self.config, self.c = config, c
+    def __init__(self, config: Config, c: DecoderConfig, devices: int = 1):
+        self.config, self.c, self.devices = config, c, devices
         self.layers = 2 * c.num_layers * sum(math.prod(shape) for shape in matrices(c).values())
         sizes = [config.lora.r * sum(shape) for name, shape in matrices(c).items() if is_target(name, config.lora)]
         self.adapter = 2 * c.num_layers * sum(sizes)
@@ -85,8 +86,8 @@ class Costs:
         if stage == sft.STAGE:
             return self.update(config.sft.batch_size, text, text, config.sft.tuning)
         if stage == reward.STAGE:
-            sides = 2 if config.reward.kind == "pairs" else 1
-            return self.update(sides * config.reward.batch_size, text, 0, config.reward.tuning)
+            rows, text = longest_pair(config, self.c, self.devices) if config.reward.kind == "pairs" else (1, text)
+            return self.update(rows * config.reward.batch_size, text, 0, config.reward.tuning)
         one, rows, response = config.rl, config.rl.batch_size, sampling.max_new_tokens
         length = data.max_prompt_length + response
         values = one.has_critic and one.value_model == "adapter"

@@ -17,7 +17,7 @@ from pe_rlhf_jax.plan.compiled import Program, compile_call, device_bytes
 from pe_rlhf_jax.plan.flops import Costs, matrices
 from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
 from pe_rlhf_jax.plan.topology import Topology
-from pe_rlhf_jax.sharding import check_batches
+from pe_rlhf_jax.sharding import check_batches, row_multiple
 from pe_rlhf_jax.training import reward, rl, sft
 from pe_rlhf_jax.types import PyTree
 
@@ -119,7 +119,7 @@ def plan(
     dtype = jnp.dtype(config.model.dtype_on(topology.devices[0].platform))
     context = abstract_context(config, architecture, dtype, topology.devices)
     check_batches(config, context.mesh)
-    costs = Costs(config, architecture)
+    costs = Costs(config, architecture, row_multiple(context.mesh))
     whole = backbone_matrices(architecture)
     stages = []
     chosen = [stage for stage in STAGES if stage in config.run.stages and stage in only]

@@ -1,6 +1,6 @@
 """The programs that a stage runs, from shapes alone: the very functions that the stages call, with arguments placed as theirs are.
 
-Rows of a model that sees have one picture each, and no picture was seen before.
+Rows of a model that sees have one picture each, and no picture was seen before. Both sides of a pair have one prompt, the longest.
 
 Letters: B rows, T tokens, P prompt tokens, R response tokens.
 """
@@ -32,6 +32,7 @@ from pe_rlhf_jax.training.images import _encode as encode
 from pe_rlhf_jax.training.optimizer import make_optimizer
 from pe_rlhf_jax.training.rewards import _score
 from pe_rlhf_jax.training.rollouts import _respond
+from pe_rlhf_jax.training.shared_rows import longest_pair
 from pe_rlhf_jax.training.step import make_step
 from pe_rlhf_jax.types import Batch, Experience, Images, LabelBatch, PreferenceBatch, PromptBatch, PyTree, Rollout
 
@@ -211,11 +212,14 @@ def _reward_update(context: Context) -> Update:
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
     kind = reward.kind_of(config)
     step = make_step(reward._loss(context, kind), lambda b: jnp.sum(b.weight), optimizer, config.batch_size, config.micro_batch_size)
-    width = _text_width(context)
-    tokens, mask, one = _ints(config.batch_size, width), _flags(config.batch_size, width), _floats(config.batch_size)
+    width, pairs, one = _text_width(context), config.batch_size, _floats(config.batch_size)
     if kind.data == "label":
+        tokens, mask = _ints(pairs, width), _flags(pairs, width)
         return Update(step, state, frozen, LabelBatch(tokens, mask, label=one, weight=one, **_seen(context, mask)))
-    return Update(step, state, frozen, PreferenceBatch(tokens, mask, tokens, mask, margin=one, weight=one, **_seen(context, mask)))
+    n, width = longest_pair(context.config, context.decoder.config, row_multiple(context.mesh))
+    tokens, mask, last = _ints(pairs, n, width), _flags(pairs, n, width), _ints(pairs, n, 2 // n)
+    batch = PreferenceBatch(tokens, mask, last, tokens if n == 1 else None, margin=one, weight=one, **_seen(context, mask))
+    return Update(step, state, frozen, batch)
 
 
 def _rl_update(context: Context) -> Update:

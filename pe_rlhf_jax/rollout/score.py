@@ -108,9 +108,26 @@ def sequence_score(
     features: Float[Array, "B M F E"] | None = None,
 ) -> Float[Array, " B"]:
     """The role's head at the last real token of each row, whatever the padding side; `prompt` and `features` as `Decoder` takes them."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return scores_at(decoder, backbone, role, tokens, mask, last[:, None], None, deterministic, dropout_key, prompt, features)[:, 0]
+
+
+def scores_at(
+    decoder: Decoder,
+    backbone: PyTree,
+    role: Role,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    places: Int[Array, "B n"],
+    branches: Int[Array, "B T"] | None,
+    deterministic: bool = True,
+    dropout_key: jax.Array | None = None,
+    prompt: Bool[Array, "B T"] | None = None,
+    features: Float[Array, "B M F E"] | None = None,
+) -> Float[Array, "B n"]:
+    """The role's head at `places` of each row: the ends of its branches, say, as `models.visibility` has them."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden, _ = decoder.apply(
-        role.variables(backbone), tokens, mask, deterministic=deterministic, rngs=rngs, features=features, prompt=prompt
+        role.variables(backbone), tokens, mask, deterministic=deterministic, rngs=rngs, features=features, prompt=prompt, branches=branches
     )
-    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-    return apply_head(role.head, jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    return apply_head(role.head, jnp.take_along_axis(hidden, places[..., None], axis=1))

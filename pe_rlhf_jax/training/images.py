@@ -19,7 +19,7 @@ from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import TOWER
 from pe_rlhf_jax.models.vlm import adapts_tower
 from pe_rlhf_jax.sharding import place_rows, row_multiple
-from pe_rlhf_jax.types import Images, PreferenceBatch, PromptBatch, PyTree
+from pe_rlhf_jax.types import Images, PromptBatch, PyTree
 
 AT_ONCE = 4
 """Pictures that a device encodes at once. Always as many, so that a picture's features do not depend on which others are encoded."""
@@ -42,13 +42,13 @@ class ImageEncoder:
 
     def add(self, batch: PyTree, examples: Sequence[Any]) -> PyTree:
         """A host batch with its examples' pictures, and with the places of its prompts; the first example stands for missing ones."""
-        lead = batch.chosen if isinstance(batch, PreferenceBatch) else batch.tokens
-        rows = [*examples, *[examples[0]] * (len(lead) - len(examples))]
+        rows = [*examples, *[examples[0]] * (len(batch.tokens) - len(examples))]
         images = self(rows)
         if isinstance(batch, PromptBatch):
             return batch.replace(images=images)
-        lengths = np.array([row.prompt_length for row in rows])
-        return batch.replace(prompt_mask=np.arange(lead.shape[1]) < lengths[:, None], images=images)
+        lengths = np.array([row.prompt_length for row in rows]).reshape(-1, *(1,) * (batch.tokens.ndim - 1))
+        prompt_mask = np.broadcast_to(np.arange(batch.tokens.shape[-1]) < lengths, batch.tokens.shape)
+        return batch.replace(prompt_mask=prompt_mask, images=images)
 
     def __call__(self, examples: Sequence[Any]) -> Images | None:
         """Pictures of the examples' rows, as NumPy arrays; None where there is none.

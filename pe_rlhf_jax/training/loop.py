@@ -50,10 +50,9 @@ def updates(
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         stop_if_not_finite(state, context.config.run.max_nonfinite, stage)
         seconds = time.perf_counter() - began
-        masks = [mask for name, mask in vars(batch).items() if name in ("mask", "chosen_mask", "rejected_mask")]
-        tokens = float(sum(np.sum(mask) for mask in masks))
+        tokens = float(np.sum(batch.mask))
         values |= {"lr": float(rate(index)), "time/step": seconds, "perf/tokens_per_s": tokens / seconds}
-        values |= {"perf/padding": 1 - tokens / sum(mask.size for mask in masks), "perf/peak_memory_gib": peak_memory_gib()}
+        values |= {"perf/padding": 1 - tokens / batch.mask.size, "perf/peak_memory_gib": peak_memory_gib()}
         if (index + 1) % config.evaluate_every == 0 or index + 1 == config.steps:
             values |= {f"eval/{name}": value for name, value in evaluate(state).items()}
         yield state, values

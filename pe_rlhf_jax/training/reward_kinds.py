@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -16,8 +17,10 @@ from pe_rlhf_jax.data import LabelExample, PreferenceExample, as_read, pad_label
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.score import features_of, sequence_score
+from pe_rlhf_jax.rollout.score import features_of, scores_at, sequence_score
+from pe_rlhf_jax.sharding import row_multiple
 from pe_rlhf_jax.training.context import Context
+from pe_rlhf_jax.training.shared_rows import pair_in_one_row
 from pe_rlhf_jax.training.statistics import (
     accuracy_by,
     area_under_curve,
@@ -64,7 +67,7 @@ class Pairs:
     select = "accuracy"
 
     def collator(self, context: Context) -> Callable[[Sequence[PreferenceExample]], PreferenceBatch]:
-        return lambda rows: pad_preferences(rows, context.pad_token, context.config.data.length_multiple)
+        return lambda rows: _pad_pairs(context, rows)
 
     def loss(
         self, config: RewardConfig, decoder: Decoder, role: Role, backbone: PyTree, batch: Any, total: Array, key: jax.Array | None
@@ -81,7 +84,7 @@ class Pairs:
 
     def scores(self, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, ...]:
         def of(part: Sequence[PreferenceExample], size: int) -> tuple[Array, ...]:
-            batch = context.rows(pad_preferences(part, context.pad_token, context.config.data.length_multiple, rows=size), part)
+            batch = context.rows(_pad_pairs(context, part, size), part)
             return _score_pairs(context.decoder, role, context.backbone, batch)
 
         return _in_batches(context, rows, of)
@@ -161,16 +164,26 @@ class Labels:
 KINDS: dict[str, Kind] = {"pairs": Pairs(), "labels": Labels()}
 
 
+def _pad_pairs(context: Context, rows: Sequence[PreferenceExample], size: int | None = None) -> PreferenceBatch:
+    config, c, devices = context.config, context.decoder.config, row_multiple(context.mesh)
+    fits = functools.partial(pair_in_one_row, config, c, devices)
+    return pad_preferences(rows, context.pad_token, config.data.length_multiple, size, fits)
+
+
 def pair_scores(
     decoder: Decoder, role: Role, backbone: PyTree, batch: PreferenceBatch, dropout_key: jax.Array | None = None
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Scores of both sides in one pass; their pictures are encoded once."""
-    tokens = jnp.concatenate([batch.chosen, batch.rejected])
-    mask = jnp.concatenate([batch.chosen_mask, batch.rejected_mask])
-    seen = _seen(decoder, role, backbone, batch, dropout_key)
-    prompt, features = jax.tree.map(lambda x: jnp.concatenate([x, x]), seen)
-    both = sequence_score(decoder, backbone, role, tokens, mask, dropout_key is None, dropout_key, prompt, features)
-    return both[: len(batch.chosen)], both[len(batch.chosen) :]
+    """Scores of both sides in one pass, and what they share computed once, where the batch has it once; pictures always are.
+
+    Adapters then drop out once for both sides in what they share, in place of twice.
+    """
+    prompt, features = _seen(decoder, role, backbone, batch, dropout_key)
+    given = (batch.tokens, batch.mask, batch.last, batch.branches, prompt)
+    tokens, mask, last, branches, prompt = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), given)
+    features = None if features is None else jnp.repeat(features, batch.tokens.shape[1], axis=0)
+    scores = scores_at(decoder, backbone, role, tokens, mask, last, branches, dropout_key is None, dropout_key, prompt, features)
+    chosen, rejected = scores.reshape(-1, 2).T
+    return chosen, rejected
 
 
 def label_scores(

@@ -73,16 +73,50 @@ def test_pad_sft():
     assert batch.tokens.dtype == np.int32 and batch.mask.dtype == bool
 
 
-def test_pad_preferences_to_one_length_and_fill():
+def test_pad_preferences_to_two_rows_and_fill():
     examples = [PreferenceExample(ids(1, 2, 3), ids(4), 0.5), PreferenceExample(ids(5), ids(6, 7, 8, 8, 8), 1.5)]
-    batch = pad_preferences(examples, PAD, 3, rows=4)
-    assert batch.chosen.tolist() == [[1, 2, 3, 9, 9, 9], [5, 9, 9, 9, 9, 9], [1, 2, 3, 9, 9, 9], [1, 2, 3, 9, 9, 9]]
-    assert batch.rejected.tolist() == [[4, 9, 9, 9, 9, 9], [6, 7, 8, 8, 8, 9], [4, 9, 9, 9, 9, 9], [4, 9, 9, 9, 9, 9]]
-    assert (batch.chosen != PAD).tolist() == batch.chosen_mask.tolist()
-    assert (batch.rejected != PAD).tolist() == batch.rejected_mask.tolist()
+    asked = []
+
+    def never(pair: int, side: int) -> bool:
+        asked.append((pair, side))
+        return False
+
+    batch = pad_preferences(examples, PAD, 3, rows=4, in_one_row=never)
+    assert asked == [(6, 6)]
+    first, second = [[1, 2, 3, 9, 9, 9], [4, 9, 9, 9, 9, 9]], [[5, 9, 9, 9, 9, 9], [6, 7, 8, 8, 8, 9]]
+    assert batch.tokens.tolist() == [first, second, first, first]
+    assert (batch.tokens != PAD).tolist() == batch.mask.tolist()
+    assert batch.last.tolist() == [[[2], [0]], [[0], [4]], [[2], [0]], [[2], [0]]] and batch.branches is None
     assert batch.margin.tolist() == [0.5, 1.5, 0.5, 0.5] and batch.weight.tolist() == [1, 1, 0, 0]
     assert batch.margin.dtype == batch.weight.dtype == np.float32
     assert pad_preferences(examples, PAD, 5).weight.tolist() == [1, 1]
+
+
+def test_pad_preferences_to_one_row_after_what_both_sides_share():
+    """As much as is alike, but for the last token; nothing at all; and a side that the other begins with."""
+    examples = [
+        PreferenceExample(ids(1, 2, 3, 4), ids(1, 2, 5), 0.5, prompt_length=1),
+        PreferenceExample(ids(6), ids(7, 8)),
+        PreferenceExample(ids(1, 2), ids(1, 2, 2, 2, 3)),
+    ]
+    assert [(example.shared, example.length) for example in examples] == [(2, 5), (0, 3), (1, 6)]
+    batch = pad_preferences(examples, PAD, 3, rows=4)
+    assert batch.tokens.tolist() == [[[1, 2, 3, 4, 5, 9]], [[6, 7, 8, 9, 9, 9]], [[1, 2, 2, 2, 2, 3]], [[1, 2, 3, 4, 5, 9]]]
+    assert (batch.tokens != PAD).tolist() == batch.mask.tolist()
+    assert [row[0][: sum(real[0])] for row, real in zip(batch.branches.tolist(), batch.mask.tolist(), strict=True)] == [
+        [0, 0, 1, 1, 2],
+        [1, 2, 2],
+        [0, 1, 2, 2, 2, 2],
+        [0, 0, 1, 1, 2],
+    ]
+    assert batch.last.tolist() == [[[3, 4]], [[0, 2]], [[1, 5]], [[3, 4]]]
+    assert batch.tokens.dtype == batch.last.dtype == batch.branches.dtype == np.int32
+
+
+def test_sides_with_prompts_of_their_own_have_rows_of_their_own():
+    """A prompt that is read in both directions could not stand in one row with another."""
+    pair = PreferenceExample(ids(1, 2, 3, 4), ids(1, 5, 6), prompt_length=2)
+    assert pad_preferences([pair], PAD, 1).tokens.shape == (1, 2, 4)
 
 
 def test_pad_labels_and_fill():

@@ -1,0 +1,121 @@
+"""Both sides of a pair in one row are what they are in two: scores, loss and gradients; and neither sees the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_context import tiny_context
+from tiny_families import CASES, Tiny
+from tiny_pictures import seeing_context
+
+from pe_rlhf_jax.checkpoint.weights import load_params
+from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.data import PreferenceExample, pad_preferences
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.training import reward
+from pe_rlhf_jax.training.reward_kinds import pair_scores
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+MARGINS = {"use_margin": True, "center_rewards_coefficient": 0.1}
+"""So that the loss tells scores that are both too high by one number."""
+LORA = LoRAConfig(r=3, lora_alpha=6.0)
+SHAPES = ((5, 3, 4), (0, 2, 5), (7, 1, 1), (2, 6, 3))
+"""Tokens of prompt, chosen and rejected; the longest are longer than every window, and one pair shares nothing."""
+
+
+def model_of(name: str) -> SimpleNamespace:
+    tiny = Tiny(name)
+    params = load_params(tiny, tiny.family, tiny.architecture, jnp.float32)
+    return SimpleNamespace(decoder=Decoder(tiny.architecture, LORA), config=tiny.architecture, params=params)
+
+
+def role_of(context) -> Role:
+    """A reward model whose adapter is far from fresh."""
+    role = reward.init(context, Role()).trainable
+    draw = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
+    return role.replace(lora=jax.tree.map(draw, role.lora))
+
+
+def pairs(vocabulary: int) -> list[PreferenceExample]:
+    rng = np.random.default_rng(5)
+    found = []
+    for prompt, *answers in SHAPES:
+        asked = rng.integers(2, vocabulary, prompt)
+        first = rng.permutation(np.arange(2, vocabulary))  # answers that differ from their first token on
+        sides = [np.concatenate([asked, first[i : i + 1], rng.integers(2, vocabulary, n - 1)]) for i, n in enumerate(answers)]
+        found.append(PreferenceExample(*(side.astype(np.int32) for side in sides), margin=0.5, prompt_length=prompt))
+    return found
+
+
+def one_and_two(context, examples):
+    """The examples in one row each and in two, on the devices with their pictures."""
+    return [
+        context.rows(pad_preferences(examples, 0, multiple, in_one_row=lambda *_, one=one: one), examples)
+        for one, multiple in ((True, 7), (False, 1))
+    ]
+
+
+def learned(context, role, batch):
+    """Loss, figures of the scores, and gradients of the reward stage."""
+    context = dataclasses.replace(context, decoder=dataclasses.replace(context.decoder, remat="none"))  # compiles sooner
+    loss = reward._loss(context, reward.kind_of(context.config.reward))
+    total, key = jnp.float32(len(batch.tokens)), jax.random.key(0)
+    return jax.jit(jax.value_and_grad(lambda r: loss(r, (context.backbone, Role()), batch, total, key), has_aux=True))(role)
+
+
+def assert_alike(a, b):
+    """To float32's rounding, of what each leaf holds at most."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * float(np.max(np.abs(y))))
+
+
+FAST = ("mistral", "gemma3", "gpt2")
+"""Windows in all layers; in some, with rotations of their own; a table of positions. test_losses.py holds Llama's to NumPy."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CASES])
+def test_one_row_is_two(name):
+    """With other padding too."""
+    model = model_of(name)
+    context = tiny_context(model, reward=MARGINS)
+    one, two = one_and_two(context, pairs(model.config.vocab_size))
+    assert one.tokens.shape == (4, 1, 14) and two.tokens.shape == (4, 2, 9)
+    assert_alike(*(learned(context, role_of(context), batch) for batch in (one, two)))
+
+
+@pytest.mark.parametrize("name", ["paligemma", "gemma3", pytest.param("llava", marks=pytest.mark.slow)])
+def test_one_row_is_two_with_pictures_in_the_prompt(name):
+    """Prompts that are read in both directions, pictures that are, through windows, and neither."""
+    context = seeing_context(name, pictures=2, reward=MARGINS)
+    role = role_of(context)
+    # The tiny answers differ in one token; here one goes on.
+    examples = [
+        dataclasses.replace(pair, chosen=np.append(pair.chosen, [7, 8, 1]).astype(np.int32)) for pair in context.data.preference.train[:3]
+    ]
+    assert all(0 < example.prompt_length <= example.shared for example in examples)
+    one, two = one_and_two(context, examples)
+    assert one.tokens.shape[1] == 1 and two.tokens.shape[1] == 2
+    assert_alike(*(learned(context, role, batch) for batch in (one, two)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_sides_do_not_see_each_other(name):
+    """Not one bit of a score changes with the other side's tokens."""
+    model = model_of(name)
+    context = tiny_context(model)
+    role = role_of(context)
+    batch = one_and_two(context, pairs(model.config.vocab_size))[0]
+    scores = jax.jit(lambda batch: jnp.stack(pair_scores(context.decoder, role, context.backbone, batch)))
+    before = np.asarray(scores(batch))
+    for side in (1, 2):
+        other = (batch.tokens + 3) % model.config.vocab_size
+        changed = np.asarray(scores(batch.replace(tokens=jnp.where(batch.branches == side, other, batch.tokens))))
+        np.testing.assert_array_equal(changed[2 - side], before[2 - side])
+        assert np.all(changed[side - 1] != before[side - 1])
