@@ -75,6 +75,7 @@ def pad_preferences(
     filled = _fill(examples, rows)
     sides = [side for example in filled for side in (example.chosen, example.rejected)]
     shared = np.array([example.shared for example in filled])
+    last: HostArray
     joined = [np.concatenate([example.chosen, example.rejected[example.shared :]]) for example in filled]
     # A prompt that is read in both directions has to be one for both sides.
     whole = all(example.shared >= example.prompt_length for example in filled)
