@@ -118,7 +118,8 @@ def rl_twin(context: Context) -> Twin:
         return response_logprobs(decoder, backbone, role, rollout, config.sampling.temperature, chunk)[0]
 
     rollout = jax.block_until_ready(sample())
-    scores = _score(decoder, model, backbone, rollout)
+    group = config.answers_each
+    scores = _score(decoder, group, model, backbone, rollout)
 
     def experience() -> Any:
         policy, value = roles()["policy"], roles().get("value")
@@ -131,7 +132,7 @@ def rl_twin(context: Context) -> Twin:
     programs = [
         compiled,
         _respond.lower(decoder, config.sampling, (), 0, policy, backbone, prompts, jax.random.key(1)).compile(),
-        _score.lower(decoder, model, backbone, rollout).compile(),
+        _score.lower(decoder, group, model, backbone, rollout).compile(),
         make_experience.lower(*shaped).compile(),
     ]
     trained = sum(x.size for x in jax.tree.leaves(train.trainable))

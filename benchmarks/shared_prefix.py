@@ -1,16 +1,19 @@
-"""A step of reward training with prompts computed once for both sides of a pair, beside the same step with a row for each side.
+"""A prompt computed once for all its answers, beside the same answers in rows of their own, prompt and all.
 
     python benchmarks/shared_prefix.py [--prompt 256] [--answer 64] [--pairs 2] [--turns 5] [--set model.remat=none]
+    python benchmarks/shared_prefix.py --responses 8 --answer 32
 
-The step is the stage's own, adapters on all linear layers, on random weights in the shape of SmolLM2-135M (`--model-config` takes
-another `config.json`). The two forms take turns, so that other work on the machine meets both, and the ratio is taken within each turn.
-Prints one line of JSON:
+First form: a gradient of reward training on preference pairs, as the stage takes it. With `--responses`: log-probabilities of so many
+sampled responses to each of `--pairs` prompts, which RLOO and GRPO learn from, and their gradient. Adapters are on all linear layers;
+weights are random, in the shape of SmolLM2-135M (`--model-config` takes another `config.json`). Both ways take turns, so that other work
+on the machine meets both, and the ratio is taken within each turn. Prints one line of JSON:
 
-    seconds     of a step, one row and two rows, in each turn
-    ratio       two rows over one: median, least and greatest of the turns
-    flops       the same ratio by formula, as `pe-rlhf plan` counts
-    compiled    and as XLA counts, which takes the body of the scan over layers once in both
-    loss, norm  relative difference of the first step's loss and of its gradient's norm
+    seconds   shared and alone, in each turn
+    ratio     alone over shared: median, least and greatest of the turns
+    flops     the same ratio by formula, as `pe-rlhf plan` counts
+    compiled  and as XLA counts, which takes the body of the scan over layers once in both
+    loss      relative difference of the two losses
+    gradient  largest difference of the adapters' two gradients, relative to the largest number of each leaf
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,81 +36,90 @@ from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.flops import Costs
 from pe_rlhf_jax.plan.programs import abstract_context
+from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.training import reward
 from pe_rlhf_jax.training.context import Context
-from pe_rlhf_jax.training.optimizer import make_optimizer
-from pe_rlhf_jax.training.step import make_step
-from pe_rlhf_jax.types import PreferenceBatch
+from pe_rlhf_jax.types import PyTree, Rollout
 
 SHAPE = Path(__file__).parent.parent / "configs" / "shapes" / "smollm2_135m.json"
 
-
-def batches(vocabulary: int, pairs: int, prompt: int, answer: int) -> tuple[PreferenceBatch, PreferenceBatch]:
-    """The same random pairs in one row each, and in two."""
-    rng = np.random.default_rng(0)
-
-    def words(count: int) -> np.ndarray:
-        return rng.integers(0, vocabulary, count).astype(np.int32)
-
-    examples = []
-    for _ in range(pairs):
-        asked = words(prompt)
-        examples.append(PreferenceExample(*(np.concatenate([asked, words(answer)]) for _ in range(2)), prompt_length=prompt))
-    one, two = (pad_preferences(examples, 0, 1, in_one_row=lambda *_, one=one: one) for one in (True, False))
-    return one, two
+Loss = Callable[[Role, PyTree], jax.Array]
+"""Of the trained role and the backbone."""
 
 
-class Form:
-    """One of the two, compiled."""
+def pair_losses(context: Context, pairs: int, prompt: int, answer: int) -> list[Loss]:
+    """Bradley-Terry of random pairs, in one row each and in two."""
+    rng, vocabulary = np.random.default_rng(0), context.decoder.config.vocab_size
+    words = rng.integers(0, vocabulary, (pairs, prompt + 2 * answer)).astype(np.int32)
+    examples = [PreferenceExample(row[: prompt + answer], np.append(row[:prompt], row[prompt + answer :])) for row in words]
+    loss = reward._loss(context, reward.kind_of(context.config.reward))
 
-    def __init__(self, context: Context, batch: PreferenceBatch):
-        config = context.config.reward
-        self.state, self.frozen, self.batch = reward.init(context, Role()), (context.backbone, Role()), batch
-        optimizer, loss = make_optimizer(config.optimizer, config.steps, config.tuning), reward._loss(context, reward.kind_of(config))
-        step: Any = make_step(loss, lambda b: jnp.sum(b.weight), optimizer, config.batch_size, config.micro_batch_size)
-        self.step = step.lower(self.state, self.frozen, batch, jax.random.key(0)).compile()
+    def of(one: bool) -> Loss:
+        batch = pad_preferences(examples, 0, 1, in_one_row=lambda *_: one)
+        return lambda role, backbone: loss(role, (backbone, Role()), batch, jnp.float32(pairs), jax.random.key(0))[0]
 
-    def __call__(self) -> tuple[float, dict[str, float]]:
-        """Seconds and metrics of a step."""
-        began = time.perf_counter()
-        self.state, metrics = self.step(self.state, self.frozen, self.batch, jax.random.key(0))
-        found = {name: float(value) for name, value in metrics.items()}
-        return time.perf_counter() - began, found
+    return [of(True), of(False)]
 
-    @property
-    def compiled_flops(self) -> float:
-        return float(self.step.cost_analysis()["flops"])
+
+def group_losses(context: Context, prompts: int, prompt: int, answer: int, responses: int) -> list[Loss]:
+    """Mean log-probability of random responses, all of a prompt in one row and each in its own."""
+    rng, vocabulary, rows = np.random.default_rng(0), context.decoder.config.vocab_size, prompts * responses
+    asked = jnp.asarray(np.repeat(rng.integers(0, vocabulary, (prompts, prompt)), responses, axis=0))
+    given, real = jnp.asarray(rng.integers(0, vocabulary, (rows, answer))), jnp.ones((rows, answer), bool)
+    rollout = Rollout(asked, jnp.ones(asked.shape, bool), given, real, jnp.zeros(real.shape), jnp.ones(rows, bool))
+    chunk = context.config.model.logprob_chunk
+
+    def of(answers: int) -> Loss:
+        return lambda role, backbone: jnp.mean(response_logprobs(context.decoder, backbone, role, rollout, 1.0, chunk, answers)[0])
+
+    return [of(responses), of(1)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model-config", type=Path, default=SHAPE, help="Hugging Face's config.json of the shape")
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
-    parser.add_argument("--answer", type=int, default=64, help="tokens of each side")
-    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--answer", type=int, default=64, help="tokens of each")
+    parser.add_argument("--pairs", type=int, default=2, help="or prompts, with --responses")
+    parser.add_argument("--responses", type=int, help="to each prompt, in place of pairs")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--layers", type=int, help="fewer than the model's, for a quick look")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="override a field")
     a = parser.parse_args()
-    config = configuration.parse(f"model: {{source: none}}\nreward: {{batch_size: {a.pairs}}}", a.overrides)
+    config = configuration.parse("model: {source: none}", a.overrides)
     shape = architecture(config.model, a.model_config)
     shape = dataclasses.replace(shape, num_layers=a.layers or shape.num_layers)
     context = abstract_context(config, shape, jnp.dtype(config.model.dtype_on(jax.default_backend())))
     context = dataclasses.replace(context, backbone=jax.jit(context.decoder.init_params)(jax.random.key(0)))
-    forms = [Form(context, batch) for batch in batches(shape.vocab_size, a.pairs, a.prompt, a.answer)]
-    first = [form()[1] for form in forms]
-    seconds = [[form()[0] for form in forms] for _ in range(a.turns)]
-    ratios = sorted(two / one for one, two in seconds)
-    costs = Costs(config, shape)
-    flops = [costs.update(n * a.pairs, t, 0, config.reward.tuning) for n, t in ((1, a.prompt + 2 * a.answer), (2, a.prompt + a.answer))]
+    role = reward.init(context, Role()).trainable
+    role = role.replace(lora=jax.tree.map(lambda x: x + 0.01, role.lora))  # a fresh adapter would hide its own gradient
+
+    answers = a.responses or 2
+    size = (context, a.pairs, a.prompt, a.answer)
+    losses = group_losses(*size, answers) if a.responses else pair_losses(*size)
+    programs = [jax.jit(jax.value_and_grad(loss)).lower(role, context.backbone).compile() for loss in losses]
+
+    def timed(program: Any) -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(program(role, context.backbone))
+        return time.perf_counter() - began
+
+    (loss, gradient), (expected, wanted) = (program(role, context.backbone) for program in programs)
+    leaves = zip(jax.tree.leaves(gradient.lora), jax.tree.leaves(wanted.lora), strict=True)
+    difference = max(float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))) for x, y in leaves)
+    seconds = [[timed(program) for program in programs] for _ in range(a.turns)]
+    ratios = sorted(alone / shared for shared, alone in seconds)
+    costs, logits = Costs(config, shape), a.answer if a.responses else 0
+    shared = costs.update(a.pairs, a.prompt + answers * a.answer, answers * logits, "lora")
+    counted = [float(program.cost_analysis()["flops"]) for program in programs]
     result = {
         "device": jax.devices()[0].device_kind,
         "seconds": [[round(x, 3) for x in turn] for turn in seconds],
         "ratio": [round(x, 3) for x in (float(np.median(ratios)), ratios[0], ratios[-1])],
-        "flops": round(flops[1] / flops[0], 3),
-        "compiled": round(forms[1].compiled_flops / forms[0].compiled_flops, 3),
-        "loss": abs(first[0]["loss"] / first[1]["loss"] - 1),
-        "norm": abs(first[0]["grad_norm"] / first[1]["grad_norm"] - 1),
+        "flops": round(costs.update(a.pairs * answers, a.prompt + a.answer, logits, "lora") / shared, 3),
+        "compiled": round(counted[1] / counted[0], 3),
+        "loss": abs(float(loss / expected) - 1),
+        "gradient": difference,
     }
     print(json.dumps(result))
 

@@ -136,6 +136,11 @@ class RLConfig(Section):
         return any(term.model == "run" for term in self.rewards)
 
     @property
+    def answers_each(self) -> int:
+        """Responses to each prompt of a batch; they are neighbours."""
+        return 1 if self.has_critic else self.group_size
+
+    @property
     def value_from_reward(self) -> bool:
         """Whether a value model starts from this run's reward model."""
         return self.has_critic and self.value_init == "reward"

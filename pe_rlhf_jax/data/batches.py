@@ -66,7 +66,10 @@ def pad_preferences(
     rows: int | None = None,
     in_one_row: Callable[[int, int], bool] = lambda pair, side: True,
 ) -> PreferenceBatch:
-    """Right-padded pairs, one row each or, where that does not pay, two; the length is a multiple of `multiple`.
+    """Right-padded pairs, one row each or, where that does not pay, two.
+
+    The length of two rows is a multiple of `multiple`, and that of one, which holds both sides, of twice as much: so it takes about as
+    many values.
 
     Args:
         rows: fill the batch to this many pairs with copies of the first at weight 0.
@@ -79,8 +82,9 @@ def pad_preferences(
     joined = [np.concatenate([example.chosen, example.rejected[example.shared :]]) for example in filled]
     # A prompt that is read in both directions has to be one for both sides.
     whole = all(example.shared >= example.prompt_length for example in filled)
-    if whole and in_one_row(_rounded(joined, multiple), _rounded(sides, multiple)):
-        tokens, mask = _pad(joined, pad_id, _rounded(joined, multiple))
+    length = _rounded(joined, 2 * multiple)
+    if whole and in_one_row(length, _rounded(sides, multiple)):
+        tokens, mask = _pad(joined, pad_id, length)
         last = np.array([(len(example.chosen), len(row)) for example, row in zip(filled, joined, strict=True)], np.int32)[:, None] - 1
         places: HostArray = np.arange(tokens.shape[1])
         branches = (places >= shared[:, None]).astype(np.int32) + (places > last[:, :, 0])

@@ -21,7 +21,7 @@ from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.lora import is_target
 from pe_rlhf_jax.training import reward, rl, sft
-from pe_rlhf_jax.training.shared_rows import longest_pair
+from pe_rlhf_jax.training.shared_rows import answers_for, longest_pair
 
 
 def matrices(c: DecoderConfig) -> Mapping[str, tuple[int, int]]:
@@ -89,14 +89,23 @@ class Costs:
             rows, text = longest_pair(config, self.c, self.devices) if config.reward.kind == "pairs" else (1, text)
             return self.update(rows * config.reward.batch_size, text, 0, config.reward.tuning)
         one, rows, response = config.rl, config.rl.batch_size, sampling.max_new_tokens
-        length = data.max_prompt_length + response
         values = one.has_critic and one.value_model == "adapter"
         if program == "rollout":
             return self.generate(rows, data.max_prompt_length, response)
         if program == "score":
+            rows, length, _ = self._shared(rows, one.answers_each)
             return self.forward(rows, length, adapter=one.roles == "shared")
         if program == "experience":
+            rows, length, response = self._shared(rows, one.answers_each)
             return 2 * self.forward(rows, length, response) + (self.forward(rows, length) if values else 0)
         rows //= rl._mini_batches(one)
-        policy = self.update(rows, length, response, one.tuning)
+        at_once = one.micro_batch_size or rows
+        policy_rows, length, response = self._shared(at_once, rl._group_to_learn(one))
+        policy = rows / at_once * self.update(policy_rows, length, response, one.tuning)
         return policy + (self.update(rows, length, 0, one.tuning_of("value")) if values else 0)
+
+    def _shared(self, episodes: int, group: int) -> tuple[int, int, int]:
+        """Rows of so many episodes, their tokens, and how many of these are responses', with `group` episodes to a prompt."""
+        prompt, response = self.config.data.max_prompt_length, self.config.rl.sampling.max_new_tokens
+        answers = answers_for(self.c, episodes, prompt, response, group, self.devices)
+        return episodes // answers, prompt + answers * response, answers * response

@@ -158,7 +158,8 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
         if config.roles == "separate" and model.lora is not None and context.config.model.quantization is None:
             scorer, params = Role(head=model.head), backbone if model.params is None else model.params
             resident[f"reward backbone {index}"] = params
-        compile(Call("score", _score, (context.decoder,), {"reward model": scorer, "backbone": params, "rollout": rollout}))
+        arguments = {"reward model": scorer, "backbone": params, "rollout": rollout}
+        compile(Call("score", _score, (context.decoder, config.answers_each), arguments))
     scores = rows(context, _floats(config.batch_size))
     arguments = {
         "backbone": backbone,

@@ -6,6 +6,7 @@ Letters: B batch, T tokens, P prompt tokens, R response tokens, D hidden, V voca
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,41 +60,80 @@ def features_of(
     return decoder.encode_images(variables, images.pixels, deterministic, rngs)
 
 
-def prompt_of(decoder: Decoder, rollout: Rollout) -> Bool[Array, "B T"] | None:
-    """Which tokens of a rollout's sequence are the prompt; None for a model of text, which does not ask."""
-    if decoder.config.vision is None:
-        return None
-    return jnp.concatenate([rollout.prompt_mask, jnp.zeros_like(rollout.response_mask)], axis=1)
+class Rows(NamedTuple):
+    """What the decoder reads of a rollout: G rows, in each a prompt and n responses to it."""
+
+    tokens: Int[Array, "G T"]
+    mask: Bool[Array, "G T"]
+    branches: Int[Array, "G T"] | None
+    """None where n is 1."""
+    prompt: Bool[Array, "G T"] | None
+    """None for a model of text, which does not ask."""
+    images: Images | None
 
 
-def sequence(rollout: Rollout) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """Prompt and response as one sequence and its mask, T = P + R."""
-    tokens = jnp.concatenate([rollout.prompt, rollout.response], axis=1)
-    return tokens, jnp.concatenate([rollout.prompt_mask, rollout.response_mask], axis=1)
+def rows_of(decoder: Decoder, rollout: Rollout, answers: int, length: int) -> Rows:
+    """Each prompt once, with `answers` neighbouring responses, all of which answer it, and of these the first `length` tokens."""
+
+    def once(x: Array) -> Array:
+        return x.reshape(-1, answers, *x.shape[1:])[:, 0]
+
+    def beside(x: Array) -> Array:
+        return x[:, :length].reshape(-1, answers * length)
+
+    prompt_mask, response_mask = once(rollout.prompt_mask), beside(rollout.response_mask)
+    tokens = jnp.concatenate([once(rollout.prompt), beside(rollout.response)], axis=1)
+    mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
+    branches = prompt = None
+    if answers > 1:
+        branch_T = jnp.concatenate([jnp.zeros(prompt_mask.shape[1], jnp.int32), jnp.repeat(jnp.arange(1, answers + 1), length)])
+        branches = jnp.broadcast_to(branch_T, tokens.shape)
+    if decoder.config.vision is not None:
+        prompt = jnp.concatenate([prompt_mask, jnp.zeros_like(response_mask)], axis=1)
+    return Rows(tokens, mask, branches, prompt, jax.tree.map(once, rollout.images))
 
 
-def response_hidden(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout) -> Float[Array, "B R D"]:
-    """Hidden states that predict the response's tokens: of the last prompt token and of all but the last response token."""
-    tokens, mask = sequence(rollout)
-    variables, prompt = role.variables(backbone), prompt_of(decoder, rollout)
-    features = features_of(decoder, variables, rollout.images)
-    prompt = None if prompt is None else prompt[:, :-1]
-    hidden, _ = decoder.apply(variables, tokens[:, :-1], mask[:, :-1], features=features, prompt=prompt)
-    return hidden[:, rollout.prompt.shape[1] - 1 :]
+def response_hidden(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout, answers: int = 1) -> Float[Array, "B R D"]:
+    """Hidden states that predict the response's tokens: of the last prompt token and of all but the last response token.
+
+    So many neighbouring rows as `answers` says answer one prompt, which is computed once for them.
+    """
+    (batch, length), prompt_length = rollout.response.shape, rollout.prompt.shape[1]
+    rows, variables = rows_of(decoder, rollout, answers, length - 1), role.variables(backbone)
+    features = features_of(decoder, variables, rows.images)
+    hidden, _ = decoder.apply(variables, rows.tokens, rows.mask, features=features, prompt=rows.prompt, branches=rows.branches)
+    if answers == 1:
+        return hidden[:, prompt_length - 1 :]
+    begin = jnp.repeat(hidden[:, prompt_length - 1], answers, axis=0)[:, None]
+    return jnp.concatenate([begin, hidden[:, prompt_length:].reshape(batch, length - 1, -1)], axis=1)
 
 
 def response_logprobs(
-    decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout, temperature: float, chunk: int
+    decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout, temperature: float, chunk: int, answers: int = 1
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
-    """Log-probability and entropy at each response token under a role, at the sampling temperature. Junk where masked."""
+    """Log-probability and entropy at each response token under a role, at the sampling temperature. Junk where masked.
+
+    `answers` as for `response_hidden`.
+    """
     variables = role.variables(backbone)
-    hidden = response_hidden(decoder, backbone, role, rollout)
+    hidden = response_hidden(decoder, backbone, role, rollout, answers)
     return token_logprobs(hidden, rollout.response, lambda h: decoder.unembed(variables["params"], h), temperature, chunk)
 
 
 def response_values(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout) -> Float[Array, "B R"]:
     """V(x_t): the value before each response token is chosen. Junk where masked."""
     return apply_head(role.head, response_hidden(decoder, backbone, role, rollout))
+
+
+def response_scores(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout, answers: int = 1) -> Float[Array, " B"]:
+    """The role's head at each response's last token, of which each has one; `answers` as for `response_hidden`."""
+    length, prompt_length = rollout.response.shape[1], rollout.prompt.shape[1]
+    rows = rows_of(decoder, rollout, answers, length)
+    starts = prompt_length + length * jnp.arange(answers)
+    places = starts + jnp.sum(rollout.response_mask, axis=1).reshape(-1, answers) - 1
+    features = features_of(decoder, role.variables(backbone), rows.images)
+    at = (rows.tokens, rows.mask, places, rows.branches)
+    return scores_at(decoder, backbone, role, *at, prompt=rows.prompt, features=features).reshape(-1)
 
 
 def sequence_score(

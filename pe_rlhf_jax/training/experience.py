@@ -18,6 +18,8 @@ from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.heads import apply_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_hidden, response_logprobs, response_values, token_logprobs
+from pe_rlhf_jax.sharding import rows_split
+from pe_rlhf_jax.training.shared_rows import answers_in_a_row
 from pe_rlhf_jax.types import Experience, PyTree, Rollout
 
 
@@ -31,11 +33,22 @@ class Predictions(NamedTuple):
 
 
 def predict(
-    decoder: Decoder, config: RLConfig, chunk: int, backbone: PyTree, policy: Role, value: Role | None, rollout: Rollout
+    decoder: Decoder,
+    config: RLConfig,
+    chunk: int,
+    backbone: PyTree,
+    policy: Role,
+    value: Role | None,
+    rollout: Rollout,
+    group: int = 1,
 ) -> Predictions:
-    """Policy and value model over a rollout, at the sampling temperature; one pass where the value is a head on the policy's trunk."""
+    """Policy and value model over a rollout, at the sampling temperature; one pass where the value is a head on the policy's trunk.
+
+    `group` neighbouring rows answer one prompt.
+    """
     variables = policy.variables(backbone)
-    hidden = response_hidden(decoder, backbone, policy, rollout)
+    answers = answers_in_a_row(decoder.config, rollout, group, rows_split())
+    hidden = response_hidden(decoder, backbone, policy, rollout, answers)
     temperature = config.sampling.temperature
     logprobs, entropy = token_logprobs(hidden, rollout.response, lambda h: decoder.unembed(variables["params"], h), temperature, chunk)
     if value is None:
@@ -64,9 +77,11 @@ def make_experience(
     taken off; GRPO has it in its loss instead.
     """
     mask = rollout.response_mask
-    old_logprobs, entropy, values = predict(decoder, config, chunk, backbone, policy, value, rollout)
+    group_size = config.answers_each
+    answers = answers_in_a_row(decoder.config, rollout, group_size, rows_split())
+    old_logprobs, entropy, values = predict(decoder, config, chunk, backbone, policy, value, rollout, group_size)
     values = jnp.where(mask, values, 0.0)
-    ref_logprobs, _ = response_logprobs(decoder, backbone, reference, rollout, config.sampling.temperature, chunk)
+    ref_logprobs, _ = response_logprobs(decoder, backbone, reference, rollout, config.sampling.temperature, chunk, answers)
     kl_BR = kl.kl_per_token(old_logprobs, ref_logprobs, "k1")  # k3 as a reward has another optimum
     kl_B = masked_sum(kl_BR, mask, axis=1)
     metrics: dict[str, Array] = {}

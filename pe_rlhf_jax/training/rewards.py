@@ -16,11 +16,13 @@ from pe_rlhf_jax.data import PromptExample
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.score import features_of, prompt_of, sequence, sequence_score
+from pe_rlhf_jax.rollout.score import response_scores
+from pe_rlhf_jax.sharding import rows_split
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.functions import TextFunction, call_function, columns_of, load_function
 from pe_rlhf_jax.training.images import ImageEncoder
 from pe_rlhf_jax.training.rollouts import texts
+from pe_rlhf_jax.training.shared_rows import answers_in_a_row
 from pe_rlhf_jax.types import PyTree, Rollout
 
 
@@ -86,8 +88,11 @@ class Rewards:
             term.function: load_function(term.function) for term in self.config.rewards if term.function is not None
         }
 
-    def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scores:
+    def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample], group: int = 1) -> Scores:
         """Scores the responses to `prompts`, one for each row that is asked about; further rows of the rollout are fillers.
+
+        Args:
+            group: so many neighbouring rows answer one prompt.
 
         Raises:
             FunctionError: a function failed, or did not return one finite number for each completion; the message names it.
@@ -100,18 +105,18 @@ class Rewards:
                 function, asked = self.functions[term.function], [prompt.text for prompt in prompts]
                 terms[term.name] = np.asarray(call_function(term.function, function, asked, completions, columns_of(prompts)), np.float32)
             else:
-                terms[term.name] = np.asarray(fetch(self._model(str(term.model), rollout, prompts)), np.float32)[:count]
+                terms[term.name] = np.asarray(fetch(self._model(str(term.model), rollout, prompts, group)), np.float32)[:count]
         total = sum(
             (np.float32(term.weight) * terms[term.name] for term in self.config.rewards if term.weight), np.zeros(count, np.float32)
         )
         return Scores(penalised(self.config, total, rollout), terms)
 
-    def _model(self, name: str, rollout: Rollout, prompts: Sequence[PromptExample]) -> Float[Array, " B"]:
+    def _model(self, name: str, rollout: Rollout, prompts: Sequence[PromptExample], group: int) -> Float[Array, " B"]:
         model = self.models[name]
         if model.encoder is not None:
             rows = [*prompts, *[prompts[0]] * (len(rollout.prompt) - len(prompts))]
             rollout = rollout.replace(images=self.context.rows(model.encoder(rows)))
-        return _score(model.decoder, model.role, model.backbone, rollout)
+        return _score(model.decoder, group, model.role, model.backbone, rollout)
 
 
 def penalised(config: RLConfig, total: Float[np.ndarray, " B"], rollout: Rollout) -> Float[np.ndarray, " B"]:
@@ -135,8 +140,8 @@ def for_learning(config: RLConfig, total: Float[Array, " B"], statistics: Reward
     return total, statistics
 
 
-@jax.jit(static_argnums=0)
-def _score(decoder: Decoder, role: Role, backbone: PyTree, rollout: Rollout) -> Float[Array, " B"]:
-    """The score head at each row's last real token: the logit, never a probability."""
-    features = features_of(decoder, role.variables(backbone), rollout.images)
-    return sequence_score(decoder, backbone, role, *sequence(rollout), prompt=prompt_of(decoder, rollout), features=features)
+@jax.jit(static_argnums=(0, 1))
+def _score(decoder: Decoder, group: int, role: Role, backbone: PyTree, rollout: Rollout) -> Float[Array, " B"]:
+    """The score head at each response's last token: the logit, never a probability."""
+    answers = answers_in_a_row(decoder.config, rollout, group, rows_split())
+    return response_scores(decoder, backbone, role, rollout, answers)

@@ -8,6 +8,7 @@ devices change nothing.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ def init(context: Context, reference: Role, reward: Role | None) -> RLState:
 def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards, state: RLState) -> Iterator[tuple[RLState, Metrics]]:
     """Yields the state and its metrics after each rollout batch is learned, from where `state` stands."""
     config, prompts = context.config.rl, context.split("prompts").train
-    repeats = 1 if config.has_critic else config.group_size
+    repeats = config.answers_each
     rows = config.batch_size // _mini_batches(config)
     learn = make_step(_loss(context), _tokens, _optimizer(config), rows, config.micro_batch_size)
     rate = learning_rate(config.optimizer, _updates(config))
@@ -98,7 +99,7 @@ def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards
         roles = _whole(frozen_roles, state.train.trainable)
         rollout = respond(context, roles["policy"], batch, rollout_key)
         rolled = time.perf_counter()
-        scores = rewards(rollout, examples)
+        scores = rewards(rollout, examples, repeats)
         used, statistics = for_learning(config, jnp.asarray(scores.total), state.statistics)
         chunk, backbone = context.config.model.logprob_chunk, context.backbone
         policy, value = roles["policy"], roles.get("value")
@@ -157,11 +158,12 @@ def _frozen(context: Context, reference: Role, reward: Role | None) -> dict[str,
 
 def _loss(context: Context):
     config, decoder, chunk = context.config.rl, context.decoder, context.config.model.logprob_chunk
+    group = _group_to_learn(config)
 
     def loss(trainable: dict[str, Role], frozen: Frozen, rows: Experience, total: Array, key: jax.Array) -> tuple[Array, dict[str, Array]]:
         mask = rows.rollout.response_mask
         roles = _whole(frozen.roles, trainable)
-        logprobs, _, values = predict(decoder, config, chunk, frozen.backbone, roles["policy"], roles.get("value"), rows.rollout)
+        logprobs, _, values = predict(decoder, config, chunk, frozen.backbone, roles["policy"], roles.get("value"), rows.rollout, group)
         statistics: dict[str, Array] = {}
         if config.algorithm == "reinforce":
             policy_loss = reinforce.policy_loss(logprobs, rows.returns, rows.values, mask, total)
@@ -249,6 +251,13 @@ def _epochs(config: RLConfig) -> int:
 
 def _mini_batches(config: RLConfig) -> int:
     return 1 if config.algorithm == "reinforce" else config.num_mini_batches
+
+
+def _group_to_learn(config: RLConfig) -> int:
+    """How many neighbouring rows of an update answer one prompt: mini-batches are of shuffled rows, and micro-batches may cut a group."""
+    if _mini_batches(config) > 1:
+        return 1
+    return math.gcd(config.answers_each, config.micro_batch_size or config.batch_size)
 
 
 def _updates_per_batch(config: RLConfig) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.types import Rollout
 
 ATTENTION = 3
 """How much dearer a multiplication of attention is than one of the matrices: it has two gradients where frozen matrices have one, is
@@ -30,8 +31,28 @@ def longest_pair(config: Config, c: DecoderConfig, devices: int) -> tuple[int, i
     """Rows of a pair and their tokens, with the longest prompt, which both sides share, and the longest answers."""
     data, multiple = config.data, config.data.length_multiple
     side = data.max_prompt_length + data.max_response_length
-    pair, side = (-(-length // multiple) * multiple for length in (side + data.max_response_length, side))
+    pair, side = (-(-length // n) * n for length, n in ((side + data.max_response_length, 2 * multiple), (side, multiple)))
     return (1, pair) if pair_in_one_row(config, c, devices, pair, side) else (2, side)
+
+
+def answers_in_a_row(c: DecoderConfig, rollout: Rollout, group: int, devices: int) -> int:
+    """How many of a group's responses go into one row, as `answers_for`."""
+    return answers_for(c, len(rollout.response), rollout.prompt.shape[1], rollout.response.shape[1], group, devices)
+
+
+def answers_for(c: DecoderConfig, rows: int, prompt: int, response: int, group: int, devices: int) -> int:
+    """How many of a group's `group` responses of `response` tokens go into one row behind their prompt, where that takes least time.
+
+    The rows that are left of `rows` divide over the devices as they did before.
+    """
+
+    def fits(answers: int) -> bool:
+        if group % answers or rows % (answers * devices):
+            return False
+        return not c.learned_positions or prompt + answers * response <= c.max_position_embeddings
+
+    choices = [1, *(answers for answers in range(2, group + 1) if fits(answers))]
+    return min(choices, key=lambda answers: row_cost(c, prompt + answers * response) / answers)
 
 
 def row_cost(c: DecoderConfig, length: int) -> float:

@@ -79,7 +79,7 @@ def caught(monkeypatch):
         return lambda *arguments: catch("update", make_step(*arguments), 0)
 
     monkeypatch.setattr(rollouts, "_respond", catch("rollout", rollouts._respond, 4))
-    monkeypatch.setattr(rewards, "_score", catch("score", rewards._score, 1))
+    monkeypatch.setattr(rewards, "_score", catch("score", rewards._score, 2))
     monkeypatch.setattr(rl, "make_experience", catch("experience", rl.make_experience, 3))
     monkeypatch.setattr(rl, "_take", catch("mini-batch", rl._take, 0))
     monkeypatch.setattr(rl, "make_step", make(rl.make_step))

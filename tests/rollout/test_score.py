@@ -13,7 +13,7 @@ from numpy_decoder import forward, log_softmax, merged
 from pe_rlhf_jax.models.decoder import unembed
 from pe_rlhf_jax.models.heads import init_head
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.score import response_logprobs, response_values, sequence, sequence_score, token_logprobs
+from pe_rlhf_jax.rollout.score import response_logprobs, response_scores, response_values, sequence_score, token_logprobs
 from pe_rlhf_jax.types import Rollout
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -89,6 +89,12 @@ def rollout():
     )
 
 
+def sequence(rollout):
+    """Prompt and response as one sequence, and its mask."""
+    pairs = ((rollout.prompt, rollout.response), (rollout.prompt_mask, rollout.response_mask))
+    return tuple(jnp.concatenate(pair, axis=1) for pair in pairs)
+
+
 def real_rows(rollout):
     """Row, its real tokens, and how many of them are the prompt's."""
     tokens, mask = (np.asarray(x) for x in sequence(rollout))
@@ -107,6 +113,31 @@ def test_response_logprobs_equal_the_reference(tiny, rollout):
             count = len(tokens) - prompt
             np.testing.assert_allclose(logprobs[row, :count], expected[np.arange(count), tokens[prompt:]], atol=1e-4)
             np.testing.assert_allclose(entropy[row, :count], -(np.exp(expected) * expected).sum(-1), atol=1e-4)
+
+
+def test_responses_in_one_row_are_what_they_are_alone(tiny):
+    """Two and four of four responses behind one left-padded prompt: log-probabilities, entropies, and scores at the last tokens."""
+    once = lambda x: jnp.repeat(jnp.asarray(x), 4, axis=0)  # noqa: E731
+    rollout = Rollout(
+        prompt=once(RNG.integers(0, 31, (2, 4))),
+        prompt_mask=once(np.arange(4) >= np.array([[0], [3]])),
+        response=jnp.asarray(RNG.integers(0, 31, (8, 5))),
+        response_mask=jnp.asarray(np.arange(5) < np.array([5, 2, 4, 1, 3, 3, 1, 5])[:, None]),
+        logprobs=jnp.zeros((8, 5)),
+        ended=jnp.ones(8, bool),
+    )
+    role = Role(lora=tiny.lora, head=init_head(jax.random.key(0), 16))
+
+    def of(answers):
+        logprobs, entropy = response_logprobs(tiny.decoder, tiny.params, role, rollout, TEMPERATURE, 6, answers)
+        return *(x[rollout.response_mask] for x in (logprobs, entropy)), response_scores(tiny.decoder, tiny.params, role, rollout, answers)
+
+    alone = of(1)
+    tokens, mask = sequence(rollout)
+    np.testing.assert_allclose(alone[2], sequence_score(tiny.decoder, tiny.params, role, tokens, mask), rtol=1e-5, atol=1e-6)
+    for answers in (2, 4):
+        for found, expected in zip(of(answers), alone, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_values_are_read_before_each_response_token(tiny, rollout):

@@ -1,8 +1,9 @@
-"""Both sides of a pair in one row are what they are in two: scores, loss and gradients; and neither sees the other."""
+"""Answers to one prompt in one row are what they are in rows of their own, in both stages that have such; and none sees another."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -13,13 +14,16 @@ from tiny_context import tiny_context
 from tiny_families import CASES, Tiny
 from tiny_pictures import seeing_context
 
+from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.checkpoint.weights import load_params
 from pe_rlhf_jax.config import LoRAConfig
-from pe_rlhf_jax.data import PreferenceExample, pad_preferences
+from pe_rlhf_jax.data import PreferenceExample, pad_preferences, pad_prompts
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.training import reward
+from pe_rlhf_jax.training import experience, reward, rl
 from pe_rlhf_jax.training.reward_kinds import pair_scores
+from pe_rlhf_jax.training.rollouts import respond
+from pe_rlhf_jax.training.shared_rows import answers_for, answers_in_a_row, longest_pair, pair_in_one_row
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -119,3 +123,54 @@ def test_sides_do_not_see_each_other(name):
         changed = np.asarray(scores(batch.replace(tokens=jnp.where(batch.branches == side, other, batch.tokens))))
         np.testing.assert_array_equal(changed[2 - side], before[2 - side])
         assert np.all(changed[side - 1] != before[side - 1])
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_group_learns_in_one_row_what_it_learns_in_rows_of_its_own(make_context, tiny, monkeypatch, micro_batch_size):
+    """Experience, loss and gradients; micro-batches of two cut a group of four, of which two are then computed together."""
+    section = {"algorithm": "grpo", "group_size": 4, "batch_size": 8, "micro_batch_size": micro_batch_size}
+    context = make_context(rl={**section, "sampling": {"max_new_tokens": 6}})
+    config, policy = context.config.rl, Role(lora=jax.tree.map(lambda x: 0.3 * x, tiny.lora))
+    examples = [prompt for prompt in context.data.prompts.train[:2] for _ in range(4)]
+    rollout = respond(context, policy, context.rows(pad_prompts(examples, 0, 8)), jax.random.key(1))
+    scores, frozen = jnp.arange(8.0), rl.Frozen(context.backbone, {"policy": Role()}, jnp.float32(0.3))
+    chosen = []
+
+    def learned():
+        make = jax.jit(functools.partial(experience.make_experience.__wrapped__, context.decoder, config, 16))
+        made, metrics = make(context.backbone, policy, Role(), None, rollout, scores, jnp.float32(0.3))
+        rows = jax.tree.map(lambda x: x[: config.micro_batch_size], made)
+        gradient = jax.jit(jax.value_and_grad(rl._loss(context), has_aux=True))
+        moved = {"policy": Role(lora=jax.tree.map(lambda x: 0.5 * x, tiny.lora))}
+        made = made.replace(old_logprobs=made.old_logprobs * rollout.response_mask, ref_logprobs=made.ref_logprobs * rollout.response_mask)
+        return made, metrics, gradient(moved, frozen, rows, rl._tokens(rows), jax.random.key(0))
+
+    def choose(*arguments):
+        chosen.append(answers_in_a_row(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(experience, "answers_in_a_row", choose)
+    together = learned()
+    assert min(chosen) > 1
+    monkeypatch.setattr(experience, "answers_in_a_row", lambda *_: 1)
+    alone = learned()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), together, alone)
+
+
+SMOLLM2 = dataclasses.replace(Tiny("llama").architecture, hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64)
+
+
+def test_what_goes_into_one_row():
+    """Where it is not slower: with prompts, or short. Only rows that divide over the devices, and fit a table of positions."""
+    text = "{model: {source: unused}, reward: {batch_size: 8}, data: {max_prompt_length: 500, max_response_length: 250}}"
+    config, fewer = configuration.parse(text), configuration.parse(text, ["reward.micro_batch_size=4"])
+    table = dataclasses.replace(SMOLLM2, learned_positions=True, max_position_embeddings=600)
+    assert pair_in_one_row(config, SMOLLM2, 8, 256 + 2 * 64, 256 + 64)
+    assert not pair_in_one_row(config, SMOLLM2, 8, 2 * 256, 256)
+    assert longest_pair(config, SMOLLM2, 8) == longest_pair(fewer, SMOLLM2, 4) == (1, 1024)
+    assert longest_pair(fewer, SMOLLM2, 8) == longest_pair(config, table, 8) == (2, 752)
+    assert answers_for(SMOLLM2, 32, 256, 64, 8, 1) == 8
+    assert answers_for(SMOLLM2, 32, 256, 256, 8, 1) == 2  # attention over the others' answers would cost more than the prompt
+    assert answers_for(SMOLLM2, 32, 256, 64, 8, 8) == 4
+    assert answers_for(SMOLLM2, 12, 256, 64, 8, 8) == 1
+    assert answers_for(table, 32, 256, 64, 8, 1) == 4
