@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pe_rlhf_jax.config import Quantization
@@ -164,3 +165,11 @@ class DecoderConfig:
     def is_windowed(self, layer: int) -> bool:
         """Whether a layer sees the window only."""
         return self.sliding_window is not None and (self.windowed_layers is None or layer in self.windowed_layers)
+
+
+def matrices(c: DecoderConfig) -> Mapping[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer of one layer."""
+    heads, kv, d, f = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
+    found = {"attention.q_proj": (d, heads), "attention.k_proj": (d, kv), "attention.v_proj": (d, kv), "attention.o_proj": (heads, d)}
+    found |= {"mlp.up_proj": (d, f), "mlp.down_proj": (f, d)}
+    return found | ({"mlp.gate_proj": (d, f)} if c.gated_mlp else {})

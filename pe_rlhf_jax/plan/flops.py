@@ -15,21 +15,12 @@ matrix parameters of the layers, L layers, H heads of h, V vocabulary, D hidden,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from pe_rlhf_jax.config import Config
-from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.models.architecture import DecoderConfig, matrices
 from pe_rlhf_jax.models.lora import is_target
 from pe_rlhf_jax.training import reward, rl, sft
 from pe_rlhf_jax.training.shared_rows import answers_for, longest_pair
-
-
-def matrices(c: DecoderConfig) -> Mapping[str, tuple[int, int]]:
-    """Inputs and outputs of each linear layer of one layer."""
-    heads, kv, d, f = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
-    found = {"attention.q_proj": (d, heads), "attention.k_proj": (d, kv), "attention.v_proj": (d, kv), "attention.o_proj": (heads, d)}
-    found |= {"mlp.up_proj": (d, f), "mlp.down_proj": (f, d)}
-    return found | ({"mlp.gate_proj": (d, f)} if c.gated_mlp else {})
 
 
 class Costs:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from pe_rlhf_jax.config import Config, ConfigError
-from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.models.architecture import DecoderConfig, matrices
 from pe_rlhf_jax.plan.chips import Chip
 from pe_rlhf_jax.plan.compiled import Program, compile_call, device_bytes
-from pe_rlhf_jax.plan.flops import Costs, matrices
+from pe_rlhf_jax.plan.flops import Costs
 from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
 from pe_rlhf_jax.plan.topology import Topology
 from pe_rlhf_jax.sharding import check_batches, row_multiple

@@ -5,8 +5,10 @@ It saves tokens, never adds any; but attention is computed over the whole square
 
 from __future__ import annotations
 
+import math
+
 from pe_rlhf_jax.config import Config
-from pe_rlhf_jax.models.architecture import DecoderConfig
+from pe_rlhf_jax.models.architecture import DecoderConfig, matrices
 from pe_rlhf_jax.types import Rollout
 
 ATTENTION = 3
@@ -57,6 +59,5 @@ def answers_for(c: DecoderConfig, rows: int, prompt: int, response: int, group: 
 
 def row_cost(c: DecoderConfig, length: int) -> float:
     """What a row takes, in multiplications of one layer; only ratios mean anything."""
-    heads = c.num_heads * c.head_dim
-    matrices = c.hidden_size * (2 * heads + 2 * c.num_kv_heads * c.head_dim + (2 + c.gated_mlp) * c.intermediate_size)
-    return length * (matrices + ATTENTION * 2 * length * heads)
+    token = sum(math.prod(shape) for shape in matrices(c).values())
+    return length * (token + ATTENTION * 2 * length * c.num_heads * c.head_dim)

@@ -41,6 +41,20 @@ def test_an_update_costs_what_xla_counts(tiny, stage, tuning, remat):
     assert 0.96 < formula / counted < 1.0, (formula, counted)
 
 
+def test_a_prompt_that_is_shared_costs_once(tiny):
+    """A group's four responses in one row; in the update too, unless mini-batches shuffle it or micro-batches cut it."""
+    one_layer = dataclasses.replace(tiny.config, **ONE_LAYER)
+    costs, alone, cut, shuffled = (
+        Costs(configuration.parse(CONFIG % "full", [f"rl.algorithm={name}", "rl.sampling.max_new_tokens=16", *more]), one_layer)
+        for name, more in [("rloo", []), ("ppo", []), ("rloo", ["rl.micro_batch_size=2"]), ("rloo", ["rl.num_mini_batches=2"])]
+    )
+    assert costs.of("rl", "score") == costs.forward(1, 32 + 4 * 16)
+    assert alone.of("rl", "score") == costs.forward(4, 32 + 16)
+    assert costs.of("rl", "update") == costs.update(1, 32 + 4 * 16, 4 * 16, "lora")
+    assert cut.of("rl", "update") == 2 * costs.update(1, 32 + 2 * 16, 2 * 16, "lora")
+    assert shuffled.of("rl", "update") == costs.update(2, 32 + 16, 16, "lora")
+
+
 def test_what_a_70b_model_costs(tiny):
     """2 FLOPs a parameter and token, within what attention and embeddings differ."""
     big = dataclasses.replace(
