@@ -43,6 +43,7 @@ from pe_rlhf_jax.training.experience import make_experience
 from pe_rlhf_jax.training.optimizer import make_optimizer
 from pe_rlhf_jax.training.rewards import _score
 from pe_rlhf_jax.training.rollouts import _respond
+from pe_rlhf_jax.training.shared_rows import answers_in_a_row
 from pe_rlhf_jax.training.step import make_step
 from pe_rlhf_jax.types import LabelBatch, PromptBatch, PyTree
 
@@ -105,7 +106,7 @@ def rl_twin(context: Context) -> Twin:
     learn = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), rows, config.micro_batch_size)
     tokens, mask = _tokens(context, config.batch_size, _rounded(context, context.config.data.max_prompt_length))
     prompts, chunk = PromptBatch(tokens, mask), context.config.model.logprob_chunk
-    train, decoder = state.train, context.decoder
+    train, decoder, group = state.train, context.decoder, config.answers_each
 
     def roles() -> dict[str, Role]:
         return rl._whole(frozen_roles, train.trainable)
@@ -115,10 +116,10 @@ def rl_twin(context: Context) -> Twin:
 
     @jax.jit
     def anchor(backbone: PyTree, role: Role, rollout: Any) -> jax.Array:
-        return response_logprobs(decoder, backbone, role, rollout, config.sampling.temperature, chunk)[0]
+        answers = answers_in_a_row(decoder.config, rollout, group, 1)
+        return response_logprobs(decoder, backbone, role, rollout, config.sampling.temperature, chunk, answers)[0]
 
     rollout = jax.block_until_ready(sample())
-    group = config.answers_each
     scores = _score(decoder, group, model, backbone, rollout)
 
     def experience() -> Any:
@@ -142,7 +143,7 @@ def rl_twin(context: Context) -> Twin:
     def run() -> dict[str, float]:
         nonlocal train
         marks = [time.perf_counter()]
-        for part in (sample, lambda: _score(decoder, model, backbone, rollout), lambda: anchor(backbone, reference, rollout)):
+        for part in (sample, lambda: _score(decoder, group, model, backbone, rollout), lambda: anchor(backbone, reference, rollout)):
             jax.block_until_ready(part())
             marks.append(time.perf_counter())
         jax.block_until_ready(experience())  # policy, value and, once more, the anchor: its second share is taken off below

@@ -10,6 +10,7 @@ on the machine meets both, and the ratio is taken within each turn. Prints one l
 
     seconds   shared and alone, in each turn
     ratio     alone over shared: median, least and greatest of the turns
+    processor the same ratio of the seconds that a processor worked on it, which other work lengthens less; for a CPU
     flops     the same ratio by formula, as `pe-rlhf plan` counts
     compiled  and as XLA counts, which takes the body of the scan over layers once in both
     loss      relative difference of the two losses
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +77,11 @@ def group_losses(context: Context, prompts: int, prompt: int, answer: int, respo
     return [of(responses), of(1)]
 
 
+def spread(ratios: list[float]) -> list[float]:
+    """Median, least and greatest."""
+    return [round(x, 3) for x in (statistics.median(ratios), min(ratios), max(ratios))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model-config", type=Path, default=SHAPE, help="Hugging Face's config.json of the shape")
@@ -99,23 +106,23 @@ def main() -> None:
     losses = group_losses(*size, answers) if a.responses else pair_losses(*size)
     programs = [jax.jit(jax.value_and_grad(loss)).lower(role, context.backbone).compile() for loss in losses]
 
-    def timed(program: Any) -> float:
-        began = time.perf_counter()
+    def timed(program: Any) -> tuple[float, float]:
+        began, worked = time.perf_counter(), time.process_time()
         jax.block_until_ready(program(role, context.backbone))
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - worked
 
     (loss, gradient), (expected, wanted) = (program(role, context.backbone) for program in programs)
     leaves = zip(jax.tree.leaves(gradient.lora), jax.tree.leaves(wanted.lora), strict=True)
     difference = max(float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))) for x, y in leaves)
     seconds = [[timed(program) for program in programs] for _ in range(a.turns)]
-    ratios = sorted(alone / shared for shared, alone in seconds)
     costs, logits = Costs(config, shape), a.answer if a.responses else 0
     shared = costs.update(a.pairs, a.prompt + answers * a.answer, answers * logits, "lora")
     counted = [float(program.cost_analysis()["flops"]) for program in programs]
     result = {
         "device": jax.devices()[0].device_kind,
-        "seconds": [[round(x, 3) for x in turn] for turn in seconds],
-        "ratio": [round(x, 3) for x in (float(np.median(ratios)), ratios[0], ratios[-1])],
+        "seconds": [[round(x, 3) for x, _ in turn] for turn in seconds],
+        "ratio": spread([alone / shared for (shared, _), (alone, _) in seconds]),
+        "processor": spread([alone / shared for (_, shared), (_, alone) in seconds]),
         "flops": round(costs.update(a.pairs * answers, a.prompt + a.answer, logits, "lora") / shared, 3),
         "compiled": round(counted[1] / counted[0], 3),
         "loss": abs(float(loss / expected) - 1),
