@@ -12,7 +12,7 @@ on the machine meets both, and the ratio is taken within each turn. Prints one l
     ratio     alone over shared: median, least and greatest of the turns
     processor the same ratio of the seconds that a processor worked on it, which other work lengthens less; for a CPU
     flops     the same ratio by formula, as `pe-rlhf plan` counts
-    compiled  and as XLA counts, which takes the body of the scan over layers once in both
+    compiled  and as XLA counts, which takes the bodies of loops, over layers and over chunks of logits, once
     loss      relative difference of the two losses
     gradient  largest difference of the adapters' two gradients, relative to the largest number of each leaf
 """
