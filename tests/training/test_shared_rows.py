@@ -17,10 +17,10 @@ from tiny_pictures import seeing_context
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.checkpoint.weights import load_params
 from pe_rlhf_jax.config import LoRAConfig
-from pe_rlhf_jax.data import PreferenceExample, pad_preferences, pad_prompts
+from pe_rlhf_jax.data import PreferenceExample, Split, pad_preferences, pad_prompts
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.training import experience, reward, rl
+from pe_rlhf_jax.training import experience, reward, reward_kinds, rl
 from pe_rlhf_jax.training.reward_kinds import pair_scores
 from pe_rlhf_jax.training.rollouts import respond
 from pe_rlhf_jax.training.shared_rows import answers_for, answers_in_a_row, longest_pair, pair_in_one_row
@@ -174,3 +174,29 @@ def test_what_goes_into_one_row():
     assert answers_for(SMOLLM2, 32, 256, 64, 8, 8) == 4
     assert answers_for(SMOLLM2, 12, 256, 64, 8, 8) == 1
     assert answers_for(table, 32, 256, 64, 8, 1) == 4
+
+
+def test_the_reward_stage_is_the_same_either_way(make_context, monkeypatch):
+    """Three updates with held-out figures: batches of one row each, as their shapes have it, and of two."""
+    rng = np.random.default_rng(2)
+    words = rng.integers(2, 31, (8, 20)).astype(np.int32)
+    examples = [PreferenceExample(row[: 16 + i % 3], np.append(row[:14], row[17:]), prompt_length=14) for i, row in enumerate(words)]
+    context = make_context(reward=MARGINS | {"evaluate_every": 3})
+    context = dataclasses.replace(context, data=dataclasses.replace(context.data, preference=Split(examples, examples[:5])))
+    shapes = []
+
+    def run():
+        collate = reward.kind_of(context.config.reward).collator(context)
+        shapes.append(collate(examples[:4]).tokens.shape)
+        return [metrics for _, metrics in reward.run(context, Role(), reward.init(context, Role()))]
+
+    one = run()
+    monkeypatch.setattr(reward_kinds, "pair_in_one_row", lambda *_: False)
+    two = run()
+    assert shapes == [(4, 1, 32), (4, 2, 24)]
+    for a, b in zip(one, two, strict=True):
+        assert a["perf/padding"] < 0.5 and a.keys() == b.keys()
+        for name in a:
+            if not name.startswith(("time/", "perf/")):
+                np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert "eval/accuracy" in one[-1]
