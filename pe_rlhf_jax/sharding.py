@@ -150,6 +150,13 @@ def row_multiple(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def row_groups(*counts: int) -> int:
+    """Into how many parts the mesh in use (`jax.set_mesh`) splits batches of so many rows; 1 without one, and where it cannot."""
+    mesh = _mesh_in_use()
+    groups = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    return 1 if any(count % groups for count in counts) else groups
+
+
 def check_batches(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError if a batch of the run's stages, or what of it is computed at once, cannot be split evenly over the mesh."""
     devices = row_multiple(mesh)
@@ -158,6 +165,8 @@ def check_batches(config: Config, mesh: Mesh) -> None:
     sizes |= {f"{name}.micro_batch_size": getattr(config, name).micro_batch_size for name in stages if name != "evaluate"}
     if "rl" in stages and config.rl.algorithm != "reinforce":
         sizes["rl.batch_size / rl.num_mini_batches"] = config.rl.batch_size // config.rl.num_mini_batches
+    if "rl" in stages or "evaluate" in stages:
+        sizes["rl.sampling.max_num_seqs"] = config.rl.sampling.max_num_seqs
     for field, size in sizes.items():
         # A pair is two rows.
         multiple = -(-devices // 2) if field == "reward.micro_batch_size" and config.reward.kind == "pairs" else devices

@@ -107,9 +107,10 @@ class Decoder(nn.Module):
         """Returns final-normed hidden states and the updated cache (None without one).
 
         `mask_BS` marks real tokens among the key slots: the sequence itself (S = T), or all slots of the cache. The tokens stand at
-        slots start .. start + T - 1 and see real tokens up to their own slot. Positions default to counting real tokens only, so that
-        left padding changes nothing; they must be given when `start` is not 0. `features` of pictures take the place of the prompt's
-        placeholders, and tokens that are read in both directions see each other: vlm.py says how, and when `prompt` is needed.
+        slots start .. start + T - 1 and see real tokens up to their own slot; for a single token the cache is a ring, in which all
+        other slots are before its own. Positions default to counting real tokens only, so that left padding changes nothing; they must
+        be given when `start` is not 0. `features` of pictures take the place of the prompt's placeholders, and tokens that are read in
+        both directions see each other: vlm.py says how, and when `prompt` is needed.
         """
         c = self.config
         length = tokens_BT.shape[1]
@@ -129,8 +130,7 @@ class Decoder(nn.Module):
             placeholder_BT = placeholders(c.vision, tokens_BT, prompt)
             x = self._insert(x, features, placeholder_BT)
             block_BT = None if prompt is None or placeholder_BT is None else blocks(c.vision, prompt, placeholder_BT)
-        slots_T = start + jnp.arange(length)
-        sees = (jnp.arange(mask_BS.shape[1])[None, :] <= slots_T[:, None])[None, None]
+        sees = (slots_back(start, length, mask_BS.shape[1]) >= 0)[None, None]
         beyond = None
         if block_BT is not None:
             # A block lies among these tokens as a whole: whatever else is in the cache belongs to none.
@@ -278,9 +278,13 @@ def windowed(
 
 def within_window(window: Int[Array, ""] | int, mask_shape: tuple[int, ...], start: Int[Array, ""] | int) -> Bool[Array, "1 1 T S"]:
     """Which slots lie less than `window` before each token's own; padding counts, so rows must be padded at their ends only."""
-    length, slots = mask_shape[-2:]
-    distance_TS = (start + jnp.arange(length))[:, None] - jnp.arange(slots)[None, :]
-    return (distance_TS < window)[None, None]
+    return (slots_back(start, *mask_shape[-2:]) < window)[None, None]
+
+
+def slots_back(start: Int[Array, ""] | int, length: int, slots: int) -> Int[Array, "T S"]:
+    """How far each slot lies before a token's own, below 0 behind it; around the ring for a single token, which has none behind it."""
+    distance = (start + jnp.arange(length))[:, None] - jnp.arange(slots)[None, :]
+    return distance % slots if length == 1 else distance
 
 
 def unembed(params: PyTree, hidden: Float[Array, "*batch D"], final_softcap: float | None = None) -> Float[Array, "*batch V"]:

@@ -14,7 +14,9 @@ from scipy import stats
 
 from pe_rlhf_jax.config import SamplingConfig
 from pe_rlhf_jax.models.decoder import unembed
+from pe_rlhf_jax.models.layers import KVCache
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import BLOCK, generate
 from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.types import PromptBatch
@@ -33,10 +35,15 @@ class Script:
     vocabulary: int = 40
     logits: np.ndarray | None = None
     steps: int = 0
-    config = types.SimpleNamespace(vision=None)
+    dtype = jnp.float32
+
+    @property
+    def config(self):
+        return types.SimpleNamespace(vision=None, hidden_size=self.vocabulary)
 
     def new_cache(self, batch, slots):
-        return jnp.zeros((batch, slots))
+        zeros = jnp.zeros((1, batch, slots, 1, 1))
+        return KVCache(zeros, zeros)
 
     def apply(self, variables, tokens, mask, positions=None, cache=None, start=0, features=None, prompt=None):
         if positions is not None:
@@ -54,7 +61,7 @@ class Script:
         """Compiled generation: f(last token of each prompt, seed)."""
         variables = {"params": {"embed": jnp.eye(self.vocabulary)}}
         config = SamplingConfig(**{"max_new_tokens": LENGTH, **sampling})
-        compiled = jax.jit(lambda prompts, key: generate(self, variables, prompts, key, config, ends, PAD))
+        compiled = jax.jit(lambda prompts, key: generate(Sampler(self, config, ends, PAD), variables, prompts, key))
 
         def run(last_tokens, seed=0):
             tokens = jnp.asarray(last_tokens)[:, None]
@@ -126,7 +133,7 @@ def run(tiny):
         fields["temperature"] = temperature
         config = SamplingConfig(**{"max_new_tokens": LENGTH, **fields})
         if (config, ends) not in programs:
-            programs[config, ends] = jax.jit(lambda p, key: generate(tiny.decoder, tiny.variables, p, key, config, ends, PAD))
+            programs[config, ends] = jax.jit(lambda p, key: generate(Sampler(tiny.decoder, config, ends, PAD), tiny.variables, p, key))
         return lambda prompts, seed=0: programs[config, ends](prompts, jax.random.key(seed))
 
     return compiled
@@ -187,7 +194,7 @@ def test_bfloat16_generates_and_agrees_with_its_learner(tiny):
 
     @jax.jit
     def both(key):
-        out = generate(decoder, role.variables(params), PROMPTS, key, config, (0,), PAD)
+        out = generate(Sampler(decoder, config, (0,), PAD), role.variables(params), PROMPTS, key)
         return out, response_logprobs(decoder, params, role, out, 1.0, 1024)[0]
 
     out, learner = both(jax.random.key(0))

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from pe_rlhf_jax.config import LoRAConfig, SamplingConfig
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import generate
 from pe_rlhf_jax.rollout.score import response_logprobs, token_logprobs
 from pe_rlhf_jax.types import PromptBatch
@@ -35,7 +36,7 @@ by_row = NamedSharding(everywhere.mesh, P("data"))
 
 @jax.jit
 def rollout_and_gradient(params, role, prompts, key):
-    out = generate(model.decoder, role.variables(params), prompts, key, SamplingConfig(max_new_tokens=5), (0, 1, 2), 30)
+    out = generate(Sampler(model.decoder, SamplingConfig(max_new_tokens=5), (0, 1, 2), 30), role.variables(params), prompts, key)
 
     def loss(role):
         logprobs, entropy = response_logprobs(model.decoder, params, role, out, 1.0, 16)
