@@ -17,7 +17,7 @@ from pe_rlhf_jax.config import LoRAConfig, SamplingConfig
 from pe_rlhf_jax.data import pad_prompts
 from pe_rlhf_jax.models.quantization import quantize_layers
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.decode import Sampler
+from pe_rlhf_jax.rollout.decode import Sampler, advance, begin
 from pe_rlhf_jax.rollout.generate import BLOCK, generate
 from pe_rlhf_jax.training import rollouts
 from pe_rlhf_jax.training.rollouts import cut_at_stop_strings, respond
@@ -55,7 +55,6 @@ def assert_same(found, expected):
         ({}, 0.0, 4),
         ({"sliding_window": 4}, 1.0, 3),
         ({"sliding_window": 3, "windowed_layers": (1,)}, 0.0, 1),
-        # A table of just as many positions as a prompt and its response need: what is beyond is not a number.
         ({"learned_positions": True, "max_position_embeddings": PROMPT + LENGTH}, 1.0, 3),
     ],
     ids=["greedy", "windows", "some-windows", "learned-positions"],
@@ -87,6 +86,17 @@ def test_pictures_go_with_their_prompts():
     np.testing.assert_array_equal(found[3].response, found[None].response)
     np.testing.assert_allclose(found[3].logprobs, found[None].logprobs, atol=2e-5)
     assert len(set(map(tuple, np.asarray(found[3].response)))) == 7
+
+
+def test_a_row_that_waits_stays_at_its_position():
+    """Beyond a table of learned positions it would write what is not a number, which would reach the row's next prompt."""
+    sampler = Sampler(Script(), SamplingConfig(max_new_tokens=3, temperature=0.0), (6,), PAD)
+    variables, tokens = {"params": {"embed": jnp.eye(40)}}, jnp.array([[1, 2], [1, 4]])
+    state = begin(sampler, variables, PromptBatch(tokens, jnp.ones_like(tokens, bool)), room=3)
+    state = jax.jit(lambda state: advance(sampler, variables, jax.random.key(0), state, 9))(state)
+    np.testing.assert_array_equal(state.position, [2 + 3, 2 + 2])  # at the longest, and at the end token
+    np.testing.assert_array_equal(state.tokens, [[3, 4, 5], [5, 6, -1]])
+    assert not state.alive.any() and state.slot == (2 + 9) % 5
 
 
 END = 79
