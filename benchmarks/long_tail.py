@@ -9,8 +9,9 @@ size, and draw the same samples, which is checked:
     fixed    `--rows` prompts at a time, each batch until its longest response has ended
     refill   all prompts at once, with `sampling.max_num_seqs` rows
 
-They run by turns in one process, after a turn that compiles. Times are medians of `--turns` turns, and the ratio is of the two times of
-a turn. Decode steps are counted on the host, in a run of their own; unlike times they are the same on any machine.
+They run by turns in one process, after a turn that compiles. Times are medians of `--turns` turns, and ratios are of the two times of
+a turn. Processor time is what to compare on a CPU that others use too. Decode steps are counted on the host, in a run of their own;
+unlike times they are the same on any machine.
 """
 
 from __future__ import annotations
@@ -115,14 +116,16 @@ def main() -> None:
         jax.effects_barrier()
 
     seconds: dict[str, list[float]] = {"fixed": [], "refill": []}
+    processor: dict[str, list[float]] = {"fixed": [], "refill": []}
     timed = sides(decoder)
     for turn in range(arguments.turns + 1):
         rollouts: dict[str, Rollout] = {}
         for name, side in timed.items():
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             rollouts[name] = jax.block_until_ready(side(variables, prompts, jax.random.key(turn)))
             if turn:  # the first one compiles
                 seconds[name].append(time.perf_counter() - began)
+                processor[name].append(time.process_time() - used)
         same = jnp.all(rollouts["fixed"].response == rollouts["refill"].response, axis=1)
         differ = len(same) - int(jnp.sum(same))
         lengths = np.asarray(rollouts["refill"].response_mask).sum(1)
@@ -132,13 +135,18 @@ def main() -> None:
         )
 
     print(f"\n{arguments} on {jax.devices()[0].device_kind}\n")
-    print(f"|  | seconds: median of {arguments.turns} (best, worst) | decode steps | rows of prompts read |\n|---|---|---|---|")
-    for name, times in seconds.items():
-        spread = f"{statistics.median(times):.2f} ({min(times):.2f}, {max(times):.2f})"
-        print(f"| {name} | {spread} | {counted[name].steps} | {counted[name].read} |")
-    ratios = [a / b for a, b in zip(seconds["fixed"], seconds["refill"], strict=True)]
-    steps = counted["fixed"].steps / counted["refill"].steps
-    print(f"\nratio of times: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); of decode steps: {steps:.2f}")
+    print(f"|  | seconds: median of {arguments.turns} (best, worst) | processor seconds | decode steps | rows of prompts read |")
+    print("|---|---|---|---|---|")
+    for name in seconds:
+        times = " | ".join(f"{statistics.median(x[name]):.2f} ({min(x[name]):.2f}, {max(x[name]):.2f})" for x in (seconds, processor))
+        print(f"| {name} | {times} | {counted[name].steps} | {counted[name].read} |")
+    print(f"| fixed / refill | {ratio(seconds)} | {ratio(processor)} | {counted['fixed'].steps / counted['refill'].steps:.2f} | |")
+
+
+def ratio(times: dict[str, list[float]]) -> str:
+    """Of the sides' times in each turn."""
+    ratios = [a / b for a, b in zip(times["fixed"], times["refill"], strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
 
 
 if __name__ == "__main__":

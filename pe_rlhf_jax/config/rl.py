@@ -21,9 +21,9 @@ class SamplingConfig(Section):
     max_num_seqs: int | None = Field(
         None,
         ge=1,
-        description="Responses that are sampled at once, where that is fewer than the batch has: as soon as some have ended, the next "
-        "prompts take their places (continuous batching), so that a few long responses hold up nothing, and the cache is smaller. The "
-        "samples are the same. null for the whole batch at once.",
+        description="Responses that are sampled at once, in RL and in evaluation. With fewer than the batch has, the next prompts take the "
+        "places of responses that have ended (continuous batching): a few long ones hold up nothing, the cache is smaller, and the samples "
+        "are the same. null for the whole batch.",
     )
     stop_strings: tuple[str, ...] = Field(
         (), strict=False, description="A response ends with the token that completes one of these; what was sampled after it is dropped."

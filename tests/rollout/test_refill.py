@@ -54,24 +54,21 @@ def assert_same(found, expected):
     [
         ({}, 0.0, 4),
         ({"sliding_window": 4}, 1.0, 3),
-        ({"sliding_window": 3, "windowed_layers": (1,)}, 0.0, 1),
+        ({"sliding_window": 3, "windowed_layers": (1,), "quantization": "int8"}, 0.0, 1),
         ({"learned_positions": True, "max_position_embeddings": PROMPT + LENGTH}, 1.0, 3),
     ],
-    ids=["greedy", "windows", "some-windows", "learned-positions"],
+    ids=["greedy", "windows", "some-windows-int8", "learned-positions"],
 )
 def test_samples_do_not_depend_on_the_number_of_rows(changes, temperature, rows):
-    model = conftest.make_model(dataclasses.replace(conftest.TINY, **changes), LoRAConfig(r=3, lora_alpha=6.0))
+    """Of a backbone, quantized or not, under an adapter."""
+    config = dataclasses.replace(conftest.TINY, **changes)
+    model = conftest.make_model(dataclasses.replace(config, quantization=None), LoRAConfig(r=3, lora_alpha=6.0))
+    if config.quantization:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: quantize_layers(leaf, config.quantization) if path[-1].key == "kernel" else leaf, model.params
+        )
+        model = conftest.Model(dataclasses.replace(model.decoder, config=config), params, model.lora)
     assert_same(sampled(model, PROMPTS, rows, temperature), sampled(model, PROMPTS, None, temperature))
-
-
-def test_a_quantized_backbone_under_an_adapter_samples_the_same(tiny):
-    def quantized(path, leaf):
-        return quantize_layers(leaf, "int8") if path[-1].key == "kernel" else leaf
-
-    params = jax.tree_util.tree_map_with_path(quantized, tiny.params)
-    decoder = dataclasses.replace(tiny.decoder, config=dataclasses.replace(tiny.config, quantization="int8"))
-    model = conftest.Model(decoder, params, tiny.lora)
-    assert_same(sampled(model, PROMPTS, 3, 1.0), sampled(model, PROMPTS, None, 1.0))
 
 
 def test_pictures_go_with_their_prompts():
