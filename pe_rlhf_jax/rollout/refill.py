@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pe_rlhf_jax.models.layers import KVCache
 from pe_rlhf_jax.rollout.decode import NONE, DecodeState, Sampler, begin, idle, rollout_of
-from pe_rlhf_jax.sharding import BATCH, constrain, row_groups
+from pe_rlhf_jax.sharding import BATCH, apart, constrain, row_groups
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
 SHARE = 8
@@ -129,25 +129,27 @@ def _joined(x: Array) -> Array:
 
 def _insert(cache: KVCache, row: Int[Array, "G K"], read: KVCache, slot: Int[Array, ""]) -> KVCache:
     """What was read of prompts goes to the P slots before the given one, around the ring."""
-    groups, size = row.shape
-    length = read.slots
-    slots_P = (slot - length + jnp.arange(length)) % cache.slots
-    where = jnp.stack(jnp.broadcast_arrays(row[:, :, None], slots_P), axis=-1)
-    # Groups are a batch dimension of the scatter, so that it stays on their devices; `vmap` would move it to the front, which copies.
-    numbers = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(0, 4, 5),
-        inserted_window_dims=(2, 3),
-        scatter_dims_to_operand_dims=(2, 3),
-        operand_batching_dims=(1,),
-        scatter_indices_batching_dims=(0,),
-    )
 
-    def put(x: Float[Array, "L B S K h"], new: Float[Array, "L GK P K h"]) -> Float[Array, "L B S K h"]:
-        layers, heads = len(x), x.shape[3:]
-        apart = constrain(x.reshape(layers, groups, -1, cache.slots, *heads), None, BATCH, None, None, "tensor", None)
-        new = constrain(new.reshape(layers, groups, size, length, *heads), None, BATCH, None, None, "tensor", None)
-        mode = jax.lax.GatherScatterMode.FILL_OR_DROP
-        apart = jax.lax.scatter(apart, where, new, numbers, unique_indices=True, mode=mode)
-        return constrain(apart.reshape(x.shape), None, BATCH, None, "tensor", None)
+    def put(
+        x: Float[Array, "L b S K h"], row: Int[Array, "1 K"], new: Float[Array, "L K P K h"], slot: Int[Array, ""]
+    ) -> Float[Array, "L b S K h"]:
+        rows, slots, length = x.shape[1], x.shape[2], new.shape[2]
+        first = (slot - length) % slots
 
-    return KVCache(put(cache.k_LBSKh, read.k_LBSKh), put(cache.v_LBSKh, read.v_LBSKh))
+        def put_row(number: Int[Array, ""], x: Float[Array, "L b S K h"]) -> Float[Array, "L b S K h"]:
+            # Slices in place: a scatter would have the whole cache in another layout on TPU. Two of them, for both sides of the ring's end.
+            for start in (jnp.minimum(first, slots - length), jnp.zeros_like(first)):
+                token = (start + jnp.arange(length) - first) % slots
+                given = (token < length) & (row[0, number] < rows)
+                at, size = (0, row[0, number], start, 0, 0), (len(x), 1, length, *x.shape[3:])
+                one = jax.lax.dynamic_slice_in_dim(new, number, 1, axis=1)
+                one = jnp.take(one, token, axis=2, mode="clip")
+                one = jnp.where(given[:, None, None], one, jax.lax.dynamic_slice(x, at, size))
+                x = jax.lax.dynamic_update_slice(x, one, at)
+            return x
+
+        return jax.lax.fori_loop(0, row.shape[1], put_row, x)
+
+    place = (None, BATCH, None, "tensor", None)
+    put_apart = apart(put, len(row), (place, (BATCH, None), place, ()), place)
+    return KVCache(*(put_apart(x, row, new, slot) for x, new in ((cache.k_LBSKh, read.k_LBSKh), (cache.v_LBSKh, read.v_LBSKh))))
