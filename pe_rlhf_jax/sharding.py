@@ -145,7 +145,7 @@ def _put(x: jax.Array, place: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
 
 
-def row_multiple(mesh: Mesh) -> int:
+def row_multiple(mesh: Mesh | AbstractMesh) -> int:
     """Rows of every batch must be a multiple of this."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -153,7 +153,7 @@ def row_multiple(mesh: Mesh) -> int:
 def row_groups(*counts: int) -> int:
     """Into how many parts the mesh in use (`jax.set_mesh`) splits batches of so many rows; 1 without one, and where it cannot."""
     mesh = _mesh_in_use()
-    groups = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    groups = 1 if mesh is None else row_multiple(mesh)
     return 1 if any(count % groups for count in counts) else groups
 
 

@@ -22,7 +22,7 @@ from pe_rlhf_jax.sharding import BATCH, apart, constrain, row_groups
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
 SHARE = 8
-"""One row in so many takes a prompt at once. Fewer would be read less efficiently; for more, rows that have ended would wait longer."""
+"""One row in so many takes a prompt at once. Fewer would be read less efficiently, and for more, rows that have ended would wait longer."""
 
 
 class Queue(flax.struct.PyTreeNode):
@@ -63,8 +63,8 @@ def refill(sampler: Sampler, variables: PyTree, prompts: PromptBatch, queue: Que
     read = begin(sampler, variables, _take(prompts, prompt_GK), room=0)
     read = read.replace(prompt=(prompt_GK + count * jnp.arange(groups)[:, None]).reshape(-1))
     queue = _keep(queue)
-    apart: dict[str, Any] = {"slot": None, "cache": None}
-    filled = _put(state.replace(**apart), row_GK, read.replace(**apart))
+    common: dict[str, Any] = {"slot": None, "cache": None}  # the rest has a row for each
+    filled = _put(state.replace(**common), row_GK, read.replace(**common))
     cache = _insert(state.cache, row_GK, read.cache, state.slot)
     return queue.replace(state=filled.replace(slot=state.slot, cache=cache), begun=queue.begun + jnp.sum(given_GK, axis=1))
 
@@ -137,7 +137,7 @@ def _insert(cache: KVCache, row: Int[Array, "G K"], read: KVCache, slot: Int[Arr
         first = (slot - length) % slots
 
         def put_row(number: Int[Array, ""], x: Float[Array, "L b S K h"]) -> Float[Array, "L b S K h"]:
-            # Slices in place: a scatter would have the whole cache in another layout on TPU. Two of them, for both sides of the ring's end.
+            # Slices in place: with a scatter the TPU compiler reserves a second cache. Two of them, for both sides of the ring's end.
             for start in (jnp.minimum(first, slots - length), jnp.zeros_like(first)):
                 token = (start + jnp.arange(length) - first) % slots
                 given = (token < length) & (row[0, number] < rows)
