@@ -1,6 +1,6 @@
 """Time of sampling responses whose lengths have a long tail: rows that take the next prompt when they are free, beside fixed batches.
 
-    python benchmarks/long_tail.py [--prompts 128] [--rows 16]          # a few minutes on a CPU
+    python benchmarks/long_tail.py [--prompts 128] [--rows 16]          # two minutes on a CPU of its own
 
 The model has random weights so small that every token is about as likely as any other, and one token in 64 ends a response: lengths
 are geometric, with a mean of about 64, and cut at 512. Both sides answer the same prompts with as many rows, and so with a cache of one
