@@ -36,6 +36,7 @@ from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.data import PreferenceExample
 from pe_rlhf_jax.models.roles import Role, Tuning
 from pe_rlhf_jax.plan.programs import abstract_context
+from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.training import reward, rl
 from pe_rlhf_jax.training.context import Context
@@ -107,12 +108,13 @@ def rl_twin(context: Context) -> Twin:
     tokens, mask = _tokens(context, config.batch_size, _rounded(context, context.config.data.max_prompt_length))
     prompts, chunk = PromptBatch(tokens, mask), context.config.model.logprob_chunk
     train, decoder, group = state.train, context.decoder, config.answers_each
+    sampler = Sampler(decoder, config.sampling, (), 0)
 
     def roles() -> dict[str, Role]:
         return rl._whole(frozen_roles, train.trainable)
 
     def sample() -> Any:
-        return _respond(decoder, config.sampling, (), 0, roles()["policy"], backbone, prompts, jax.random.key(1))
+        return _respond(sampler, roles()["policy"], backbone, prompts, jax.random.key(1))
 
     @jax.jit
     def anchor(backbone: PyTree, role: Role, rollout: Any) -> jax.Array:
@@ -132,7 +134,7 @@ def rl_twin(context: Context) -> Twin:
     shaped = (decoder, config, chunk, backbone, policy, reference, value, rollout, scores, state.kl_coef)
     programs = [
         compiled,
-        _respond.lower(decoder, config.sampling, (), 0, policy, backbone, prompts, jax.random.key(1)).compile(),
+        _respond.lower(sampler, policy, backbone, prompts, jax.random.key(1)).compile(),
         _score.lower(decoder, group, model, backbone, rollout).compile(),
         make_experience.lower(*shaped).compile(),
     ]

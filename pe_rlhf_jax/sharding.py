@@ -5,7 +5,7 @@ Mesh axes: `data` holds copies of the model, `fsdp` shards parameters and batch,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -95,15 +95,15 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     left out.
     """
     mesh = _mesh_in_use()
-    if mesh is None:
-        return x
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, _spec(mesh, axes, x.shape))
 
+
+def _spec(mesh: AbstractMesh, axes: Sequence[str | tuple[str, ...] | None], shape: tuple[int, ...]) -> PartitionSpec:
     def divides(axis: str | tuple[str, ...] | None, n: int) -> bool:
         names = (axis,) if isinstance(axis, str) else axis or ()
         return n % int(np.prod([mesh.shape[name] for name in names])) == 0
 
-    spec = PartitionSpec(*(axis if divides(axis, n) else None for axis, n in zip(axes, x.shape, strict=True)))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return PartitionSpec(*(axis if divides(axis, n) else None for axis, n in zip(axes, shape, strict=True)))
 
 
 def keep_placed(tree: PyTree) -> PyTree:
@@ -156,6 +156,34 @@ def row_multiple(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def row_groups(*counts: int) -> int:
+    """Into how many parts the mesh in use (`jax.set_mesh`) splits batches of so many rows; 1 without one, and where it cannot."""
+    mesh = _mesh_in_use()
+    groups = 1 if mesh is None else row_multiple(mesh)
+    return 1 if any(count % groups for count in counts) else groups
+
+
+Axes = tuple[str | tuple[str, ...] | None, ...]
+
+
+def apart(f: Callable[..., jax.Array], groups: int, arguments: Sequence[Axes], result: Axes) -> Callable[..., jax.Array]:
+    """A function that every device computes of its own part alone, where the mesh in use splits rows into so many groups.
+
+    Args:
+        arguments: the mesh axes along the dimensions of each argument, as `constrain` takes them.
+        result: the same of what the function returns.
+    """
+    mesh = _mesh_in_use()
+    if mesh is None or groups == 1:
+        return f
+
+    def parted(*given: jax.Array) -> jax.Array:
+        specs = [_spec(mesh, axes, x.shape) for axes, x in zip(arguments, given, strict=True)]
+        return jax.shard_map(f, mesh=mesh, in_specs=tuple(specs), out_specs=_spec(mesh, result, given[0].shape), check_vma=False)(*given)
+
+    return parted
+
+
 def check_batches(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError if a batch of the run's stages, or what of it is computed at once, cannot be split evenly over the mesh."""
     devices = row_multiple(mesh)
@@ -164,6 +192,8 @@ def check_batches(config: Config, mesh: Mesh) -> None:
     sizes |= {f"{name}.micro_batch_size": getattr(config, name).micro_batch_size for name in stages if name != "evaluate"}
     if "rl" in stages and config.rl.algorithm != "reinforce":
         sizes["rl.batch_size / rl.num_mini_batches"] = config.rl.batch_size // config.rl.num_mini_batches
+    if "rl" in stages or "evaluate" in stages:
+        sizes["rl.sampling.max_num_seqs"] = config.rl.sampling.max_num_seqs
     for field, size in sizes.items():
         # A pair is two rows.
         multiple = -(-devices // 2) if field == "reward.micro_batch_size" and config.reward.kind == "pairs" else devices

@@ -18,6 +18,13 @@ class SamplingConfig(Section):
     temperature: float = Field(1.0, ge=0, description="0 is greedy. Divides the logits in every log-probability of RL as well.")
     top_k: int = Field(0, ge=0, description="Sample among the k most likely tokens; 0 for all.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample among the fewest tokens that hold this probability; 1 for all.")
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        description="Responses that are sampled at once, in RL and in evaluation. With fewer than the batch has, the next prompts take the "
+        "places of responses that have ended (continuous batching): a few long ones hold up nothing, the cache is smaller, and the samples "
+        "are the same. null for the whole batch.",
+    )
     stop_strings: tuple[str, ...] = Field(
         (), strict=False, description="A response ends with the token that completes one of these; what was sampled after it is dropped."
     )
@@ -129,6 +136,11 @@ class RLConfig(Section):
     def has_critic(self) -> bool:
         """Whether the algorithm learns a value model."""
         return self.algorithm in ("ppo", "reinforce")
+
+    @property
+    def rows_at_once(self) -> int:
+        """Responses of a rollout batch that are sampled at once."""
+        return min(self.sampling.max_num_seqs or self.batch_size, self.batch_size)
 
     @property
     def uses_reward_stage(self) -> bool:

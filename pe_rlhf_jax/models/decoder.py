@@ -109,9 +109,10 @@ class Decoder(nn.Module):
         """Returns final-normed hidden states and the updated cache (None without one).
 
         `mask_BS` marks real tokens among the key slots: the sequence itself (S = T), or all slots of the cache. The tokens stand at
-        slots start .. start + T - 1 and see real tokens up to their own slot. Positions default to counting real tokens only, so that
-        left padding changes nothing; they must be given when `start` is not 0. `features` of pictures take the place of the prompt's
-        placeholders, and tokens that are read in both directions see each other: vlm.py says how, and when `prompt` is needed.
+        slots start .. start + T - 1 and see real tokens up to their own slot; for a single token the cache is a ring, in which all
+        other slots are before its own. Positions default to counting real tokens only, so that left padding changes nothing; they must
+        be given when `start` is not 0. `features` of pictures take the place of the prompt's placeholders, and tokens that are read in
+        both directions see each other: vlm.py says how, and when `prompt` is needed.
         `branches` are for several continuations of one beginning in one row, without a cache: visibility.py.
         """
         c = self.config

@@ -36,10 +36,14 @@ HEADS = "heads"
 
 
 class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of all layers. Slot s of a row holds the token at position s of the padded sequence."""
+    """Keys and values of all layers. Slot s of a row holds the token at position s of the padded sequence, or S further on: a ring."""
 
     k_LBSKh: Float[Array, "L B S K h"]
     v_LBSKh: Float[Array, "L B S K h"]
+
+    @property
+    def slots(self) -> int:
+        return self.k_LBSKh.shape[2]
 
 
 class Rotation(flax.struct.PyTreeNode):

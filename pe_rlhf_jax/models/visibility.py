@@ -45,8 +45,13 @@ def visible(
     start: Int[Array, ""] | int = 0,
     branches_BT: Int[Array, "B T"] | None = None,
 ) -> Visible:
-    """What tokens at slots start .. start + length - 1 see of the real ones, from left to right; branches only in a row that is whole."""
+    """What tokens at slots start .. start + length - 1 see of the real ones, from left to right; branches only in a row that is whole.
+
+    For a single token the slots are a ring: all others are before its own.
+    """
     queries, keys = start + jnp.arange(length)[None], jnp.arange(mask_BS.shape[1])[None]
+    if length == 1:
+        keys = queries - (queries - keys) % mask_BS.shape[1]
     sees = (keys[:, None, :] <= queries[:, :, None])[:, None]
     if branches_BT is None:
         return Visible(mask_BS[:, None, None, :] & sees, None, queries, keys)

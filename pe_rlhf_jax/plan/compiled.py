@@ -78,7 +78,7 @@ def compile_call(call: Call, mesh: jax.sharding.Mesh, matrices: Mapping[str, tup
         parts=parts,
         staying=device_bytes(_read(staying, dict(zip(call.arguments, compiled.input_shardings[0], strict=True)))),
         largest=tuple(arrays[:4]),
-        communication=hlo.communication(text, mesh.size, call.loop),
+        communication=hlo.communication(text, mesh.size, call.loops),
         whole=unsharded(arrays, matrices, vocabulary, mesh.shape["fsdp"]) if mesh.size > 1 else (),
         seconds=time.perf_counter() - began,
     )

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
 _WIDTH = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -51,7 +52,7 @@ class Communication:
 
     collectives: tuple[Collective, ...]
     unknown_loops: int
-    """Loops with collectives whose length the text does not tell; each is counted as `unknown` says."""
+    """Loops with collectives whose length the text does not tell; they are counted as `unknown` says."""
 
 
 class _Instruction:
@@ -70,12 +71,13 @@ class _Instruction:
         return found and found[1]
 
 
-def communication(text: str, devices: int, unknown: int = 1) -> Communication:
+def communication(text: str, devices: int, unknown: Sequence[int] = ()) -> Communication:
     """Collectives of one run of the program, loops included.
 
     Args:
         devices: in the mesh; the group of a collective that names none.
-        unknown: how often to count the body of a loop that ends early, such as that of generation.
+        unknown: how often to count the body of a loop that ends early, such as that of generation; then of such a loop in it, and so on.
+            Others are counted once.
     """
     computations, entry = _computations(text)
     totals: dict[str, list[float]] = {}
@@ -87,7 +89,7 @@ def communication(text: str, devices: int, unknown: int = 1) -> Communication:
     def sends(name: str) -> bool:
         return any(_kind(i.op) or any(sends(other) for other in _called(i)) for i in computations.get(name, {}).values())
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str, times: int, depth: int) -> None:
         nonlocal loops
         for i in computations.get(name, {}).values():
             kind = _kind(i.op)
@@ -101,15 +103,17 @@ def communication(text: str, devices: int, unknown: int = 1) -> Communication:
             called = _called(i)
             if not any(sends(other) for other in called) or i.op in ("async-update", "async-done"):
                 continue
-            repeats = times
+            repeats, inside = times, depth
             if i.op == "while":
                 trips = _trips(i, computations, computations[name])
-                loops += trips is None
-                repeats = times * (unknown if trips is None else trips)
+                if trips is None:
+                    trips = unknown[depth] if depth < len(unknown) else 1
+                    loops, inside = loops + 1, depth + 1
+                repeats = times * trips
             for other in called:
-                visit(other, repeats)
+                visit(other, repeats, inside)
 
-    visit(entry, 1)
+    visit(entry, 1, 0)
     found = tuple(Collective(kind, int(count), size) for kind, (count, size) in sorted(totals.items(), key=lambda item: -item[1][1]))
     return Communication(found, loops)
 

@@ -158,7 +158,9 @@ def _timed(stage: str, program: Program, resident: Mapping[str, int], costs: Cos
         if program.name == "rollout":
             # A chip that holds a share of a matrix reads what it computes with: the whole matrix over its tensor axis.
             backbone = program.parts["backbone"] * context.mesh.shape["fsdp"]
-            memory = context.config.rl.sampling.max_new_tokens * (backbone + _cache(context)) / chip.hbm_rate
+            config = context.config.rl
+            tokens = config.sampling.max_new_tokens * config.batch_size / config.rows_at_once
+            memory = tokens * (backbone + _cache(context)) / chip.hbm_rate
         n = program.repeats
         time = Time(n * flops / len(topology.devices) / chip.flops, n * memory, n * sent / chip.axis_rate)
     return Timed(program, flops, hbm, time)
@@ -169,7 +171,7 @@ def _cache(context: Any) -> float:
     c, config, mesh = context.decoder.config, context.config, context.mesh.shape
     slots = config.data.max_prompt_length + config.rl.sampling.max_new_tokens
     heads = c.num_kv_heads / (mesh["tensor"] if c.num_kv_heads % mesh["tensor"] == 0 else 1)
-    rows = config.rl.batch_size / (mesh["data"] * mesh["fsdp"])
+    rows = config.rl.rows_at_once / (mesh["data"] * mesh["fsdp"])
     return 2 * c.num_layers * rows * slots * heads * c.head_dim * jnp.dtype(context.decoder.dtype).itemsize
 
 

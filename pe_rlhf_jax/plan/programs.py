@@ -22,7 +22,9 @@ from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import TOWER, Role
 from pe_rlhf_jax.models.vlm import adapts_tower
+from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import BLOCK
+from pe_rlhf_jax.rollout.refill import rows_at_once
 from pe_rlhf_jax.sharding import ROWS, make_mesh, placed_shapes, row_multiple, with_places
 from pe_rlhf_jax.training import reward, rl, sft
 from pe_rlhf_jax.training.context import Context
@@ -52,8 +54,8 @@ class Call(NamedTuple):
     """Placed shapes, in the function's order, by what they are."""
     repeats: int = 1
     """Calls in a step of the stage."""
-    loop: int = 1
-    """Rounds, at most, of the one loop whose length is not fixed."""
+    loops: tuple[int, ...] = ()
+    """Rounds, at most, of the loops whose length is not fixed, from the outermost inwards."""
     passing: frozenset[str] = frozenset({"batch", "prompts", "rollout", "scores", "experience", "rows", "kl_coef", "key", "pixels"})
     """Arguments that are gone after the step; the others stay in memory through the stage."""
 
@@ -144,11 +146,9 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
     prompt = _rounded(context, context.config.data.max_prompt_length)
     shapes = PromptBatch(_ints(config.batch_size, prompt), _flags(config.batch_size, prompt), _images(context, config.batch_size))
     prompts = rows(context, shapes)
-    blocks = -(-config.sampling.max_new_tokens // BLOCK)
-    static = (context.decoder, config.sampling, END_TOKENS, context.pad_token)
-    rollout = compile(
-        Call("rollout", _respond, static, {"policy": whole["policy"], "backbone": backbone, "prompts": prompts, "key": _key()}, loop=blocks)
-    )
+    sampler = Sampler(context.decoder, config.sampling, END_TOKENS, context.pad_token)
+    arguments = {"policy": whole["policy"], "backbone": backbone, "prompts": prompts, "key": _key()}
+    rollout = compile(Call("rollout", _respond, (sampler,), arguments, loops=_rollout_loops(context)))
     if config.sampling.stop_strings:  # cut on the host, and placed again
         rollout = rows(context, rollout)
     resident = {"backbone": backbone, "training state": state, "reference": reference, "reward model": model}
@@ -177,6 +177,16 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
     frozen = placed(context, found.frozen)
     compile(_update_call(context, rl.STAGE, found.step, state, frozen, experience))
     return resident
+
+
+def _rollout_loops(context: Context) -> tuple[int, ...]:
+    """Rounds of the rollout's loops where every response has full length: blocks; or turns of all rows, and blocks in a turn."""
+    config, groups = context.config.rl, row_multiple(context.mesh)
+    blocks = -(-config.sampling.max_new_tokens // BLOCK)
+    if config.rows_at_once == config.batch_size:
+        return (blocks,)
+    turns = -(-config.batch_size // groups // rows_at_once(config.rows_at_once // groups))
+    return turns, -(-blocks * config.batch_size // config.rows_at_once // turns)
 
 
 def _update_call(context: Context, stage: str, step: Any, state: PyTree, frozen: PyTree, batch: PyTree) -> Call:

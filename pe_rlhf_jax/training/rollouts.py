@@ -9,44 +9,32 @@ import numpy as np
 
 from pe_rlhf_jax.config import SamplingConfig
 from pe_rlhf_jax.hosts import fetch
-from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.generate import DecodeState, advance, begin, generate, so_far
+from pe_rlhf_jax.rollout.decode import DecodeState, Sampler, advance, begin, so_far
+from pe_rlhf_jax.rollout.generate import generate
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
 WATCHED = 4
-"""Tokens between two looks at a response that is watched; a divisor of `generate.BLOCK`."""
+"""Tokens between two looks at a response that is watched."""
 
 
 def respond(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, sampling: SamplingConfig | None = None) -> Rollout:
     """Samples a response to each prompt, as `sampling` or else `rl.sampling` says; waits for the result."""
     sampling = sampling or context.config.rl.sampling
-    sampled = _respond(context.decoder, sampling, context.end_tokens, context.pad_token, policy, context.backbone, prompts, key)
-    sampled = jax.block_until_ready(sampled)
+    sampled = jax.block_until_ready(_respond(_sampler(context, sampling), policy, context.backbone, prompts, key))
     return cut_at_stop_strings(context, sampled, sampling.stop_strings) if sampling.stop_strings else sampled
 
 
-@jax.jit(static_argnums=(0, 1, 2, 3))
-def _respond(
-    decoder: Decoder,
-    sampling: SamplingConfig,
-    end_tokens: tuple[int, ...],
-    pad_token: int,
-    policy: Role,
-    backbone: PyTree,
-    prompts: PromptBatch,
-    key: jax.Array,
-) -> Rollout:
-    return generate(decoder, policy.variables(backbone), prompts, key, sampling, end_tokens, pad_token)
-
-
 def watch(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, sampling: SamplingConfig) -> Iterator[Rollout]:
-    """The same responses as `respond`'s while they are sampled: what there is after every few tokens, until all have ended."""
-    static = (context.decoder, sampling, context.end_tokens, context.pad_token)
-    state = _begin(*static, policy, context.backbone, prompts)
+    """The same responses as `respond`'s while they are sampled: what there is after every few tokens, until all have ended.
+
+    All prompts are answered at once, whatever `max_num_seqs` says.
+    """
+    sampler = _sampler(context, sampling)
+    state = _begin(sampler, policy, context.backbone, prompts)
     for _ in range(0, sampling.max_new_tokens, WATCHED):
-        state, sampled = _advance(*static, policy, context.backbone, prompts, key, state)
+        state, sampled = _advance(sampler, policy, context.backbone, prompts, key, state)
         if sampling.stop_strings:
             sampled = cut_at_stop_strings(context, sampled, sampling.stop_strings)
         yield sampled
@@ -54,34 +42,26 @@ def watch(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, 
             return
 
 
-@jax.jit(static_argnums=(0, 1, 2, 3))
-def _begin(
-    decoder: Decoder,
-    sampling: SamplingConfig,
-    end_tokens: tuple[int, ...],
-    pad_token: int,
-    policy: Role,
-    backbone: PyTree,
-    prompts: PromptBatch,
-) -> DecodeState:
-    return begin(decoder, policy.variables(backbone), prompts, sampling, pad_token)
+def _sampler(context: Context, sampling: SamplingConfig) -> Sampler:
+    return Sampler(context.decoder, sampling, context.end_tokens, context.pad_token)
 
 
-@jax.jit(static_argnums=(0, 1, 2, 3), donate_argnames="state")
+@jax.jit(static_argnums=0)
+def _respond(sampler: Sampler, policy: Role, backbone: PyTree, prompts: PromptBatch, key: jax.Array) -> Rollout:
+    return generate(sampler, policy.variables(backbone), prompts, key)
+
+
+@jax.jit(static_argnums=0)
+def _begin(sampler: Sampler, policy: Role, backbone: PyTree, prompts: PromptBatch) -> DecodeState:
+    return begin(sampler, policy.variables(backbone), prompts, sampler.sampling.max_new_tokens)
+
+
+@jax.jit(static_argnums=0, donate_argnames="state")
 def _advance(
-    decoder: Decoder,
-    sampling: SamplingConfig,
-    end_tokens: tuple[int, ...],
-    pad_token: int,
-    policy: Role,
-    backbone: PyTree,
-    prompts: PromptBatch,
-    key: jax.Array,
-    state: DecodeState,
+    sampler: Sampler, policy: Role, backbone: PyTree, prompts: PromptBatch, key: jax.Array, state: DecodeState
 ) -> tuple[DecodeState, Rollout]:
-    variables = policy.variables(backbone)
-    state = advance(decoder, variables, prompts, key, sampling, end_tokens, pad_token, state, WATCHED)
-    return state, so_far(prompts, state, sampling, end_tokens)
+    state = advance(sampler, policy.variables(backbone), key, state, WATCHED)
+    return state, so_far(sampler, prompts, state)
 
 
 def cut_at_stop_strings(context: Context, rollout: Rollout, stop_strings: Sequence[str]) -> Rollout:

@@ -16,6 +16,7 @@ from pe_rlhf_jax.checkpoint.weights import load_params
 from pe_rlhf_jax.config import LoRAConfig, SamplingConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import generate
 from pe_rlhf_jax.rollout.score import sequence_score
 from pe_rlhf_jax.types import PromptBatch
@@ -124,7 +125,7 @@ def test_merged_models_in_transformers(tmp_path, tokenizer, name):
     decoder = Decoder(tiny.architecture, config, remat="none")
     prompts = PromptBatch(jnp.asarray(tokens()), jnp.ones(tokens().shape, bool))
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=8)
-    ours = generate(decoder, {"params": params, "lora": lora}, prompts, jax.random.key(0), sampling, (2, 0), 4)
+    ours = generate(Sampler(decoder, sampling, (2, 0), 4), {"params": params, "lora": lora}, prompts, jax.random.key(0))
     np.testing.assert_array_equal(np.asarray(ours.response)[:, : theirs.shape[1]], theirs)
 
 

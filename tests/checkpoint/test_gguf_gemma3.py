@@ -15,6 +15,7 @@ from pe_rlhf_jax.checkpoint.source import resolve
 from pe_rlhf_jax.config import ModelConfig, SamplingConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.package import cache_folder, extract_member, fetch_package, sha256_of
+from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import generate
 from pe_rlhf_jax.types import PromptBatch
 
@@ -55,9 +56,8 @@ def test_loss_and_greedy_text_equal_llama_cpps_algorithm(file, loaded):
     tokens = backbone.tokenizer(TEXT).input_ids
     assert tokens[0] == backbone.tokenizer.bos_token_id
     prompts = PromptBatch(jnp.asarray([tokens]), jnp.ones((1, len(tokens)), bool))
-    out = jax.jit(
-        lambda p: generate(decoder, {"params": p}, prompts, jax.random.key(0), SamplingConfig(temperature=0.0, max_new_tokens=16), (1,), 0)
-    )(params)
+    sampler = Sampler(decoder, SamplingConfig(temperature=0.0, max_new_tokens=16), (1,), 0)
+    out = jax.jit(lambda p: generate(sampler, {"params": p}, prompts, jax.random.key(0)))(params)
     whole = [*tokens, *np.asarray(out.response[0])]
     hidden, _ = jax.jit(decoder.apply)({"params": params}, jnp.asarray([whole]), jnp.ones((1, len(whole)), bool))
     ours = np.asarray(decoder.unembed(params, hidden))[0]

@@ -75,8 +75,28 @@ def test_counts_and_bytes_are_those_worked_out_by_hand():
 
 def test_a_loop_without_a_known_end_is_counted_as_told_and_reported():
     text = TEXT.replace("%LIMIT%", "11").replace("direction=LT", "direction=NE")
-    found = hlo.communication(text, devices=16, unknown=5)
+    found = hlo.communication(text, devices=16, unknown=(5,))
     assert found.unknown_loops == 1 and by_kind(found)["all-reduce"][0] == 5
+
+
+def test_loops_without_a_known_end_in_each_other_are_counted_by_depth():
+    """The loop stands in the body of another one; a collective behind it is in the outer loop only."""
+    text = TEXT.replace("%LIMIT%", "11").replace("direction=LT", "direction=NE")
+    head, main = text.split("ENTRY %main (x0: f32[100], y0: bf16[4,8]) -> f32[100] {")
+    outer = """%around (state.3: (s32[], f32[100])) -> (s32[], f32[100]) {
+  %state.3 = (s32[], f32[100]{0}) parameter(0)
+  %inner = (s32[], f32[100]{0}) while(%state.3), condition=%condition, body=%body
+  %x.3 = f32[100]{0} get-tuple-element(%inner), index=1
+  %sent.3 = f32[100]{0} collective-permute(%x.3), channel_id=12, source_target_pairs={{0,1},{1,0}}
+  %counter.3 = s32[] get-tuple-element(%inner), index=0
+  ROOT %tuple.3 = (s32[], f32[100]{0}) tuple(%counter.3, %sent.3)
+}
+
+"""
+    text = head + outer + "ENTRY %main (x0: f32[100], y0: bf16[4,8]) -> f32[100] {" + main.replace("body=%body", "body=%around")
+    found = hlo.communication(text, devices=16, unknown=(3, 5))
+    assert found.unknown_loops == 2
+    assert by_kind(found)["all-reduce"][0] == 15 and by_kind(found)["collective-permute"][0] == 3 + 1
 
 
 def test_arrays_inside_fusions_are_never_in_memory():

@@ -163,6 +163,9 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_compiled(tin
     monkeypatch.setattr("pe_rlhf_jax.plan.programs.make_mesh", lambda *_: jax.sharding.AbstractMesh((4, 1, 1), ("data", "fsdp", "tensor")))
     with pytest.raises(ConfigError, match=r"reward.batch_size 6 must be a multiple of 4.*: 8 is one"):
         plan(config, tiny.config, Topology("four", jax.devices()[:1], None))
+    config = configuration.parse(CONFIG, ["run.stages=[rl]", "rl.sampling.max_num_seqs=6"])
+    with pytest.raises(ConfigError, match=r"rl.sampling.max_num_seqs 6 must be a multiple of 4.*: 8 is one"):
+        plan(config, tiny.config, Topology("four", jax.devices()[:1], None))
 
 
 def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):

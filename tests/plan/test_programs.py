@@ -78,7 +78,7 @@ def caught(monkeypatch):
     def make(make_step):
         return lambda *arguments: catch("update", make_step(*arguments), 0)
 
-    monkeypatch.setattr(rollouts, "_respond", catch("rollout", rollouts._respond, 4))
+    monkeypatch.setattr(rollouts, "_respond", catch("rollout", rollouts._respond, 1))
     monkeypatch.setattr(rewards, "_score", catch("score", rewards._score, 2))
     monkeypatch.setattr(rl, "make_experience", catch("experience", rl.make_experience, 3))
     monkeypatch.setattr(rl, "_take", catch("mini-batch", rl._take, 0))
@@ -88,9 +88,10 @@ def caught(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_rl_calls_what_was_planned(tiny, caught, algorithm):
-    context = run_context(tiny, rl=FIELDS["rl"] | {"algorithm": algorithm, "group_size": 2})
+@pytest.mark.parametrize(("algorithm", "rows"), [("ppo", None), ("grpo", 3)])
+def test_rl_calls_what_was_planned(tiny, caught, algorithm, rows):
+    sampling = FIELDS["rl"]["sampling"] | {"max_num_seqs": rows}
+    context = run_context(tiny, rl=FIELDS["rl"] | {"algorithm": algorithm, "group_size": 2, "sampling": sampling})
     with jax.set_mesh(context.mesh):
         reference = sft.init(context).trainable
         model = reward_stage.init(context, reference).trainable
@@ -111,6 +112,30 @@ def test_sft_and_reward_call_what_was_planned(tiny, caught, tuning):
         reference = sft.init(context).trainable
         next(reward_stage.run(context, reference, reward_stage.init(context, reference)))
     assert caught == planned(context, "reward")
+
+
+@pytest.mark.parametrize(
+    ("rows", "loops"),
+    [
+        (None, (3,)),  # blocks of 8 in 20 tokens
+        (64, (3,)),
+        (16, (32, 1)),  # 64 prompts, two rows at once; 12 blocks in all
+        (8, (64, 1)),
+        (3, (64, 1)),
+    ],
+)
+def test_rounds_of_a_rollouts_loops(tiny, rows, loops):
+    found = {}
+    sampling = {"max_new_tokens": 20, "max_num_seqs": rows}
+    context = tiny_context(tiny, **FIELDS | {"rl": FIELDS["rl"] | {"batch_size": 64, "sampling": sampling}})
+    abstract = abstract_context(context.config, tiny.config, jnp.dtype("float32"), jax.devices()[:1])
+
+    def compile(call: Call):
+        found[call.name] = call.loops
+        return jax.eval_shape(lambda *arguments: call.function(*call.static, *arguments), *call.arguments.values())
+
+    stage_calls(abstract, "rl", compile)
+    assert found["rollout"] == loops and not any(found[name] for name in found if name != "rollout")
 
 
 def test_separate_roles_keep_a_backbone_more(tiny):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,58 +10,16 @@ import numpy as np
 import pytest
 from numpy_decoder import forward, log_softmax, merged
 from scipy import stats
+from scripted_decoder import LENGTH, PAD, Script
 
 from pe_rlhf_jax.config import SamplingConfig
-from pe_rlhf_jax.models.decoder import unembed
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import BLOCK, generate
 from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.types import PromptBatch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-PAD = 30
-LENGTH = BLOCK + 3
-"""Not a multiple of a block."""
-
-
-@dataclasses.dataclass
-class Script:
-    """A decoder that says, after token n, token n + 1 (or whatever `logits` says), and counts its decode steps on the host."""
-
-    vocabulary: int = 40
-    logits: np.ndarray | None = None
-    steps: int = 0
-    config = types.SimpleNamespace(vision=None)
-
-    def new_cache(self, batch, slots):
-        return jnp.zeros((batch, slots))
-
-    def apply(self, variables, tokens, mask, positions=None, cache=None, start=0, features=None, prompt=None):
-        if positions is not None:
-            jax.debug.callback(self._count)
-        following = 50.0 * jax.nn.one_hot(tokens + 1, self.vocabulary) if self.logits is None else self.logits
-        return jnp.broadcast_to(following, (*tokens.shape, self.vocabulary)), cache
-
-    def unembed(self, params, hidden):
-        return unembed(params, hidden)
-
-    def _count(self):
-        self.steps += 1
-
-    def program(self, ends=(), **sampling):
-        """Compiled generation: f(last token of each prompt, seed)."""
-        variables = {"params": {"embed": jnp.eye(self.vocabulary)}}
-        config = SamplingConfig(**{"max_new_tokens": LENGTH, **sampling})
-        compiled = jax.jit(lambda prompts, key: generate(self, variables, prompts, key, config, ends, PAD))
-
-        def run(last_tokens, seed=0):
-            tokens = jnp.asarray(last_tokens)[:, None]
-            out = jax.block_until_ready(compiled(PromptBatch(tokens, jnp.ones_like(tokens, bool)), jax.random.key(seed)))
-            jax.effects_barrier()
-            return jax.tree.map(np.asarray, out)
-
-        return run
 
 
 def test_everything_after_the_first_of_several_end_tokens_is_masked_padding():
@@ -126,7 +83,7 @@ def run(tiny):
         fields["temperature"] = temperature
         config = SamplingConfig(**{"max_new_tokens": LENGTH, **fields})
         if (config, ends) not in programs:
-            programs[config, ends] = jax.jit(lambda p, key: generate(tiny.decoder, tiny.variables, p, key, config, ends, PAD))
+            programs[config, ends] = jax.jit(lambda p, key: generate(Sampler(tiny.decoder, config, ends, PAD), tiny.variables, p, key))
         return lambda prompts, seed=0: programs[config, ends](prompts, jax.random.key(seed))
 
     return compiled
@@ -187,7 +144,7 @@ def test_bfloat16_generates_and_agrees_with_its_learner(tiny):
 
     @jax.jit
     def both(key):
-        out = generate(decoder, role.variables(params), PROMPTS, key, config, (0,), PAD)
+        out = generate(Sampler(decoder, config, (0,), PAD), role.variables(params), PROMPTS, key)
         return out, response_logprobs(decoder, params, role, out, 1.0, 1024)[0]
 
     out, learner = both(jax.random.key(0))

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -20,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from pe_rlhf_jax.config import LoRAConfig, SamplingConfig
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import generate
 from pe_rlhf_jax.rollout.score import response_logprobs, token_logprobs
 from pe_rlhf_jax.types import PromptBatch
@@ -35,7 +38,7 @@ by_row = NamedSharding(everywhere.mesh, P("data"))
 
 @jax.jit
 def rollout_and_gradient(params, role, prompts, key):
-    out = generate(model.decoder, role.variables(params), prompts, key, SamplingConfig(max_new_tokens=5), (0, 1, 2), 30)
+    out = generate(Sampler(model.decoder, SamplingConfig(max_new_tokens=5), (0, 1, 2), 30), role.variables(params), prompts, key)
 
     def loss(role):
         logprobs, entropy = response_logprobs(model.decoder, params, role, out, 1.0, 16)
@@ -64,9 +67,59 @@ assert set(re.findall(r"f32\\[(\\d+),128\\][^=]* dot\\(", text)) == {{"8"}}
 print("same")
 """
 
+REFILL = """
+import sys
+sys.path.insert(0, {tests!r})
 
-def test_eight_devices_give_the_results_of_one():
+import re
+import conftest
+import jax
+import numpy as np
+
+from pe_rlhf_jax.config import LoRAConfig, MeshConfig, SamplingConfig
+from pe_rlhf_jax.rollout.decode import Sampler
+from pe_rlhf_jax.rollout.generate import generate
+from pe_rlhf_jax.sharding import make_mesh, place, place_rows
+from pe_rlhf_jax.types import PromptBatch
+
+model = conftest.make_model(conftest.TINY, LoRAConfig(r=3, lora_alpha=6.0))
+lengths = np.arange(32) % 3 + 2
+prompts = PromptBatch(np.arange(128).reshape(32, 4) % 29, np.arange(4) >= 4 - lengths[:, None])
+
+
+def sampled(rows, variables, prompts):
+    sampler = Sampler(model.decoder, SamplingConfig(max_new_tokens=11, max_num_seqs=rows), (0, 1, 2), 30)
+    lowered = jax.jit(lambda v, p, k: generate(sampler, v, p, k)).lower(variables, prompts, jax.random.key(0))
+    compiled = lowered.compile()
+    return compiled(variables, prompts, jax.random.key(0)), compiled.as_text()
+
+
+jax.config.update("jax_disable_most_optimizations", True)
+one, _ = sampled(None, model.variables, prompts)
+assert len(set(np.asarray(one.response_mask).sum(1))) > 4
+for axes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
+    mesh = make_mesh(MeshConfig(**axes))
+    jax.config.update("jax_disable_most_optimizations", axes != dict(data=8))
+    with jax.set_mesh(mesh):
+        many, text = sampled(16, place(model.variables, mesh), place_rows(prompts, mesh))
+    assert many.response.sharding.shard_shape(many.response.shape)[0] == 32 // (8 if axes == dict(data=8) else 4)
+    for name in ("response", "response_mask", "ended"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(many, name))
+    np.testing.assert_allclose(one.logprobs, many.logprobs, atol=1e-5)
+    if axes == dict(data=8):
+        # Every device reads its own prompts and fills its own rows: what travels is how many rows have ended, and whether all have.
+        sent = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\\(", text)
+        assert sent and not any(re.search(r"\\[\\d", shape) for shape in sent), sent
+        # The cache is never copied but for its beginning: 2 layers, 2 rows of a device, 15 slots, 2 heads of 4.
+        copies = re.findall(r"= f32\\[2,(?:1,)?2,15,2,4\\]\\S* (?:copy|transpose)\\(", text)
+        assert len(copies) <= 1, copies
+print("same")
+"""
+
+
+@pytest.mark.parametrize("script", [SCRIPT, REFILL], ids=["batch", "refill"])
+def test_eight_devices_give_the_results_of_one(script):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    script = SCRIPT.format(tests=str(Path(__file__).parents[1]))
+    script = script.format(tests=str(Path(__file__).parents[1]))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-4000:]
