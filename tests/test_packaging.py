@@ -59,7 +59,7 @@ def command_lines() -> Iterator[tuple[str, str]]:
     """(place, line) of every line that the documents, the Makefile and the notebook would run."""
     for document in DOCUMENTS:
         for block in blocks(document, "bash") + blocks(document, ""):
-            yield from ((document, line) for line in block.splitlines())
+            yield from ((document, line) for line in re.sub(r" *\\\n *", " ", block).splitlines())
         yield from ((document, text.replace("\n", " ")) for text in re.findall(r"`([^`]+)`", parts(document)[0]))
     for shell in SHELLS:
         yield from ((shell, line) for line in (ROOT / shell).read_text().splitlines() if not line.startswith("#"))
@@ -124,9 +124,11 @@ def test_every_command_and_option_exists(help_of):
 
 
 def test_every_override_is_accepted():
-    overrides = [match[1] for _, match in found(r"--set ([a-z]\S*)") if "=" in match[1]]
-    assert len(overrides) >= 5
-    config.load(ROOT / "configs" / "quickstart.yaml", [override for override in overrides if "a.b" not in override])
+    """Those of one line together, as they are typed."""
+    lines = [[found for found in re.findall(r"--set ([a-z]\S*)", line) if "=" in found] for _, line in command_lines()]
+    assert sum(map(len, lines)) >= 5
+    for overrides in lines:
+        config.load(ROOT / "configs" / "quickstart.yaml", [override for override in overrides if "a.b" not in override])
 
 
 def test_every_path_exists():

@@ -79,7 +79,7 @@ def rows_of(decoder: Decoder, rollout: Rollout, answers: int, length: int) -> Ro
         return x.reshape(-1, answers, *x.shape[1:])[:, 0]
 
     def beside(x: Array) -> Array:
-        return x[:, :length].reshape(-1, answers * length)
+        return x[:, :length].reshape(len(x) // answers, answers * length)
 
     prompt_mask, response_mask = once(rollout.prompt_mask), beside(rollout.response_mask)
     tokens = jnp.concatenate([once(rollout.prompt), beside(rollout.response)], axis=1)
@@ -105,7 +105,7 @@ def response_hidden(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rol
     if answers == 1:
         return hidden[:, prompt_length - 1 :]
     begin = jnp.repeat(hidden[:, prompt_length - 1], answers, axis=0)[:, None]
-    return jnp.concatenate([begin, hidden[:, prompt_length:].reshape(batch, length - 1, -1)], axis=1)
+    return jnp.concatenate([begin, hidden[:, prompt_length:].reshape(batch, length - 1, hidden.shape[-1])], axis=1)
 
 
 def response_logprobs(
