@@ -9,7 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
-from tiny_model import TINY, Model, make_model
+from tiny_decoder import TINY, Model, make_model
 
 from pe_rlhf_jax.config import LoRAConfig
 

@@ -24,7 +24,7 @@ SCRIPT = """
 import itertools, json, os, signal, sys
 sys.path[:0] = [{tests!r}, {tests!r} + "/training"]
 
-import tiny_model
+import tiny_decoder
 import jax
 import numpy as np
 from tiny_context import tiny_context
@@ -65,7 +65,7 @@ SECTIONS = dict(
     ),
     evaluate=dict(prompts=3, batch_size=4, bootstrap=100, judge="__main__:short"),
 )
-context = tiny_context(tiny_model.make_model(tiny_model.TINY, LoRAConfig(r=3, lora_alpha=6.0)), 2, **SECTIONS)
+context = tiny_context(tiny_decoder.make_model(tiny_decoder.TINY, LoRAConfig(r=3, lora_alpha=6.0)), 2, **SECTIONS)
 store, rows = Store(folder), []
 
 

@@ -13,7 +13,7 @@ BEGIN = """
 import dataclasses, itertools, sys
 sys.path[:0] = [{tests!r}, {tests!r} + "/training"]
 
-import tiny_model
+import tiny_decoder
 import jax
 import numpy as np
 from tiny_context import tiny_context
@@ -36,7 +36,7 @@ SECTIONS = dict(
 
 
 def model(**changes):
-    return tiny_model.make_model(dataclasses.replace(tiny_model.TINY, **changes), LoRAConfig(r=3, lora_alpha=6.0))
+    return tiny_decoder.make_model(dataclasses.replace(tiny_decoder.TINY, **changes), LoRAConfig(r=3, lora_alpha=6.0))
 
 
 def trained(tiny, devices, mesh, tuning="lora", stages=("sft", "reward", "rl"), steps=4):
@@ -97,7 +97,7 @@ greedy = SamplingConfig(temperature=0.0, max_new_tokens=12)
 
 def answered(devices, mesh):
     context, rows, states = trained(model(), devices, mesh, stages=("sft", "reward"), steps=20)
-    tokens = np.random.default_rng(0).integers(2, tiny_model.TINY.vocab_size, (8, 5)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(2, tiny_decoder.TINY.vocab_size, (8, 5)).astype(np.int32)
     prompts = PromptBatch(tokens, np.ones_like(tokens, bool))
     with jax.set_mesh(context.mesh):
         rollout = respond(context, states["sft"].trainable, context.rows(prompts), jax.random.key(0), greedy)

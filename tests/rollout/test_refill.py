@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_model
+import tiny_decoder
 from scripted_decoder import PAD, Script
 from tiny_context import tiny_context
 from tiny_pictures import seeing_context
@@ -61,13 +61,13 @@ def assert_same(found, expected):
 )
 def test_samples_do_not_depend_on_the_number_of_rows(changes, temperature, rows):
     """Of a backbone, quantized or not, under an adapter."""
-    config = dataclasses.replace(tiny_model.TINY, **changes)
-    model = tiny_model.make_model(dataclasses.replace(config, quantization=None), LoRAConfig(r=3, lora_alpha=6.0))
+    config = dataclasses.replace(tiny_decoder.TINY, **changes)
+    model = tiny_decoder.make_model(dataclasses.replace(config, quantization=None), LoRAConfig(r=3, lora_alpha=6.0))
     if config.quantization:
         params = jax.tree_util.tree_map_with_path(
             lambda path, leaf: quantize_layers(leaf, config.quantization) if path[-1].key == "kernel" else leaf, model.params
         )
-        model = tiny_model.Model(dataclasses.replace(model.decoder, config=config), params, model.lora)
+        model = tiny_decoder.Model(dataclasses.replace(model.decoder, config=config), params, model.lora)
     assert_same(sampled(model, PROMPTS, rows, temperature), sampled(model, PROMPTS, None, temperature))
 
 

@@ -14,7 +14,7 @@ import sys
 sys.path.insert(0, {tests!r})
 
 import re
-import tiny_model
+import tiny_decoder
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +29,7 @@ from pe_rlhf_jax.types import PromptBatch
 
 assert jax.device_count() == 8
 jax.config.update("jax_disable_most_optimizations", True)
-model = tiny_model.make_model(tiny_model.TINY, LoRAConfig(r=3, lora_alpha=6.0))
+model = tiny_decoder.make_model(tiny_decoder.TINY, LoRAConfig(r=3, lora_alpha=6.0))
 lengths = np.arange(8) % 3 + 2
 prompts = PromptBatch(jnp.arange(32).reshape(8, 4) % 29, jnp.arange(4) >= 4 - lengths[:, None])
 everywhere = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), P())
@@ -72,7 +72,7 @@ import sys
 sys.path.insert(0, {tests!r})
 
 import re
-import tiny_model
+import tiny_decoder
 import jax
 import numpy as np
 
@@ -82,7 +82,7 @@ from pe_rlhf_jax.rollout.generate import generate
 from pe_rlhf_jax.sharding import make_mesh, place, place_rows
 from pe_rlhf_jax.types import PromptBatch
 
-model = tiny_model.make_model(tiny_model.TINY, LoRAConfig(r=3, lora_alpha=6.0))
+model = tiny_decoder.make_model(tiny_decoder.TINY, LoRAConfig(r=3, lora_alpha=6.0))
 lengths = np.arange(32) % 3 + 2
 prompts = PromptBatch(np.arange(128).reshape(32, 4) % 29, np.arange(4) >= 4 - lengths[:, None])
 

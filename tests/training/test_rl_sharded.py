@@ -11,7 +11,7 @@ SCRIPT = """
 import sys
 sys.path[:0] = [{tests!r}, {here!r}]
 
-import tiny_model
+import tiny_decoder
 import jax
 import numpy as np
 from tiny_context import tiny_context
@@ -23,7 +23,7 @@ from pe_rlhf_jax.training.rewards import RewardModel, Rewards
 
 assert jax.device_count() == 8
 jax.config.update("jax_disable_most_optimizations", True)
-model = tiny_model.make_model(tiny_model.TINY, LoRAConfig(r=3, lora_alpha=6.0))
+model = tiny_decoder.make_model(tiny_decoder.TINY, LoRAConfig(r=3, lora_alpha=6.0))
 section = dict(steps=3, batch_size=8, num_mini_batches=2, micro_batch_size=4, optimizer=dict(learning_rate=1e-2))
 section |= dict(sampling=dict(max_new_tokens=6, temperature=0.8), missing_eos_penalty=-1.0, kl_target=1.0, normalize_rewards=True)
 

@@ -18,7 +18,7 @@ PAD, END = 0, 1
 
 
 def tiny_context(model, devices: int = 1, **sections: dict) -> Context:
-    """A context over a model of tests/tiny_model.py, with changed configuration, on the first `devices` devices."""
+    """A context over a model of tests/tiny_decoder.py, with changed configuration, on the first `devices` devices."""
     values = {
         "model": {"source": "unused", "logprob_chunk": 16},
         "lora": {"r": model.decoder.lora.r, "lora_alpha": model.decoder.lora.lora_alpha},
