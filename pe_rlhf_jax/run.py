@@ -202,7 +202,7 @@ class Run:
             roles = {"reference": self.outcomes.reference(), "policy": policy}
             rewards = Rewards(self.context, self.outcomes.reward_models())
             with self.progress.stage(evaluate.STAGE, min(self.config.evaluate.prompts, len(data.prompts.validation))) as shown:
-                for done, result in evaluate.policy(self.context, roles, rewards):
+                for done, result in evaluate.policy(self.context, roles, rewards, html.SAMPLES_SHOWN):
                     shown.update(done, {})
                     figures |= result
                     self._stop_if_asked()

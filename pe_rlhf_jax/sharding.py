@@ -117,12 +117,6 @@ def keep_placed(tree: PyTree) -> PyTree:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, _specs(tree, mesh))
 
 
-def rows_split() -> int:
-    """Into how many parts rows are split on the mesh in use (`jax.set_mesh`)."""
-    mesh = _mesh_in_use()
-    return 1 if mesh is None else row_multiple(mesh)
-
-
 def _mesh_in_use() -> AbstractMesh | None:
     """The mesh of `jax.set_mesh`, if it is one of ours with several devices."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -53,3 +53,10 @@ def finish(processes: Sequence[subprocess.Popen], *codes: int, timeout: float = 
     found = [process.returncode for process in processes]
     assert found == list(codes if len(codes) > 1 else codes * len(found)), "\n----\n".join(output[-4000:] for output in outputs)
     return outputs
+
+
+def same_on_eight_devices(script: str) -> None:
+    """Runs a script, which ends by printing `same`, in a process of its own with eight CPU devices."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-4000:]

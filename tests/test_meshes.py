@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import same_on_eight_devices
 
 BEGIN = """
 import dataclasses, itertools, sys
@@ -199,7 +197,5 @@ print("same")
     ],
 )
 def test_eight_devices_do_what_one_does(script):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     begin = BEGIN.format(tests=str(Path(__file__).parent))
-    done = subprocess.run([sys.executable, "-c", begin + script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-4000:]
+    same_on_eight_devices(begin + script)

@@ -1,6 +1,6 @@
 """Data: rows out of files, catalogs or the embedded data set, examples, batches."""
 
-from pe_rlhf_jax.data.batches import BatchOrder, pad_labels, pad_preferences, pad_prompts, pad_sft
+from pe_rlhf_jax.data.batches import BatchOrder, fill, pad_labels, pad_preferences, pad_prompts, pad_sft
 from pe_rlhf_jax.data.formats import LabelExample, PreferenceExample, PromptExample, SFTExample
 from pe_rlhf_jax.data.image_batches import PixelReader, as_read
 from pe_rlhf_jax.data.loading import Data, Split, load
@@ -19,6 +19,7 @@ __all__ = [
     "Split",
     "Vision",
     "as_read",
+    "fill",
     "load",
     "pad_labels",
     "pad_preferences",

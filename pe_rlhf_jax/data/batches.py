@@ -75,7 +75,7 @@ def pad_preferences(
         rows: fill the batch to this many pairs with copies of the first at weight 0.
         in_one_row: whether pairs go into one row of the first number of tokens, rather than into two rows of the second.
     """
-    filled = _fill(examples, rows)
+    filled = fill(examples, rows)
     sides = [side for example in filled for side in (example.chosen, example.rejected)]
     shared = np.array([example.shared for example in filled])
     last: HostArray
@@ -105,7 +105,7 @@ def pad_preferences(
 
 def pad_labels(examples: Sequence[LabelExample], pad_id: int, multiple: int, rows: int | None = None) -> LabelBatch:
     """Right-padded rows with their labels; `multiple` and `rows` as in `pad_preferences`."""
-    filled = _fill(examples, rows)
+    filled = fill(examples, rows)
     texts = [example.tokens for example in filled]
     tokens, mask = _pad(texts, pad_id, _rounded(texts, multiple))
     label: HostArray = np.array([example.label for example in filled], np.float32)
@@ -114,12 +114,13 @@ def pad_labels(examples: Sequence[LabelExample], pad_id: int, multiple: int, row
 
 def pad_prompts(examples: Sequence[PromptExample], pad_id: int, multiple: int, rows: int | None = None) -> PromptBatch:
     """Left-padded prompts; `multiple` and `rows` as in `pad_preferences`."""
-    prompts = [example.tokens for example in _fill(examples, rows)]
+    prompts = [example.tokens for example in fill(examples, rows)]
     tokens, mask = _pad([prompt[::-1] for prompt in prompts], pad_id, _rounded(prompts, multiple))
     return PromptBatch(tokens=tokens[:, ::-1].copy(), mask=mask[:, ::-1].copy())
 
 
-def _fill(examples: Sequence, rows: int | None) -> list:
+def fill(examples: Sequence, rows: int | None) -> list:
+    """The examples, and copies of the first up to `rows`. Raises ValueError for none, and for more than that."""
     if not examples or (rows is not None and rows < len(examples)):
         raise ValueError(f"expected between 1 and {rows or 'any number of'} examples, found {len(examples)}")
     return [*examples, *[examples[0]] * ((rows or len(examples)) - len(examples))]

@@ -48,8 +48,8 @@ class Costs:
         assert self.c.vision is not None
         t = self.c.vision.tower
         tokens, d = t.side**2 + t.class_token, t.hidden_size
-        matrices = 4 * d * d + (3 if t.gated_mlp else 2) * d * t.intermediate_size
-        layer = 2 * matrices + 4 * tokens * d
+        weights = 4 * d * d + (3 if t.gated_mlp else 2) * d * t.intermediate_size
+        layer = 2 * weights + 4 * tokens * d
         return pictures * tokens * (t.num_layers * layer + 2 * 3 * t.patch_size**2 * d)
 
     def update(self, rows: int, tokens: int, logits: int, tuning: str) -> float:

@@ -27,14 +27,13 @@ from pe_rlhf_jax.training.statistics import bootstrap_ci, distinct_n
 from pe_rlhf_jax.types import PyTree, Rollout
 
 STAGE = "evaluate"
-PICTURED = 50
-"""Samples that keep their pictures: as many as the report shows."""
 
 
-def policy(context: Context, roles: dict[str, Role], rewards: Rewards) -> Iterator[tuple[int, dict[str, Any]]]:
+def policy(context: Context, roles: dict[str, Role], rewards: Rewards, pictured: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the number of prompts done and, with the last of them, the figures and samples.
 
-    `roles` holds `reference` and `policy`; `rewards` scores both, before any scaling.
+    `roles` holds `reference` and `policy`; `rewards` scores both, before any scaling. The first `pictured` samples
+    have their prompts' pictures.
     """
     config = context.config.evaluate
     prompts = list(context.split("prompts").validation[: config.prompts])
@@ -47,7 +46,7 @@ def policy(context: Context, roles: dict[str, Role], rewards: Rewards) -> Iterat
         for name, collected in answers.items():
             collected.add(roles, name, respond(context, roles[name], batch, jax.random.fold_in(key, at)), rows)
         done = at + len(rows)
-        yield done, _figures(context.config, prompts, answers) if done == len(prompts) else {}
+        yield done, _figures(context.config, prompts, answers, pictured) if done == len(prompts) else {}
 
 
 class _Answers:
@@ -85,7 +84,7 @@ def _log_ratio(decoder: Decoder, temperature: float, chunk: int, role: Role, ref
     return jax.vmap(masked_sum)(logprobs - ref_logprobs, rollout.response_mask)
 
 
-def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str, _Answers]) -> dict[str, Any]:
+def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str, _Answers], pictured: int) -> dict[str, Any]:
     before, after = answers["reference"], answers["policy"]
     resamples = config.evaluate.bootstrap
     figures: dict[str, Any] = {}
@@ -98,7 +97,7 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
     samples: list[dict[str, Any]] = [
         {"prompt": prompt.text, "reference": a, "policy": b} for prompt, a, b in zip(prompts, before.texts, after.texts, strict=True)
     ]
-    for sample, prompt in zip(samples[:PICTURED], prompts, strict=False):
+    for sample, prompt in zip(samples[:pictured], prompts, strict=False):
         if prompt.pictures:
             sample["images"] = [picture.thumbnail() for picture in prompt.pictures]
     gain = np.asarray(after.scores) - np.asarray(before.scores)

@@ -18,7 +18,7 @@ from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.heads import apply_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_hidden, response_logprobs, response_values, token_logprobs
-from pe_rlhf_jax.sharding import rows_split
+from pe_rlhf_jax.sharding import row_groups
 from pe_rlhf_jax.training.shared_rows import answers_in_a_row
 from pe_rlhf_jax.types import Experience, PyTree, Rollout
 
@@ -47,7 +47,7 @@ def predict(
     `group` neighbouring rows answer one prompt.
     """
     variables = policy.variables(backbone)
-    answers = answers_in_a_row(decoder.config, rollout, group, rows_split())
+    answers = answers_in_a_row(decoder.config, rollout, group, row_groups())
     hidden = response_hidden(decoder, backbone, policy, rollout, answers)
     temperature = config.sampling.temperature
     logprobs, entropy = token_logprobs(hidden, rollout.response, lambda h: decoder.unembed(variables["params"], h), temperature, chunk)
@@ -78,7 +78,7 @@ def make_experience(
     """
     mask = rollout.response_mask
     group_size = config.answers_each
-    answers = answers_in_a_row(decoder.config, rollout, group_size, rows_split())
+    answers = answers_in_a_row(decoder.config, rollout, group_size, row_groups())
     old_logprobs, entropy, values = predict(decoder, config, chunk, backbone, policy, value, rollout, group_size)
     values = jnp.where(mask, values, 0.0)
     ref_logprobs, _ = response_logprobs(decoder, backbone, reference, rollout, config.sampling.temperature, chunk, answers)

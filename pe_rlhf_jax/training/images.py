@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from pe_rlhf_jax.data import PixelReader
+from pe_rlhf_jax.data import PixelReader, fill
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import TOWER
@@ -42,7 +42,7 @@ class ImageEncoder:
 
     def add(self, batch: PyTree, examples: Sequence[Any]) -> PyTree:
         """A host batch with its examples' pictures, and with the places of its prompts; the first example stands for missing ones."""
-        rows = [*examples, *[examples[0]] * (len(batch.tokens) - len(examples))]
+        rows = fill(examples, len(batch.tokens))
         images = self(rows)
         if isinstance(batch, PromptBatch):
             return batch.replace(images=images)

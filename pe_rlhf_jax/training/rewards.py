@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.config import RLConfig
-from pe_rlhf_jax.data import PromptExample
+from pe_rlhf_jax.data import PromptExample, fill
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_scores
-from pe_rlhf_jax.sharding import rows_split
+from pe_rlhf_jax.sharding import row_groups
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.functions import TextFunction, call_function, columns_of, load_function
 from pe_rlhf_jax.training.images import ImageEncoder
@@ -114,8 +114,7 @@ class Rewards:
     def _model(self, name: str, rollout: Rollout, prompts: Sequence[PromptExample], group: int) -> Float[Array, " B"]:
         model = self.models[name]
         if model.encoder is not None:
-            rows = [*prompts, *[prompts[0]] * (len(rollout.prompt) - len(prompts))]
-            rollout = rollout.replace(images=self.context.rows(model.encoder(rows)))
+            rollout = rollout.replace(images=self.context.rows(model.encoder(fill(prompts, len(rollout.prompt)))))
         return _score(model.decoder, group, model.role, model.backbone, rollout)
 
 
@@ -143,5 +142,5 @@ def for_learning(config: RLConfig, total: Float[Array, " B"], statistics: Reward
 @jax.jit(static_argnums=(0, 1))
 def _score(decoder: Decoder, group: int, role: Role, backbone: PyTree, rollout: Rollout) -> Float[Array, " B"]:
     """The score head at each response's last token: the logit, never a probability."""
-    answers = answers_in_a_row(decoder.config, rollout, group, rows_split())
+    answers = answers_in_a_row(decoder.config, rollout, group, row_groups())
     return response_scores(decoder, backbone, role, rollout, answers)

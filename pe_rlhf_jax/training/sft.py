@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.algorithms.sft import cross_entropy
-from pe_rlhf_jax.data import pad_sft
+from pe_rlhf_jax.data import fill, pad_sft
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import features_of, token_logprobs
@@ -59,7 +59,7 @@ def evaluate(context: Context, role: Role) -> float:
     losses, tokens = 0.0, 0.0
     for at in range(0, len(examples), config.batch_size):
         rows = list(examples[at : at + config.batch_size])
-        batch = pad_sft(rows + rows[:1] * (config.batch_size - len(rows)), context.pad_token, context.config.data.length_multiple)
+        batch = pad_sft(fill(rows, config.batch_size), context.pad_token, context.config.data.length_multiple)
         batch.target_mask[len(rows) :] = False
         placed = context.rows(batch, rows)
         total, count = _evaluate(context.decoder, context.config.model.logprob_chunk, role, context.backbone, placed)

@@ -1,5 +1,6 @@
 """Adapters go out in PEFT's format and come back to the bit."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -9,25 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from tiny_decoder import TINY
 
 from pe_rlhf_jax.checkpoint.card import Training
 from pe_rlhf_jax.checkpoint.export import AdapterError, export_policy, export_reward, import_adapter
 from pe_rlhf_jax.config import LoRAConfig
-from pe_rlhf_jax.models.decoder import Decoder, DecoderConfig
+from pe_rlhf_jax.models.decoder import Decoder
 
-CONFIG = DecoderConfig(
-    vocab_size=31,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    rope_theta=1e4,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-)
+CONFIG = dataclasses.replace(TINY, num_layers=3, rope_theta=1e4)
 LORA = LoRAConfig(r=5, lora_alpha=7.5, use_rslora=True)
 SOURCE = {"base_model": "hf:owner/name", "sha256": "0" * 64}
 HEAD = {"kernel": jnp.linspace(-1, 1, 16)[:, None], "bias": jnp.array([0.1], jnp.float32)}

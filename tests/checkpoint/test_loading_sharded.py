@@ -3,10 +3,9 @@ fixes the number of CPU devices at its start."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from processes import same_on_eight_devices
 
 SCRIPT = """
 import sys
@@ -104,7 +103,5 @@ print("same")
 
 
 def test_eight_devices_hold_the_parameters_of_one():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     script = SCRIPT.format(tests=str(Path(__file__).parents[1]))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-4000:]
+    same_on_eight_devices(script)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import same_on_eight_devices
 
 SCRIPT = """
 import sys
@@ -119,7 +117,5 @@ print("same")
 
 @pytest.mark.parametrize("script", [SCRIPT, REFILL], ids=["batch", "refill"])
 def test_eight_devices_give_the_results_of_one(script):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     script = script.format(tests=str(Path(__file__).parents[1]))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-4000:]
+    same_on_eight_devices(script)

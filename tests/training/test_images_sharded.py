@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import same_on_eight_devices
 
 SCRIPT = """
 import sys
@@ -50,8 +48,6 @@ print("same")
 @pytest.mark.slow
 def test_eight_devices_see_what_one_does():
     """Data, fsdp and tensor axes of two, with a frozen tower and with an adapted one."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     here = Path(__file__).parent
     script = SCRIPT.format(tests=str(here.parent), here=str(here))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-4000:]
+    same_on_eight_devices(script)

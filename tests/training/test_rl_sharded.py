@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from processes import same_on_eight_devices
 
 SCRIPT = """
 import sys
@@ -59,8 +58,6 @@ print("same")
 
 def test_eight_devices_train_what_one_does():
     """Data, fsdp and tensor axes of two: the same tokens, and metrics and adapters that are the same to rounding, over three batches."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     here = Path(__file__).parent
     script = SCRIPT.format(tests=str(here.parent), here=str(here))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-4000:]
+    same_on_eight_devices(script)
