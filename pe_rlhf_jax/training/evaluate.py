@@ -37,6 +37,8 @@ def policy(context: Context, roles: dict[str, Role], rewards: Rewards, pictured:
     """
     config = context.config.evaluate
     prompts = list(context.split("prompts").validation[: config.prompts])
+    # Now, not at the end: a file that vanishes meanwhile must not take the figures of a long evaluation with it.
+    thumbnails = [[picture.thumbnail() for picture in prompt.pictures] for prompt in prompts[:pictured]]
     answers = {name: _Answers(context, rewards) for name in ("reference", "policy")}
     key = context.key(STAGE)
     for at in range(0, len(prompts), config.batch_size):
@@ -46,7 +48,7 @@ def policy(context: Context, roles: dict[str, Role], rewards: Rewards, pictured:
         for name, collected in answers.items():
             collected.add(roles, name, respond(context, roles[name], batch, jax.random.fold_in(key, at)), rows)
         done = at + len(rows)
-        yield done, _figures(context.config, prompts, answers, pictured) if done == len(prompts) else {}
+        yield done, _figures(context.config, prompts, answers, thumbnails) if done == len(prompts) else {}
 
 
 class _Answers:
@@ -84,7 +86,7 @@ def _log_ratio(decoder: Decoder, temperature: float, chunk: int, role: Role, ref
     return jax.vmap(masked_sum)(logprobs - ref_logprobs, rollout.response_mask)
 
 
-def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str, _Answers], pictured: int) -> dict[str, Any]:
+def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str, _Answers], thumbnails: list[list[str]]) -> dict[str, Any]:
     before, after = answers["reference"], answers["policy"]
     resamples = config.evaluate.bootstrap
     figures: dict[str, Any] = {}
@@ -97,9 +99,9 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
     samples: list[dict[str, Any]] = [
         {"prompt": prompt.text, "reference": a, "policy": b} for prompt, a, b in zip(prompts, before.texts, after.texts, strict=True)
     ]
-    for sample, prompt in zip(samples[:pictured], prompts, strict=False):
-        if prompt.pictures:
-            sample["images"] = [picture.thumbnail() for picture in prompt.pictures]
+    for sample, shown in zip(samples, thumbnails, strict=False):
+        if shown:
+            sample["images"] = shown
     gain = np.asarray(after.scores) - np.asarray(before.scores)
     spread = float(np.std(before.scores, ddof=1)) if len(prompts) > 1 else 0.0
     rl |= {

@@ -45,7 +45,7 @@ def test_before_is_the_reference_and_after_the_policy(make_context, monkeypatch)
         scores=[2.0, 7.0, 9.0],
         kl=[0.5, 0.1, 0.6],
     )
-    found = evaluate._figures(config, PROMPTS, {"reference": before, "policy": after})
+    found = evaluate._figures(config, PROMPTS, {"reference": before, "policy": after}, thumbnails=[])
     figures = found["rl"]
     expected = {"prompts": 3, "kl_per_response": 0.4, "kl_per_token": 1.2 / 6, "length_before": 2.0, "length_after": 2.0}
     expected |= {"ended_before": 1 / 3, "ended_after": 2 / 3, "reward_before": 3.0, "reward_after": 6.0, "reward_std_before": 2.0}
@@ -66,7 +66,7 @@ def test_before_is_the_reference_and_after_the_policy(make_context, monkeypatch)
         "judge_policy": 4.0,
     }
     after.texts = ["good"] * 3
-    assert evaluate._figures(config, PROMPTS, {"reference": before, "policy": after})["judge"]["delta"] == pytest.approx(2.0)
+    assert evaluate._figures(config, PROMPTS, {"reference": before, "policy": after}, thumbnails=[])["judge"]["delta"] == pytest.approx(2.0)
 
 
 @pytest.mark.usefixtures("quick_compile")
