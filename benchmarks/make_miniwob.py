@@ -9,10 +9,12 @@ from a seed. Which elements are right is read from the task itself: each is clic
 decides.
 
 Writes `screens.jsonl` and `images/*.png` (160 x 210 pixels): `task`, `seed`, `image`, `instruction`, `elements` (`index`, `words`, `box`
-left, top, right, bottom in pixels), `correct`, and as text `prompt`, `chosen` (" click [i]") and `rejected`; `action` and
-`right_elements` serve `pe_rlhf_jax.data.ui_actions:action_match`. A row serves as preference and as prompt. Screens without a right or
-without a wrong element, and screens that came before, are left out. Other seeds (--first-seed) make screens to hold out. It takes about
-two seconds a screen on a 2-core machine.
+left, top, right, bottom in pixels), `correct`, and as text `prompt`, `completion` (" click [i]"), which is also `chosen`, and `rejected`;
+`action` and `right_elements` serve `pe_rlhf_jax.data.ui_actions:action_match`. A row serves SFT, as a preference and as a prompt.
+`boxes.jsonl` has the same screens with prompts in which elements are boxes without words, so that only the picture says what they are.
+`labels.jsonl` has the right and a wrong click on each screen, labelled 1 and 0. Screens without a right or without a wrong element, and
+screens that came before, are left out. Other seeds (--first-seed) make screens to hold out. It takes about two seconds a screen on a
+2-core machine.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from pe_rlhf_jax import package
 
 PACKAGE = "miniwob==1.1.0"
 WIDTH, HEIGHT = 160, 210
+FILES = ("screens", "boxes", "labels")
 TASKS = (
     "click-button",
     "click-color",
@@ -183,27 +186,43 @@ def screen(browser: Browser, address: str, seed: int) -> dict[str, Any]:
     return {"instruction": instruction, "picture": picture, "elements": elements, "correct": correct}
 
 
-def row(task: str, seed: int, found: dict[str, Any]) -> dict[str, Any] | None:
-    """A screen as a row; None where no element is right, or none wrong."""
+def rows(task: str, seed: int, found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """A screen as the rows of each file; no rows where no element is right, or none wrong."""
     elements = [{"index": i, **element} for i, element in enumerate(found["elements"])]
     correct = found["correct"]
     wrong = [element["index"] for element in elements if element["index"] not in correct]
     if not correct or not wrong:
-        return None
-    shown = "".join(f"[{e['index']}] {e['words']} at {e['box']}\n" for e in elements)
-    return {
+        return {}
+    right_click, wrong_click = f" click [{correct[0]}]", f" click [{random.Random(f'{task}:{seed}').choice(wrong)}]"
+    screen = {
         "task": task,
         "seed": seed,
         "image": f"images/{task}-{seed}.png",
         "instruction": found["instruction"],
         "elements": elements,
         "correct": correct,
-        "prompt": f"Instruction: {found['instruction']}\nElements:\n{shown}Action:",
-        "chosen": f" click [{correct[0]}]",
-        "rejected": f" click [{random.Random(f'{task}:{seed}').choice(wrong)}]",
-        "action": f"click [{correct[0]}]",
+        "prompt": _prompt(found["instruction"], [f"[{e['index']}] {e['words']} at {e['box']}" for e in elements]),
+        "completion": right_click,
+        "chosen": right_click,
+        "rejected": wrong_click,
+        "action": right_click.strip(),
         "right_elements": correct,
     }
+    boxes = screen | {"prompt": _prompt(found["instruction"], [f"[{e['index']}] at {e['box']}" for e in elements])}
+    shown = {key: screen[key] for key in ("task", "seed", "image", "prompt")}
+    labels = [shown | {"completion": click, "label": label} for click, label in ((right_click, 1), (wrong_click, 0))]
+    return {"screens": [screen], "boxes": [boxes], "labels": labels}
+
+
+def _prompt(instruction: str, elements: list[str]) -> str:
+    return "\n".join([f"Instruction: {instruction}", "Elements:", *elements, "<image>", "Action:"])
+
+
+def write(folder: Path, written: dict[str, list[dict[str, Any]]]) -> None:
+    """Appends the rows to their files."""
+    for name, values in written.items():
+        with open(folder / f"{name}.jsonl", "a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in values)
 
 
 def pages(folder: Path) -> Path:
@@ -217,25 +236,26 @@ def pages(folder: Path) -> Path:
 def make(folder: Path, screens: int, first_seed: int, tasks: list[str], chromium: str) -> None:
     """Writes the rows of the tasks; says after each how many there are."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / f"{name}.jsonl").write_text("")
     seen: set[str] = set()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         root = pages(Path(place) / "pages")
         browser = Browser(chromium, f"{place}/profile")
         try:
-            with open(folder / "screens.jsonl", "w", encoding="utf-8") as lines:
-                for task in tasks:
-                    made, seed = 0, first_seed
-                    while made < screens and seed < first_seed + 4 * screens:
-                        found = screen(browser, (root / f"{task}.html").as_uri(), seed)
-                        same = hashlib.sha256(found["picture"] + found["instruction"].encode()).hexdigest()
-                        values = row(task, seed, found)
-                        if values is not None and same not in seen:
-                            (folder / values["image"]).write_bytes(found["picture"])
-                            lines.write(json.dumps(values) + "\n")
-                            made += 1
-                        seen.add(same)
-                        seed += 1
-                    print(f"{task}: {made} screens of {seed - first_seed} episodes", flush=True)
+            for task in tasks:
+                made, seed = 0, first_seed
+                while made < screens and seed < first_seed + 4 * screens:
+                    found = screen(browser, (root / f"{task}.html").as_uri(), seed)
+                    same = hashlib.sha256(found["picture"] + found["instruction"].encode()).hexdigest()
+                    written = rows(task, seed, found)
+                    if written and same not in seen:
+                        (folder / written["screens"][0]["image"]).write_bytes(found["picture"])
+                        write(folder, written)
+                        made += 1
+                    seen.add(same)
+                    seed += 1
+                print(f"{task}: {made} screens of {seed - first_seed} episodes", flush=True)
         finally:
             browser.close()
 

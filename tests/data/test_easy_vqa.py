@@ -56,7 +56,7 @@ def test_rows_show_picture_question_and_answer(data):
     tokenizer = make_tokenizer()
     loaded = load(DataConfig(source="easy-vqa"), tokenizer, needs={"sft", "prompts"}, vision=VISION)
     example = loaded.prompts.validation[1]
-    assert tokenizer.decode(example.tokens) == "**Question: what is it, test 1?\nAnswer:" and example.columns == {
+    assert tokenizer.decode(example.tokens) == "Question: what is it, test 1?\n**\nAnswer:" and example.columns == {
         "answer": "no",
         "question": "what is it, test 1?",
     }

@@ -94,9 +94,16 @@ def test_screens_become_rows_that_the_pipeline_reads(chromium, tmp_path, tokeniz
     assert action_match(["", ""], [row["rejected"] for row in rows], **columns) == [0, 0]
     vision = Vision(ImagePrompt("<image>", "*", 1), ImageProcessing((0, 0, 0), (1, 1, 1), size=(4, 4)))
     file = str(folder / "screens.jsonl")
-    for kind in ("preference", "prompts"):
+    for kind in ("sft", "preference", "prompts"):
         found = getattr(Reader(tokenizer, Skipped(), vision=vision), kind)(read(file, Skipped()))
         assert [(row.pictures[0].height, row.pictures[0].width) for row in found] == [(210, 160)] * 2
+    boxes = [json.loads(line) for line in (folder / "boxes.jsonl").read_text().splitlines()]
+    assert boxes[0]["prompt"].startswith("Instruction: Click number 0.\nElements:\n[0] at [2, 52, 31, 74]\n[1] at")
+    assert [{**row, "prompt": ""} for row in boxes] == [{**row, "prompt": ""} for row in rows]
+    labels = Reader(tokenizer, Skipped(), vision=vision).label(read(str(folder / "labels.jsonl"), Skipped()))
+    assert [(row.label, row.texts[0].response) for row in labels] == [
+        (label, row[side]) for row in rows for label, side in ((1.0, "chosen"), (0.0, "rejected"))
+    ]
 
 
 def test_screens_that_decide_nothing_or_came_before_are_left_out(chromium, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from pe_rlhf_jax.data.images import Picture
 from pe_rlhf_jax.data.sources import Skipped
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_logprobs
-from pe_rlhf_jax.training import evaluate, images, reward, rl, sft
+from pe_rlhf_jax.training import evaluate, images, loop, reward, rl, sft
 from pe_rlhf_jax.training.reward_kinds import label_scores, pair_scores
 from pe_rlhf_jax.training.rewards import RewardModel, Rewards, _score
 from pe_rlhf_jax.training.rollouts import respond
@@ -203,6 +204,7 @@ def test_pictures_are_decoded_when_a_batch_needs_them(monkeypatch, quick_compile
     }
     context = dataclasses.replace(context, data=dataclasses.replace(context.data, **splits))
     decoded, decode = [], Picture.decode
+    monkeypatch.setattr(loop, "ahead", lambda make, start: map(make, itertools.count(start)))  # no batch but the step's own
     monkeypatch.setattr(Picture, "decode", lambda picture: (decoded.append(picture.key), decode(picture))[1])
     next(sft.run(context, sft.init(context)))
     assert len(decoded) == context.config.sft.batch_size
