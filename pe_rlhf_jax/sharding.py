@@ -190,7 +190,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
         sizes["rl.sampling.max_num_seqs"] = config.rl.sampling.max_num_seqs
     for field, size in sizes.items():
         # A pair is two rows.
-        multiple = -(-devices // 2) if field == "reward.micro_batch_size" and config.reward.kind == "pairs" else devices
+        multiple = -(-devices // 2) if field == "reward.micro_batch_size" and config.reward.kind != "labels" else devices
         if size is not None and size % multiple:
             raise ConfigError(
                 f"{field} {size} must be a multiple of {multiple}, for the {devices} devices along mesh axes data and fsdp: "

@@ -208,8 +208,10 @@ class SFTConfig(Section):
 
 
 class RewardConfig(Section):
-    kind: Literal["pairs", "labels"] = Field(
-        "pairs", description="Learn from preference pairs (Bradley-Terry), or from responses labelled 0 or 1 (logistic)."
+    kind: Literal["pairs", "labels", "pairs-as-labels"] = Field(
+        "pairs",
+        description="Learn from preference pairs (Bradley-Terry); from responses labelled 0 or 1 (logistic); or from the two sides of "
+        "preference pairs as responses labelled 1 and 0 (logistic), which stand in one row behind their prompt.",
     )
     tuning: Literal["lora", "full"] = Field("lora", description="Train an adapter and the score head, or backbone and head.")
     start_from: Literal["base", "sft"] = Field("base", description="Start the adapter fresh on the backbone, or from the SFT adapter.")
@@ -221,7 +223,7 @@ class RewardConfig(Section):
     center_rewards_coefficient: float = Field(0.0, ge=0, description="Weight of the squared sum of a pair's scores.")
     balance_classes: bool = Field(False, description="labels: weigh both classes alike, however rare one of them is.")
     evaluate_every: int = Field(
-        50, ge=1, description="Updates between evaluations; the checkpoint of the best one (accuracy; labels: AUC) is kept and used."
+        50, ge=1, description="Updates between evaluations; the checkpoint of the best one (accuracy; of labels: AUC) is kept and used."
     )
     evaluation_pairs: int = Field(256, ge=1, description="Held-out pairs, or labelled rows, used at an evaluation during training.")
     early_stopping: int | None = Field(

@@ -77,7 +77,7 @@ class Costs:
         if stage == sft.STAGE:
             return self.update(config.sft.batch_size, text, text, config.sft.tuning)
         if stage == reward.STAGE:
-            rows, text = longest_pair(config, self.c, self.devices) if config.reward.kind == "pairs" else (1, text)
+            rows, text = longest_pair(config, self.c, self.devices) if config.reward.kind != "labels" else (1, text)
             return self.update(rows * config.reward.batch_size, text, 0, config.reward.tuning)
         one, rows, response = config.rl, config.rl.batch_size, sampling.max_new_tokens
         values = one.has_critic and one.value_model == "adapter"

@@ -66,7 +66,7 @@ def finish(context: Context, sft: Role, state: TrainState) -> tuple[Role, dict[s
     """
     config, trained = context.config.reward, state.trainable
     figures = {"best_step": int(state.step), "skipped_updates": int(state.skipped)}
-    if config.kind == "labels":
+    if config.kind != "pairs":
         return trained, figures
     pairs = context.split("preference").train[: config.evaluation_pairs]
     mean = float(np.mean(np.concatenate(kind_of(config).scores(context, whole(context, sft, trained), pairs))))

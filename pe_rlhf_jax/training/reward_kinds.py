@@ -1,4 +1,4 @@
-"""The two kinds of data that a reward model learns from, preference pairs and 0/1 labels, behind one face. Letter: B rows."""
+"""The ways in which a reward model learns: from preference pairs, 0/1 labels, or pairs as labels; behind one face. Letter: B rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Statistics = dict[str, Array]
 
 
 class Kind(Protocol):
-    """What the reward stage and its evaluation need to know of a kind of data."""
+    """What the reward stage and its evaluation need to know of a way of learning."""
 
     data: Literal["preference", "label"]
     select: str
@@ -140,10 +140,7 @@ class Labels:
         return _in_batches(context, rows, of)
 
     def quick(self, rows: Sequence[LabelExample], *scores: np.ndarray) -> dict[str, float]:
-        labels = _labels(rows)
-        loss, figures = logistic(jnp.asarray(scores[0]), jnp.asarray(labels, jnp.float32))
-        values = {"loss": float(loss)} | {name: float(value) for name, value in figures.items()}
-        return values | {"auc": area_under_curve(scores[0], labels)}
+        return _quick_of_labels(scores[0], _labels(rows))
 
     def figures(self, rows: Sequence[LabelExample], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
         labels = _labels(rows)
@@ -161,7 +158,50 @@ class Labels:
         }
 
 
-KINDS: dict[str, Kind] = {"pairs": Pairs(), "labels": Labels()}
+class PairsAsLabels(Pairs):
+    """Both sides of preference pairs, labelled 1 and 0, logistic loss.
+
+    The scores mean what those of `Labels` mean. In the gradient, what a right and a wrong answer to one prompt have in common cancels out;
+    answers to different prompts differ by more than right and wrong do.
+    """
+
+    select = "auc"
+
+    def loss(
+        self, config: RewardConfig, decoder: Decoder, role: Role, backbone: PyTree, batch: Any, total: Array, key: jax.Array | None
+    ) -> tuple[Float[Array, ""], Statistics]:
+        chosen, rejected = pair_scores(decoder, role, backbone, batch, key)
+        labels = jnp.concatenate([jnp.ones_like(chosen), jnp.zeros_like(rejected)])
+        return logistic(jnp.concatenate([chosen, rejected]), labels, weight=jnp.tile(batch.weight, 2) / 2, total=total)
+
+    def quick(self, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
+        return _quick_of_labels(np.concatenate(scores), np.repeat([1.0, 0.0], len(rows)))
+
+    def figures(self, rows: Sequence[PreferenceExample], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
+        chosen, rejected = scores
+        both, labels = np.concatenate(scores), np.repeat([1.0, 0.0], len(rows))
+        right = ((np.sign(chosen) - np.sign(rejected)) / 2 + 1) / 2  # of a pair: its sides go together
+        return {
+            "accuracy": float(np.mean(right)),
+            "ci": bootstrap_ci(right, resamples),
+            "auc": area_under_curve(both, labels),
+            "auc_ci": bootstrap_auc_ci(both, labels, resamples),
+            "pairwise_accuracy": float(np.mean(pairwise_right(chosen, rejected))),
+            "rows": len(both),
+            "positive_share": 0.5,
+            "loss": self.quick(rows, *scores)["loss"],
+            "calibration": label_calibration(both, labels),
+            "by_length": accuracy_by(np.asarray([max(len(pair.chosen), len(pair.rejected)) for pair in rows]), right),
+        }
+
+
+KINDS: dict[str, Kind] = {"pairs": Pairs(), "labels": Labels(), "pairs-as-labels": PairsAsLabels()}
+
+
+def _quick_of_labels(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    loss, figures = logistic(jnp.asarray(scores), jnp.asarray(labels, jnp.float32))
+    values = {"loss": float(loss)} | {name: float(value) for name, value in figures.items()}
+    return values | {"auc": area_under_curve(scores, labels)}
 
 
 def _pad_pairs(context: Context, rows: Sequence[PreferenceExample], size: int | None = None) -> PreferenceBatch:

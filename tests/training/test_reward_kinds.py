@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pe_rlhf_jax.algorithms.reward import logistic
-from pe_rlhf_jax.data import LabelExample, Split
+from pe_rlhf_jax.data import LabelExample, PreferenceExample, Split
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import reward
-from pe_rlhf_jax.training.reward_kinds import Labels
+from pe_rlhf_jax.training.reward_kinds import KINDS, Labels
 from pe_rlhf_jax.training.statistics import accuracy_by, area_under_curve, bootstrap_auc_ci, label_calibration
 
 END = 1
@@ -101,6 +102,43 @@ def test_a_model_of_labels_learns_them(labelled, tuning):
     found = reward.evaluate(context, reward.whole(context, Role(), trained))
     assert found["auc_ci"][0] <= found["auc"] <= found["auc_ci"][1]
     assert found["rows"] == 24 and found["positive_share"] == 0.5
+
+
+def test_pairs_as_labels_have_the_loss_and_figures_of_their_sides(labelled):
+    """The same rows as pairs, in one row each, and one by one as labels."""
+    context = labelled(batch_size=4)
+    rng = np.random.default_rng(3)
+    pairs = []
+    for _ in range(6):
+        prompt = rng.integers(10, 31, 4)
+        pairs.append(PreferenceExample(*(np.append(prompt, [*rng.integers(10, 31, 2), END]).astype(np.int32) for _ in range(2))))
+    sides = [LabelExample(pair.chosen, 1.0) for pair in pairs] + [LabelExample(pair.rejected, 0.0) for pair in pairs]
+    role, config = reward.init(context, Role()).trainable, context.config.reward
+    found = []
+    for kind, rows in ((KINDS["pairs-as-labels"], pairs), (KINDS["labels"], sides)):
+        batch = context.rows(kind.collator(context)(rows))
+
+        def loss(role, kind=kind, batch=batch):
+            return kind.loss(config, context.decoder, role, context.backbone, batch, jnp.sum(batch.weight), None)
+
+        figures = kind.figures(rows, 200, *kind.scores(context, role, rows))
+        shown = {key: figures[key] for key in ("accuracy", "auc", "rows", "loss", "calibration")}
+        found.append((jax.value_and_grad(loss, has_aux=True)(role), shown))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *found)
+    assert found[0][1]["rows"] == 12
+
+
+def test_a_model_of_pairs_as_labels_learns_them_and_keeps_its_zero(labelled):
+    context = labelled(steps=40, batch_size=4, evaluate_every=40, optimizer={"learning_rate": 1e-2})
+    good, bad = ([row for row in context.data.label.train if row.label == label] for label in (1.0, 0.0))
+    pairs = [PreferenceExample(a.tokens, b.tokens) for a, b in zip(good, bad, strict=True)]
+    config = context.config.model_copy(update={"reward": context.config.reward.model_copy(update={"kind": "pairs-as-labels"})})
+    context = dataclasses.replace(context, config=config, data=dataclasses.replace(context.data, preference=Split(pairs, pairs)))
+    *_, (state, metrics) = reward.run(context, Role(), reward.init(context, Role()))
+    assert metrics["eval/auc"] > 0.99
+    trained, _ = reward.finish(context, Role(), state)
+    np.testing.assert_array_equal(trained.head["bias"], state.trainable.head["bias"])
+    assert reward.evaluate(context, reward.whole(context, Role(), trained))["accuracy"] > 0.95
 
 
 def test_balanced_classes_weigh_alike(labelled):
