@@ -12,9 +12,8 @@ Writes `screens.jsonl` and `images/*.png` (160 x 210 pixels): `task`, `seed`, `i
 left, top, right, bottom in pixels), `correct`, and as text `prompt`, `completion` (" click [i]"), which is also `chosen`, and `rejected`;
 `action` and `right_elements` serve `pe_rlhf_jax.data.ui_actions:action_match`. A row serves SFT, as a preference and as a prompt.
 `boxes.jsonl` has the same screens with prompts in which elements are boxes without words, so that only the picture says what they are.
-`labels.jsonl` has the right and a wrong click on each screen, labelled 1 and 0. Screens without a right or without a wrong element, and
-screens that came before, are left out. Other seeds (--first-seed) make screens to hold out. It takes about two seconds a screen on a
-2-core machine.
+Screens without a right or without a wrong element, and screens that came before, are left out. Other seeds (--first-seed) make screens to
+hold out. It takes about two seconds a screen on a 2-core machine.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from pe_rlhf_jax import package
 
 PACKAGE = "miniwob==1.1.0"
 WIDTH, HEIGHT = 160, 210
-FILES = ("screens", "boxes", "labels")
+FILES = ("screens", "boxes")
 TASKS = (
     "click-button",
     "click-color",
@@ -186,8 +185,8 @@ def screen(browser: Browser, address: str, seed: int) -> dict[str, Any]:
     return {"instruction": instruction, "picture": picture, "elements": elements, "correct": correct}
 
 
-def rows(task: str, seed: int, found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """A screen as the rows of each file; no rows where no element is right, or none wrong."""
+def rows(task: str, seed: int, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A screen as the row of each file; no rows where no element is right, or none wrong."""
     elements = [{"index": i, **element} for i, element in enumerate(found["elements"])]
     correct = found["correct"]
     wrong = [element["index"] for element in elements if element["index"] not in correct]
@@ -209,20 +208,18 @@ def rows(task: str, seed: int, found: dict[str, Any]) -> dict[str, list[dict[str
         "right_elements": correct,
     }
     boxes = screen | {"prompt": _prompt(found["instruction"], [f"[{e['index']}] at {e['box']}" for e in elements])}
-    shown = {key: screen[key] for key in ("task", "seed", "image", "prompt")}
-    labels = [shown | {"completion": click, "label": label} for click, label in ((right_click, 1), (wrong_click, 0))]
-    return {"screens": [screen], "boxes": [boxes], "labels": labels}
+    return {"screens": screen, "boxes": boxes}
 
 
 def _prompt(instruction: str, elements: list[str]) -> str:
     return "\n".join([f"Instruction: {instruction}", "Elements:", *elements, "<image>", "Action:"])
 
 
-def write(folder: Path, written: dict[str, list[dict[str, Any]]]) -> None:
+def write(folder: Path, written: dict[str, dict[str, Any]]) -> None:
     """Appends the rows to their files."""
-    for name, values in written.items():
+    for name, row in written.items():
         with open(folder / f"{name}.jsonl", "a", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(row) + "\n" for row in values)
+            lines.write(json.dumps(row) + "\n")
 
 
 def pages(folder: Path) -> Path:
@@ -250,7 +247,7 @@ def make(folder: Path, screens: int, first_seed: int, tasks: list[str], chromium
                     same = hashlib.sha256(found["picture"] + found["instruction"].encode()).hexdigest()
                     written = rows(task, seed, found)
                     if written and same not in seen:
-                        (folder / written["screens"][0]["image"]).write_bytes(found["picture"])
+                        (folder / written["screens"]["image"]).write_bytes(found["picture"])
                         write(folder, written)
                         made += 1
                     seen.add(same)

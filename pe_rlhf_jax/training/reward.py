@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pe_rlhf_jax.config import RewardConfig
-from pe_rlhf_jax.models.heads import init_head
+from pe_rlhf_jax.models.heads import init_head, zero_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.loop import Metrics, updates
@@ -31,11 +31,13 @@ def kind_of(config: RewardConfig) -> Kind:
 def init(context: Context, sft: Role) -> TrainState:
     """The state before the first update: a fresh head, and an adapter that is fresh or, with `start_from: sft`, the reference's.
 
-    With `reward.adapter`, that adapter and its head.
+    With `reward.adapter`, that adapter and its head. A head for labels starts at 0: all that hidden states have in common, which is most
+    of them, would otherwise move the scores of all rows alike, and steps would follow that rather than what tells right from wrong.
     """
     config = context.config.reward
     role = context.start(sft if config.start_from == "sft" else context.reward_base, config.tuning, STAGE)
-    head = role.head or init_head(context.key(f"{STAGE}/head"), context.decoder.config.hidden_size)
+    size = context.decoder.config.hidden_size
+    head = role.head or (init_head(context.key(f"{STAGE}/head"), size) if config.kind == "pairs" else zero_head(size))
     return new_state(role.replace(head=head).trained(config.tuning), make_optimizer(config.optimizer, config.steps, config.tuning))
 
 

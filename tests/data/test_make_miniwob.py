@@ -100,10 +100,6 @@ def test_screens_become_rows_that_the_pipeline_reads(chromium, tmp_path, tokeniz
     boxes = [json.loads(line) for line in (folder / "boxes.jsonl").read_text().splitlines()]
     assert boxes[0]["prompt"].startswith("Instruction: Click number 0.\nElements:\n[0] at [2, 52, 31, 74]\n[1] at")
     assert [{**row, "prompt": ""} for row in boxes] == [{**row, "prompt": ""} for row in rows]
-    labels = Reader(tokenizer, Skipped(), vision=vision).label(read(str(folder / "labels.jsonl"), Skipped()))
-    assert [(row.label, row.texts[0].response) for row in labels] == [
-        (label, row[side]) for row in rows for label, side in ((1.0, "chosen"), (0.0, "rejected"))
-    ]
 
 
 def test_screens_that_decide_nothing_or_came_before_are_left_out(chromium, tmp_path, capsys):
