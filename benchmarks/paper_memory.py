@@ -3,7 +3,8 @@
     python benchmarks/paper_memory.py --config configs/llama3_8b.yaml --model-config configs/shapes/llama3_8b.json --topology v5e:4x4 \\
         --stage rl --modes shared separate full [--set rl.batch_size=32]
 
-The updates are those of a run, compiled by the slice's own compiler (extra `tpu-plan`); nothing is loaded or run. Modes:
+The updates are those of a run, compiled by the slice's own compiler (extra `tpu-plan`); nothing is loaded or run. `--topology local` is
+this machine's CPU. Modes:
 
     shared      adapters, all roles on one backbone
     separate    adapters; the reward model on a backbone of its own, as in the paper (RL only)

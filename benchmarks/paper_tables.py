@@ -11,6 +11,9 @@ What is compared, per stage:
 Memory is what the compiler reports: everything resident (parameters, adapters, optimizer) and the largest need of any program of the
 step on top of it. Times are medians of `--steps` runs after one that compiled, the two sides taking turns, with random weights of the
 model's shape (the work is the same) and responses of full length. The paper's own figures stand beside.
+
+Rows of a model that sees have one picture each, whose features are there already: the frozen tower, one for all roles on both sides,
+makes them once.
 """
 
 from __future__ import annotations
@@ -34,8 +37,8 @@ from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.checkpoint import source
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.data import PreferenceExample
-from pe_rlhf_jax.models.roles import Role, Tuning
-from pe_rlhf_jax.plan.programs import abstract_context
+from pe_rlhf_jax.models.roles import TOWER, Role, Tuning
+from pe_rlhf_jax.plan.programs import _images, abstract_context
 from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.training import reward, rl
@@ -77,8 +80,7 @@ def reward_twin(context: Context) -> Twin:
     loss = reward._loss(context, reward.kind_of(config))
     step = make_step(loss, lambda batch: jnp.sum(batch.weight), optimizer, config.batch_size, config.micro_batch_size)
     batch = _batch(context)
-    # Full tuning trains a copy; the backbone it began from is not read by the step and need not stay.
-    frozen = (context.backbone if config.tuning == "lora" else {}, Role())
+    frozen = (_kept(context, config.tuning), Role())
     compiled = step.lower(state, frozen, batch, jax.random.key(0)).compile()
     trained, memory = sum(x.size for x in jax.tree.leaves(state.trainable)), size((state, frozen)) + _need(compiled)
 
@@ -95,18 +97,19 @@ def reward_twin(context: Context) -> Twin:
 def rl_twin(context: Context) -> Twin:
     """A whole step of RL. With full tuning every role has parameters of its own."""
     config, full = context.config.rl, context.config.rl.tuning == "full"
-    copies = [jax.tree.map(lambda x: jnp.array(x, copy=True), context.backbone) if full else None for _ in range(2)]
+    copied = {name: tree for name, tree in context.backbone.items() if name != TOWER}
+    copies = [jax.tree.map(lambda x: jnp.array(x, copy=True), copied) if full else None for _ in range(2)]
     head = reward.init(context, Role()).trainable.head
     adapter = None if full else context.decoder.init_lora(jax.random.key(1))
     reference, model = Role(params=copies[0]), Role(lora=adapter, head=head, params=copies[1])
     state = rl.init(context, reference, model)
     frozen_roles = rl._frozen(context, reference, model)
-    backbone: PyTree = {} if full else context.backbone
+    backbone = _kept(context, config.tuning)
     frozen = rl.Frozen(backbone, frozen_roles, state.kl_coef)
     rows = config.batch_size // rl._mini_batches(config)
     learn = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), rows, config.micro_batch_size)
     tokens, mask = _tokens(context, config.batch_size, _rounded(context, context.config.data.max_prompt_length))
-    prompts, chunk = PromptBatch(tokens, mask), context.config.model.logprob_chunk
+    prompts, chunk = _seeing(context, PromptBatch(tokens, mask)), context.config.model.logprob_chunk
     train, decoder, group = state.train, context.decoder, config.answers_each
     sampler = Sampler(decoder, config.sampling, (), 0)
 
@@ -238,11 +241,28 @@ def _batch(context: Context) -> PyTree:
     config, data = context.config.reward, context.config.data
     if config.kind == "labels":
         one = jnp.ones(config.batch_size)
-        return LabelBatch(*_tokens(context, config.batch_size, _longest(context)), one, one)
+        return _seeing(context, LabelBatch(*_tokens(context, config.batch_size, _longest(context)), one, one))
     words = np.random.default_rng(0).integers(0, context.decoder.config.vocab_size, (config.batch_size, _longest(context))).astype(np.int32)
     prompts, answers = words[:, : data.max_prompt_length], words[:, data.max_prompt_length :]
     sides = [np.concatenate([prompts, side], axis=1) for side in (answers, answers[:, ::-1])]
-    return reward.kind_of(config).collator(context)([PreferenceExample(*pair) for pair in zip(*sides, strict=True)])
+    return _seeing(context, reward.kind_of(config).collator(context)([PreferenceExample(*pair) for pair in zip(*sides, strict=True)]))
+
+
+def _kept(context: Context, tuning: Tuning) -> PyTree:
+    """What stays of the backbone: full tuning trains a copy, and the one that it began from is not read and need not stay."""
+    return {name: tree for name, tree in context.backbone.items() if tuning == "lora" or name == TOWER}
+
+
+def _seeing(context: Context, batch: PyTree) -> PyTree:
+    """The batch with one picture a row, for a model that sees."""
+    images = _images(context, len(batch.tokens))
+    if images is None:
+        return batch
+    images = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), images)
+    if isinstance(batch, PromptBatch):
+        return batch.replace(images=images)
+    prompt = jnp.arange(batch.tokens.shape[-1]) < context.config.data.max_prompt_length
+    return batch.replace(prompt_mask=jnp.broadcast_to(prompt, batch.tokens.shape), images=images)
 
 
 def _longest(context: Context) -> int:

@@ -224,21 +224,19 @@ class Run:
             told = self._training(name, summary)
             if role is None or (role.lora is None and role.params is None):
                 self.progress.warn(f"export: the {name} model was not trained")
-            elif name == "reward" and self.backbone.config.vision is not None:
-                self.progress.warn("export: transformers has no class for a reward model that sees; this one stays in checkpoints/")
-                continue
             elif role.lora is None or role.params is not None:
                 other = "" if config.merged else "; export.merged writes it whole"
                 self.progress.warn(f"export: the {name} model has weights of its own, to which no adapter of the backbone belongs{other}")
-            elif name == "policy":
+            else:
                 # What it trains whole is written as a sum.
                 whole = hosts.fetch({name: self.context.backbone[name] for name in role.lora if name == WHOLE})
-                lora = hosts.fetch(role.lora)
-                write = functools.partial(export.export_policy, folder, lora, self.config.lora, training=told, backbone=whole, **common)
-                hosts.once(write)
-            else:
                 lora, head = hosts.fetch((role.lora, role.head))
-                hosts.once(functools.partial(export.export_reward, folder, lora, head, self.config.lora, training=told, **common))
+                settings = {"config": self.config.lora, "training": told, "backbone": whole, **common}
+                if name == "policy":
+                    write = functools.partial(export.export_policy, folder, lora, **settings)
+                else:
+                    write = functools.partial(export.export_reward, folder, lora, head, family=self.backbone.family, **settings)
+                hosts.once(write)
             if config.merged and role is not None:
                 target, head = self.folder / "export" / "merged" / name, role.head if name == "reward" else None
                 lora, head = hosts.fetch((role.lora, head))

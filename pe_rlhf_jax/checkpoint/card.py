@@ -7,18 +7,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 from huggingface_hub import ModelCardData
 
 from pe_rlhf_jax.config import Config
+from pe_rlhf_jax.models.families import Family
+from pe_rlhf_jax.types import PyTree
 
 Kind = Literal["policy", "reward"]
 _SECTIONS: dict[Kind, tuple[str, ...]] = {"policy": ("sft", "rl"), "reward": ("reward",)}
 _PIPELINE = {"policy": "text-generation", "reward": "text-classification"}
 SCORING = """
-A text's score is the only logit; it is read at the last token that is not padding, so `model.config.pad_token_id` must be set. A text ends
-with the end token, as in training. The head was trained with a bias, for which a sequence classifier has no place: add {bias!r} for the
-same number. It changes no comparison.
+A text's score is the only logit: `score.weight` times the last hidden state at the last token that is not padding, so
+`model.config.get_text_config().pad_token_id` must be set. A text ends with the end token, as in training. The head was trained with a
+bias, for which a sequence classifier has no place: add {bias!r} for the same number. It changes no comparison.
+"""
+SEEING = """
+Pictures go in as the backbone's processor makes them, and prompt and answer as one text. `token_type_ids` are needed where the processor
+makes them; PaliGemma's are 0 at the prompt, which is read in both directions, and 1 at the answer (the processor's `suffix`).
+"""
+_UNKNOWN = """\
+from transformers import {prefix}PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+
+
+class {name}(GenericForSequenceClassification, {prefix}PreTrainedModel):
+    pass  # transformers has all of it but the class
 """
 _DATA = {"sft": "sft", "reward": "preference", "rl": "prompts"}
 
@@ -68,6 +83,23 @@ def training(
     tags = ["rlhf", *([config.rl.algorithm] if "rl" in done else []), *(["reward-model"] if kind == "reward" else [])]
     text = yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True)
     return Training(recipe, figures, command, text, tuple(dict.fromkeys(datasets)), tags, license)
+
+
+def scorer(family: Family) -> tuple[str, str]:
+    """The class of a reward model on a backbone of the family, and the lines of Python that import or define it."""
+    if family.has_classifier:
+        return "AutoModelForSequenceClassification", "from transformers import AutoModelForSequenceClassification"
+    return family.classifier, _UNKNOWN.format(prefix=family.class_prefix, name=family.classifier)
+
+
+def scoring(family: Family, head: PyTree) -> str:
+    """What a reward model's logit is, in Markdown."""
+    return SCORING.format(bias=score_bias(head)) + (SEEING if family.image_prompt else "")
+
+
+def score_bias(head: PyTree) -> float:
+    """What a sequence classifier has no place for."""
+    return float(np.asarray(head["bias"], np.float32)[0])
 
 
 def card(kind: Kind, merged: bool, base_model: str, sha256: str, rows: Mapping[str, Any], usage: str, training: Training | None) -> str:

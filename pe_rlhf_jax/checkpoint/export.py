@@ -2,7 +2,7 @@
 
 The reward model's score head becomes the `score` of a sequence classifier with one label, which has no bias: ours goes into the header of
 the weight file (key `score_bias`) and into the README. Loaded by PEFT, scores are lower by that constant; no comparison of two texts
-changes.
+changes. Of most families that see transformers has no such class, but everything of it: the README has the lines that define it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from pe_rlhf_jax.checkpoint.card import SCORING, Kind, Training, card
+from pe_rlhf_jax.checkpoint.card import Kind, Training, card, score_bias, scorer, scoring
 from pe_rlhf_jax.checkpoint.folder import written_whole
 from pe_rlhf_jax.checkpoint.peft_import import CONFIG_FILE, SCORE, WEIGHTS_FILE, AdapterError, import_adapter
 from pe_rlhf_jax.checkpoint.peft_layout import PREFIX, adapted_modules, modules_to_save, pack, patterns, saved_whole, target_modules
 from pe_rlhf_jax.config import LoRAConfig
-from pe_rlhf_jax.models.families import Weight, join
-from pe_rlhf_jax.models.families.llama import LINEAR_LAYERS
+from pe_rlhf_jax.models.families import Family, Weight, join
+from pe_rlhf_jax.models.families.llama import LINEAR_LAYERS, LLAMA
 from pe_rlhf_jax.types import PyTree
 
 __all__ = ["AdapterError", "export_policy", "export_reward", "import_adapter"]
@@ -50,11 +50,9 @@ def export_policy(
     Raises:
         ValueError: the adapter is not of that family, or trains modules whole and the backbone is not given.
     """
-    whole = saved_whole(lora, weights)
-    if whole and backbone is None:
-        raise ValueError(f"the adapter trains {', '.join(modules_to_save(whole))} whole, of which the sum is written: give the backbone")
-    tensors = {PREFIX + weight.name: _sum(weight, backbone, lora) for weight in whole}
-    usage = _USAGE.format(auto="AutoModelForImageTextToText" if _sees(weights) else "AutoModelForCausalLM", arguments="")
+    auto = "AutoModelForImageTextToText" if any(weight.leaf[0] == "vision" for weight in weights) else "AutoModelForCausalLM"
+    usage = _USAGE.format(imported=f"from transformers import {auto}", auto=auto, arguments="")
+    tensors = _sums(lora, weights, backbone)
     _export(folder, lora, config, "policy", base_model, sha256, training, weights, tensors, header={}, usage=usage)
 
 
@@ -68,20 +66,19 @@ def export_reward(
     sha256: str,
     training: Training | None = None,
     weights: Sequence[Weight] = LINEAR_LAYERS,
+    backbone: PyTree | None = None,
+    family: Family = LLAMA,
 ) -> None:
-    """Write a reward model's adapter and score head for the backbone's sequence classifier. Arguments as for `export_policy`.
+    """Write a reward model's adapter and score head for the backbone's sequence classifier. Arguments and errors as of `export_policy`.
 
     Args:
         head: {"kernel": [D, 1], "bias": [1]}.
-
-    Raises:
-        ValueError: the backbone sees pictures: transformers has no sequence classifier for most of these.
+        family: the backbone's, whose classifier the README loads.
     """
-    if _sees(weights):
-        raise ValueError("expected a reward model on a backbone for text; on one with images it cannot be written in PEFT's format yet")
-    bias = float(np.asarray(head["bias"], np.float32)[0])
-    usage = _USAGE.format(auto="AutoModelForSequenceClassification", arguments=", num_labels=1") + SCORING.format(bias=bias)
-    tensors, header = {SCORE: np.asarray(head["kernel"]).T}, {"score_bias": repr(bias)}
+    auto, imported = scorer(family)
+    usage = _USAGE.format(imported=imported, auto=auto, arguments=", num_labels=1") + scoring(family, head)
+    tensors = {SCORE: np.asarray(head["kernel"]).T, **_sums(lora, weights, backbone)}
+    header = {"score_bias": repr(score_bias(head))}
     _export(folder, lora, config, "reward", base_model, sha256, training, weights, tensors, header, usage)
 
 
@@ -98,7 +95,7 @@ def _export(
     header: dict[str, str],
     usage: str,
 ) -> None:
-    modules = adapted_modules(lora, weights)
+    modules, whole = adapted_modules(lora, weights), modules_to_save(saved_whole(lora, weights))
     settings = {
         "peft_type": "LORA",
         "task_type": _TASKS[kind],
@@ -108,7 +105,7 @@ def _export(
         "use_rslora": config.use_rslora,
         "lora_dropout": config.lora_dropout,
         "target_modules": target_modules(modules, weights),
-        "modules_to_save": ["score"] if kind == "reward" else modules_to_save(saved_whole(lora, weights)) or None,
+        "modules_to_save": [*(["score"] if kind == "reward" else []), *whole] or None,
         "bias": "none",
         "fan_in_fan_out": not modules[0].weights[0].transposed,  # for merging only; the factors lie alike
         "inference_mode": True,
@@ -135,16 +132,20 @@ def _export(
         (unfinished / "README.md").write_text(readme, encoding="utf-8")
 
 
+def _sums(lora: PyTree, weights: Sequence[Weight], backbone: PyTree | None) -> dict[str, np.ndarray]:
+    """The tensors of what is trained whole, by their names in PEFT's file."""
+    whole = saved_whole(lora, weights)
+    if whole and backbone is None:
+        raise ValueError(f"the adapter trains {', '.join(modules_to_save(whole))} whole, of which the sum is written: give the backbone")
+    return {PREFIX + weight.name: _sum(weight, backbone, lora) for weight in whole}
+
+
 def _sum(weight: Weight, backbone: PyTree, lora: PyTree) -> np.ndarray:
     """A tensor of a module that is trained whole, in float32 as it is trained."""
     base, added = backbone, lora
     for name in weight.leaf:
         base, added = base[name], added[name]
     return join([weight], [np.asarray(base, np.float32) + np.asarray(added, np.float32)])
-
-
-def _sees(weights: Sequence[Weight]) -> bool:
-    return any(weight.leaf[0] == "vision" for weight in weights)
 
 
 def _plain(number: float) -> float:
@@ -157,7 +158,7 @@ _TASKS: dict[Kind, str] = {"policy": "CAUSAL_LM", "reward": "SEQ_CLS"}
 _USAGE = """\
 ```python
 from peft import PeftModel
-from transformers import {auto}
+{imported}
 
 # The backbone above. For one in a GGUF file: from_pretrained(folder, gguf_file="name.gguf"{arguments}).
 model = {auto}.from_pretrained(backbone{arguments})

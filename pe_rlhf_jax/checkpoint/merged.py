@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from pe_rlhf_jax import hosts
-from pe_rlhf_jax.checkpoint.card import SCORING, Kind, Training, card
+from pe_rlhf_jax.checkpoint.card import Kind, Training, card, score_bias, scorer, scoring
 from pe_rlhf_jax.checkpoint.folder import written_whole
 from pe_rlhf_jax.checkpoint.peft_layout import adapted_modules, saved_whole
 from pe_rlhf_jax.checkpoint.safetensors_writer import write_safetensors
@@ -65,10 +65,7 @@ def export_merged(
 
     Raises:
         WeightsError: the backbone's weights are damaged, or a sum does not fit into the dtype.
-        ValueError: a reward model that sees pictures: transformers has no sequence classifier for most of these.
     """
-    if head is not None and backbone.config.vision is not None:
-        raise ValueError("expected a reward model on a backbone for text; one with images cannot be written as a plain model yet")
     leaves = leaf_shapes(backbone.config)
     table = backbone.family.weights(backbone.config)
     names = account(backbone.reader, backbone.family, backbone.config, [(weight, leaves[weight.leaf]) for weight in table])
@@ -205,20 +202,21 @@ def _config(backbone: Backbone, dtype: str, head: PyTree | None) -> dict[str, An
     if head is not None:
         architecture = backbone.family.classifier
         # One label is how transformers says that there is one score.
-        found |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "score_bias": _bias(head)}
+        found |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "score_bias": score_bias(head)}
+        if "text_config" in found:  # where a classifier of a model that sees looks for it
+            found["text_config"] = {**found["text_config"], "pad_token_id": found["pad_token_id"]}
     # transformers 5 reads `dtype`, earlier ones `torch_dtype`.
     return {**found, "architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
 
 
-def _bias(head: PyTree) -> float:
-    return float(np.asarray(head["bias"], np.float32)[0])
-
-
 def _card(backbone: Backbone, dtype: str, head: PyTree | None, training: Training | None) -> str:
     kind: Kind = "policy" if head is None else "reward"
-    auto = "AutoModelForCausalLM" if backbone.config.vision is None else "AutoModelForImageTextToText"
-    usage = _USAGE.format(auto=auto if head is None else "AutoModelForSequenceClassification")
-    usage += "" if head is None else SCORING.format(bias=_bias(head))
+    if head is None:
+        auto = "AutoModelForCausalLM" if backbone.config.vision is None else "AutoModelForImageTextToText"
+        usage = _USAGE.format(imported=f"from transformers import {auto}", auto=auto)
+    else:
+        auto, imported = scorer(backbone.family)
+        usage = _USAGE.format(imported=imported, auto=auto) + scoring(backbone.family, head)
     return card(kind, True, backbone.source, backbone.sha256, {"weights": dtype}, usage, training)
 
 
@@ -235,7 +233,8 @@ def _write(file: Path, values: dict[str, Any]) -> None:
 
 _USAGE = """\
 ```python
-from transformers import AutoTokenizer, {auto}
+from transformers import AutoTokenizer
+{imported}
 
 model = {auto}.from_pretrained("this folder")
 tokenizer = AutoTokenizer.from_pretrained("this folder")

@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401 (teaches NumPy the name bfloat16, by which safete
 import numpy as np
 import safetensors
 
-from pe_rlhf_jax.checkpoint.peft_layout import PREFIX, Module, adapted_modules, patterns, saved_whole, unpack
+from pe_rlhf_jax.checkpoint.peft_layout import PREFIX, Module, adapted_modules, modules_to_save, patterns, saved_whole, unpack
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.families import Weight
 from pe_rlhf_jax.models.families.llama import LINEAR_LAYERS
@@ -41,6 +41,9 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
+_FIT = "do lora.target_modules, lora.modules_to_save and the backbone fit the adapter?"
+
+
 class AdapterError(ValueError):
     """A folder that holds no adapter, or one that does not fit; the message says what was expected and found."""
 
@@ -53,21 +56,27 @@ def import_adapter(
     weights: Sequence[Weight] = LINEAR_LAYERS,
     base_model: str | None = None,
     sha256: str | None = None,
+    backbone: PyTree | None = None,
 ) -> tuple[PyTree, PyTree | None]:
     """Read an adapter in PEFT's format: (lora, head), the inverse of the exports to the bit; the head is None where there is no score.
+
+    Of what is trained whole the file has sums, and what they add to the backbone is read: that is the inverse to a float32's rounding.
 
     Args:
         like: the decoder's adapter, or its shapes by `jax.eval_shape(decoder.init_lora, key)`.
         config: what the adapter will be applied with; rank, scale and targets must be the file's.
         weights: the family's table, `backbone.family.weights(backbone.config)`; by default the names of Llama and those like it.
         base_model, sha256: the backbone's, to be compared with what the adapter says that it was trained on, where it does.
+        backbone: its parameters, needed where `like` trains modules whole (`lora.modules_to_save`).
 
     Raises:
         AdapterError: files are missing or unreadable; a setting, a name, a shape or the backbone differs; values are not finite.
+        ValueError: modules are trained whole and the backbone is not given.
     """
     folder = Path(folder)
-    if saved_whole(like, weights):
-        raise AdapterError(f"{folder}: lora.modules_to_save is set, but a module that was trained whole is not read from PEFT's format yet")
+    whole = saved_whole(like, weights)
+    if whole and backbone is None:
+        raise ValueError(f"{folder} has {', '.join(modules_to_save(whole))} whole: give the backbone, of which the difference is taken")
     modules = adapted_modules(like, weights)
     settings = _settings(folder / CONFIG_FILE)
     _check_settings(folder / CONFIG_FILE, settings, config, modules)
@@ -81,10 +90,11 @@ def import_adapter(
     _check_backbone(file, settings, header, base_model, sha256)
     layers = {module.name: module.factors(like)[0]["a"].shape[0] for module in modules}
     names = {name for module in modules for layer in range(layers[module.name]) for name in module.tensor_names(layer)}
+    names |= {PREFIX + weight.name for weight in whole}
     if missing := sorted(names - tensors.keys()):
-        raise AdapterError(f"{file}: {_some(missing)} missing; do lora.target_modules and the backbone fit the adapter?")
+        raise AdapterError(f"{file}: {_some(missing)} missing; {_FIT}")
     if unknown := sorted(tensors.keys() - names - {SCORE}):
-        raise AdapterError(f"{file}: {_some(unknown)} without a place; do lora.target_modules and the backbone fit the adapter?")
+        raise AdapterError(f"{file}: {_some(unknown)} without a place; {_FIT}")
     for name, tensor in tensors.items():
         if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
             raise AdapterError(f"{file}: {name} is of type {tensor.dtype}, which is not supported; supported: F32, F16, BF16")
@@ -98,10 +108,9 @@ def import_adapter(
             for stack, (a, b) in zip(stacks, _layer(file, module, layer, tensors, shapes, config.r), strict=True):
                 stack["a"][layer], stack["b"][layer] = a, b
         for weight, stack in zip(module.weights, stacks, strict=True):
-            node = lora
-            for part in weight.leaf[:-1]:
-                node = node.setdefault(part, {})
-            node |= {factor: jnp.asarray(x) for factor, x in stack.items()}
+            _node(lora, weight).update({factor: jnp.asarray(x) for factor, x in stack.items()})
+    for weight in whole:
+        _node(lora, weight)[weight.leaf[-1]] = jnp.asarray(_added(file, weight, tensors, backbone))
     return lora, _head(file, tensors, header)
 
 
@@ -124,6 +133,24 @@ def _layer(
         return unpack(module, a, b, rank)
     except ValueError as error:
         raise AdapterError(f"{file}: {names[1]} {error}; adapt query, key and value together (lora.target_modules)") from error
+
+
+def _node(lora: dict[str, Any], weight: Weight) -> dict[str, Any]:
+    """Where a weight's leaves go."""
+    for part in weight.leaf[:-1]:
+        lora = lora.setdefault(part, {})
+    return lora
+
+
+def _added(file: Path, weight: Weight, tensors: Mapping[str, np.ndarray], backbone: PyTree) -> np.ndarray:
+    """What a tensor of a module that was trained whole adds to the backbone's."""
+    for part in weight.leaf:
+        backbone = backbone[part]
+    name = PREFIX + weight.name
+    found, expected = tensors[name], weight.file_shape(backbone.shape)
+    if found.shape != expected:
+        raise AdapterError(f"{file}: {name} should be {list(expected)}, but is {list(found.shape)}; does the backbone fit?")
+    return weight.take(found.astype(np.float32)) - np.asarray(backbone, np.float32)
 
 
 def _head(file: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> PyTree | None:

@@ -65,7 +65,7 @@ class ModelConfig(Section):
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="Expected SHA-256 of the weight file of a `package:` source.")
     adapter: str | None = Field(
         None,
-        description="Folder of a PEFT adapter for the backbone, with the rank and targets of `lora`: the policy that SFT starts from, and "
+        description="Folder of a PEFT adapter for the backbone, with the rank and modules of `lora`: the policy that SFT starts from, and "
         "the reference where no SFT stage makes one.",
     )
     any_backbone: bool = Field(

@@ -49,6 +49,22 @@ def test_what_is_read_back_is_the_merged_model(tmp_path, tokenizer, name):
     assert "AutoModelForImageTextToText.from_pretrained" in (tmp_path / "merged" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_a_reward_model_has_a_score_in_place_of_its_logits(tmp_path, tokenizer, name):
+    tiny = TinyVision(name)
+    head = {"kernel": np.linspace(-1, 1, 16, dtype=np.float32)[:, None], "bias": np.array([0.1], np.float32)}
+    export_merged(tmp_path / "policy", backbone_of(tiny, tokenizer), None, CONFIG, dtype="float32")
+    export_merged(tmp_path / "reward", backbone_of(tiny, tokenizer), None, CONFIG, head=head, dtype="float32")
+    policy, reward = (SafetensorsFolder(tmp_path / kind) for kind in ("policy", "reward"))
+    assert set(reward.names) == (set(policy.names) - {"lm_head.weight"}) | {"score.weight"}
+    np.testing.assert_array_equal(reward.read("score.weight"), head["kernel"].T)
+    assert reward.config["architectures"] == [f"{tiny.family.class_prefix}ForSequenceClassification"]
+    assert reward.config["text_config"]["pad_token_id"] == tokenizer.pad_token_id
+    assert "pad_token_id" not in tiny.config and tiny.config["text_config"]["pad_token_id"] != tokenizer.pad_token_id  # left alone
+    readme = (tmp_path / "reward" / "README.md").read_text()
+    assert ("class LlavaForSequenceClassification(" in readme) == (name == "llava")
+
+
 def test_after_full_tuning_the_tower_is_the_backbones(tmp_path, tokenizer):
     tiny = TinyVision("gemma3")
     base = load_params(tiny, tiny.family, tiny.architecture, jnp.float32)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 from tiny_project import jsonl, result, write_config
 from tiny_seeing_project import COLOURS, PROMPT, seeing_project
 
@@ -40,7 +42,7 @@ def test_it_learns_what_it_is_shown(seen):
     assert summary["reward_model"]["auc"] > 0.9
     assert summary["rl"]["reward_after"] > summary["rl"]["reward_before"]
     assert summary["judge"]["after"] > max(0.8, summary["judge"]["before"])
-    assert {path.name for path in (folder / "runs" / "run" / "export").iterdir()} == {"policy"}
+    assert {path.name for path in (folder / "runs" / "run" / "export").iterdir()} == {"policy", "reward"}
     answered = (folder / "runs" / "run" / "samples" / "evaluation.jsonl").read_text().splitlines()
     assert (folder / "runs" / "run" / "report.html").read_text().count('<img src="data:image/webp;base64,') == len(answered) > 0
     first = next(row for row in result(folder)[1] if row["stage"] == "rl")
@@ -64,6 +66,18 @@ def test_stopped_and_continued_it_ends_the_same(seen, tmp_path, monkeypatch):
     monkeypatch.setattr(MetricsLog, "write", write)
     execute(config)
     assert result(tmp_path) == result(folder)
+
+
+def test_exported_adapters_and_projector_start_another_run(seen, tmp_path):
+    """It exports as they were what it reads: factors to the bit, the projector's sums to rounding."""
+    values, folder = seen
+    made = folder / "runs" / "run" / "export"
+    sections = {name: {"adapter": str(made / role)} for name, role in (("model", "policy"), ("reward", "reward"))}
+    execute(write_config(values, tmp_path, **sections, run={"stages": ["export"]}, export={"roles": ["policy"]}))
+    before, after = (load_file(path / "policy" / "adapter_model.safetensors") for path in (made, tmp_path / "runs" / "run" / "export"))
+    assert before.keys() == after.keys() and any("multi_modal_projector" in name for name in before)
+    for name, tensor in before.items():
+        np.testing.assert_allclose(after[name], tensor, rtol=0, atol=0 if ".lora_" in name else 1e-6, err_msg=name)
 
 
 def test_a_damaged_picture_is_named_or_skipped(seen, tmp_path):

@@ -9,13 +9,19 @@ import numpy as np
 import paper_tables
 import pytest
 import sweep
+from tiny_pictures import seeing_context
 
 
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("sees", [False, True])
 @pytest.mark.parametrize("stage", ["reward", "rl"])
-def test_twins_are_run_and_weighed(make_context, stage):
+def test_twins_are_run_and_weighed(make_context, stage, sees):
     # One short text at a time: at the default sizes, activations outweigh a tiny model's weights a thousandfold.
-    context = make_context(data={"max_prompt_length": 8, "max_response_length": 8}, **{stage: {"batch_size": 1}})
+    sections = {"data": {"max_prompt_length": 8, "max_response_length": 8}, "reward": {"kind": "labels" if sees else "pairs"}}
+    sections[stage] = {**sections.get(stage, {}), "batch_size": 1}
+    context = seeing_context("paligemma", **sections) if sees else make_context(**sections)
     row = paper_tables.compare(context.config, context, stage, steps=1, rank=2)
+    assert set(paper_tables._kept(context, "full")) == ({"vision"} if sees else set())  # a tower is one for all roles, on both sides
     small, large = (row["seconds"][name] for name in ("lora", "full"))
     assert small.keys() == large.keys() == set(paper_tables.PARTS if stage == "rl" else ["learning"])
     backbone = sum(x.nbytes for x in context.backbone["layers"]["mlp"]["up_proj"].values())

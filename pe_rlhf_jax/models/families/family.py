@@ -107,6 +107,8 @@ class Family:
     """How pictures are written in its prompts; None for text only."""
     classifier_prefix: str | None = None
     """Of the sequence classifier's class, where it is not `class_prefix`."""
+    has_classifier: bool = True
+    """Whether transformers has that class."""
 
     @property
     def classifier(self) -> str:

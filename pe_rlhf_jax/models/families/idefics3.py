@@ -53,5 +53,5 @@ def image_prompt(config: DecoderConfig) -> ImagePrompt:
     return ImagePrompt("<image>", "<image>", tokens, f"{fake}<global-img>", fake, fake + "<row_{row}_col_{column}>")
 
 
-IDEFICS3 = Family("idefics3", "Idefics3", config_from_hf, weights, ignorable, (), image_prompt)
-SMOLVLM = Family("smolvlm", "SmolVLM", config_from_hf, weights, ignorable, (), image_prompt)
+IDEFICS3 = Family("idefics3", "Idefics3", config_from_hf, weights, ignorable, (), image_prompt, has_classifier=False)
+SMOLVLM = Family("smolvlm", "SmolVLM", config_from_hf, weights, ignorable, (), image_prompt, has_classifier=False)

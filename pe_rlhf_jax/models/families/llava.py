@@ -86,4 +86,4 @@ def image_prompt(config: DecoderConfig) -> ImagePrompt:
     return ImagePrompt("<image>", "<image>", tokens_per_image(config))
 
 
-LLAVA = Family("llava", "Llava", config_from_hf, weights, llava_ignorable, LLAVA_RENAMED, image_prompt)
+LLAVA = Family("llava", "Llava", config_from_hf, weights, llava_ignorable, LLAVA_RENAMED, image_prompt, has_classifier=False)

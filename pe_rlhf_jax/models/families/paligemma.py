@@ -51,4 +51,4 @@ def image_prompt(config: DecoderConfig) -> ImagePrompt:
     return ImagePrompt("<image>", "<image>", tokens_per_image(config), begin_after_pictures=True)
 
 
-PALIGEMMA = Family("paligemma", "PaliGemma", config_from_hf, weights, llava_ignorable, LLAVA_RENAMED, image_prompt)
+PALIGEMMA = Family("paligemma", "PaliGemma", config_from_hf, weights, llava_ignorable, LLAVA_RENAMED, image_prompt, has_classifier=False)
