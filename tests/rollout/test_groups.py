@@ -124,12 +124,12 @@ def test_a_group_costs_one_prompt():
     reads = flops(lambda v, p: read(Sampler(model.decoder, SamplingConfig(), (0,), 0), v, p, room=16), model.variables, prompts)
     alone = sampling(1)
     assert reads > 0.8 * alone, "the prompts must be most of it"
-    for answers in (2, 4, 8, 16):
+    for answers in (2, 16):
         # The cache that is read into has no room for responses, which attention of the prompts saves too: at most 3% of theirs.
         assert alone - sampling(answers) == pytest.approx((1 - 1 / answers) * reads, rel=0.04), answers
 
 
-@pytest.mark.parametrize(("algorithm", "answers"), [("rloo", 4), ("grpo", 2), ("ppo", 1)])
+@pytest.mark.parametrize(("algorithm", "answers"), [("rloo", 4), ("ppo", 1)])
 def test_rl_says_which_rows_have_one_prompt(tiny, monkeypatch, algorithm, answers):
     asked = []
 
@@ -182,17 +182,18 @@ SPREAD = dict(data=8)  # four rows on each device: half a group
 WHOLE = dict(data=2, fsdp=2, tensor=2)  # a group on each pair of devices
 for axes, rows in ((SPREAD, None), (SPREAD, 16), (WHOLE, 16)):
     mesh = make_mesh(MeshConfig(**axes))
-    jax.config.update("jax_disable_most_optimizations", axes == WHOLE)
+    jax.config.update("jax_disable_most_optimizations", (axes, rows) != (SPREAD, 16))
     with jax.set_mesh(mesh):
         many, text = sampled(8, rows, place(model.variables, mesh), place_rows(prompts, mesh))
     assert many.response.sharding.shard_shape(many.response.shape)[0] == 32 // (8 if axes == SPREAD else 4)
     for name in ("response", "response_mask", "ended"):
         np.testing.assert_array_equal(getattr(one, name), getattr(many, name))
     np.testing.assert_allclose(one.logprobs, many.logprobs, atol=1e-5)
-    if axes == SPREAD:
+    if rows == 16 and axes == SPREAD:
         # Every device reads the prompt that its rows have: what travels is how many rows have ended, and whether all have.
         sent = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\\(", text)
         assert sent and not any(re.search(r"\\[\\d", shape) for shape in sent), sent
+    if axes == SPREAD:
         # It reads one prompt of four tokens: that is what the widest product of an MLP has.
         tokens = [int(n) for n in re.findall(r"= f32\\[(\\d+),24\\]\\S* dot\\(", text)]
         assert tokens and max(tokens) == 4, tokens
