@@ -25,17 +25,16 @@ from pe_rlhf_jax.training.rewards import Rewards
 from pe_rlhf_jax.training.rollouts import respond
 from pe_rlhf_jax.types import PromptBatch
 
-COUNT, ANSWERS, PROMPT, LENGTH = 12, 4, 6, 2 * BLOCK + 5
-RNG = np.random.default_rng(0)
-PROMPTS = PromptBatch(
-    jnp.repeat(RNG.integers(3, 30, (COUNT // ANSWERS, PROMPT)), ANSWERS, axis=0),
-    jnp.repeat(jnp.arange(PROMPT) >= jnp.array([[0], [5], [2]]), ANSWERS, axis=0),
-)
+COUNT, PROMPT, LENGTH = 20, 6, 2 * BLOCK + 5
 
 
-def sampled(model, answers, rows=None):
+def sampled(model, group, answers, rows=None):
+    """Answers to groups of neighbours that have one prompt, which are read as `answers` says."""
+    rng, count = np.random.default_rng(0), COUNT // group
+    asked = rng.integers(3, 30, (count, PROMPT)), np.arange(PROMPT) >= rng.integers(0, PROMPT, (count, 1))
+    prompts = PromptBatch(*(jnp.asarray(np.repeat(x, group, axis=0)) for x in asked))
     sampler = Sampler(model.decoder, SamplingConfig(max_new_tokens=LENGTH, max_num_seqs=rows), (0, 1, 2), 0, answers)
-    return jax.jit(lambda variables, prompts, key: generate(sampler, variables, prompts, key))(model.variables, PROMPTS, jax.random.key(1))
+    return jax.jit(lambda variables, prompts, key: generate(sampler, variables, prompts, key))(model.variables, prompts, jax.random.key(1))
 
 
 def assert_same(found, expected):
@@ -47,21 +46,21 @@ def assert_same(found, expected):
 
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
-    ("changes", "rows"),
+    ("changes", "group", "rows"),
     [
-        ({}, None),
-        ({}, 6),  # rows of two groups at once
-        ({"sliding_window": 4}, 3),  # less than a group's, with places that go around the ring
-        ({"learned_positions": True, "max_position_embeddings": PROMPT + LENGTH}, 9),  # two answers at once
+        ({}, 4, None),
+        ({}, 4, 6),  # rows of two groups at once
+        ({"sliding_window": 4}, 4, 3),  # less than a group's, with places that go around the ring
+        ({"learned_positions": True, "max_position_embeddings": PROMPT + LENGTH}, 2, 17),  # two prompts at once
     ],
     ids=["batch", "refill", "refill-windows", "refill-learned-positions"],
 )
-def test_samples_are_those_of_rows_that_each_read_their_prompt(changes, rows):
+def test_samples_are_those_of_rows_that_each_read_their_prompt(changes, group, rows):
     model = tiny_decoder.make_model(dataclasses.replace(tiny_decoder.TINY, **changes), LoRAConfig(r=3, lora_alpha=6.0))
-    expected = sampled(model, 1)
+    expected = sampled(model, group, 1)
     lengths = np.asarray(expected.response_mask).sum(1)
     assert len(set(lengths)) > 2 and lengths.max() == LENGTH, f"rows that end together prove little: {lengths}"
-    assert_same(sampled(model, ANSWERS, rows), expected)
+    assert_same(sampled(model, group, group, rows), expected)
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -79,7 +78,7 @@ def test_pictures_go_with_their_prompts(rows):
     np.testing.assert_array_equal(found.images.pixels, batch.images.pixels)
 
 
-END = 79
+RNG, END = np.random.default_rng(0), 79
 
 
 @pytest.mark.parametrize(
