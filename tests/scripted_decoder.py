@@ -23,11 +23,14 @@ LENGTH = BLOCK + 3
 
 @dataclasses.dataclass
 class Script:
-    """A decoder that says, after token n, token n + 1 (or whatever `logits` says), and counts its decode steps on the host."""
+    """A decoder that says, after token n, token n + 1 (or whatever `logits` says), and counts, on the host, what it does."""
 
     vocabulary: int = 40
     logits: np.ndarray | None = None
     steps: int = 0
+    """Of decoding."""
+    read: int = 0
+    """Rows of prompts."""
     dtype = jnp.float32
 
     @property
@@ -39,22 +42,24 @@ class Script:
         return KVCache(zeros, zeros)
 
     def apply(self, variables, tokens, mask, positions=None, cache=None, start=0, features=None, prompt=None):
-        if positions is not None:
-            jax.debug.callback(self._count)
+        jax.debug.callback(self._read if positions is None else self._step, rows=len(tokens))
         following = 50.0 * jax.nn.one_hot(tokens + 1, self.vocabulary) if self.logits is None else self.logits
         return jnp.broadcast_to(following, (*tokens.shape, self.vocabulary)), cache
 
     def unembed(self, params, hidden):
         return unembed(params, hidden)
 
-    def _count(self):
+    def _step(self, rows):
         self.steps += 1
 
-    def program(self, ends=(), **sampling):
+    def _read(self, rows):
+        self.read += rows
+
+    def program(self, ends=(), answers=1, **sampling):
         """Compiled generation: f(last token of each prompt, seed)."""
         variables = {"params": {"embed": jnp.eye(self.vocabulary)}}
         config = SamplingConfig(**{"max_new_tokens": LENGTH, **sampling})
-        compiled = jax.jit(lambda prompts, key: generate(Sampler(self, config, ends, PAD), variables, prompts, key))
+        compiled = jax.jit(lambda prompts, key: generate(Sampler(self, config, ends, PAD, answers), variables, prompts, key))
 
         def run(last_tokens, seed=0):
             tokens = jnp.asarray(last_tokens)[:, None]

@@ -62,11 +62,11 @@ class Costs:
         token += 0.0 if full else (3 + again) * self.adapter
         return rows * (tokens * token + logits * (4 if full else 3) * self.head)
 
-    def generate(self, rows: int, prompt: int, response: int) -> float:
-        """Prefill, then one token at a time against every slot of the cache."""
+    def generate(self, rows: int, prompt: int, response: int, answers: int = 1) -> float:
+        """Prefill, once for so many answers to one prompt, then one token at a time against every slot of the cache."""
         slots = prompt + response
         decode = response * (self.layers + self.adapter + self.attention(slots) + self.head)
-        return self.forward(rows, prompt, 1) + rows * decode
+        return self.forward(rows // answers, prompt, answers) + rows * decode
 
     def of(self, stage: str, program: str) -> float:
         """FLOPs of one call of a stage's program, on all devices together, at the longest texts."""
@@ -82,7 +82,8 @@ class Costs:
         one, rows, response = config.rl, config.rl.batch_size, sampling.max_new_tokens
         values = one.has_critic and one.value_model == "adapter"
         if program == "rollout":
-            return self.generate(rows, data.max_prompt_length, response)
+            answers = math.gcd(one.answers_each, rows // self.devices)
+            return self.generate(rows, data.max_prompt_length, response, answers)
         if program == "score":
             rows, length, _ = self._shared(rows, one.answers_each)
             return self.forward(rows, length, adapter=one.roles == "shared")

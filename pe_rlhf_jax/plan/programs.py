@@ -8,6 +8,7 @@ Letters: B rows, T tokens, P prompt tokens, R response tokens.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +25,7 @@ from pe_rlhf_jax.models.roles import TOWER, Role
 from pe_rlhf_jax.models.vlm import adapts_tower
 from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import BLOCK
-from pe_rlhf_jax.rollout.refill import rows_at_once
+from pe_rlhf_jax.rollout.refill import prompts_at_once
 from pe_rlhf_jax.sharding import ROWS, make_mesh, placed_shapes, row_multiple, with_places
 from pe_rlhf_jax.training import reward, rl, sft
 from pe_rlhf_jax.training.context import Context
@@ -146,7 +147,7 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
     prompt = _rounded(context, context.config.data.max_prompt_length)
     shapes = PromptBatch(_ints(config.batch_size, prompt), _flags(config.batch_size, prompt), _images(context, config.batch_size))
     prompts = rows(context, shapes)
-    sampler = Sampler(context.decoder, config.sampling, END_TOKENS, context.pad_token)
+    sampler = Sampler(context.decoder, config.sampling, END_TOKENS, context.pad_token, config.answers_each)
     arguments = {"policy": whole["policy"], "backbone": backbone, "prompts": prompts, "key": _key()}
     rollout = compile(Call("rollout", _respond, (sampler,), arguments, loops=_rollout_loops(context)))
     if config.sampling.stop_strings:  # cut on the host, and placed again
@@ -180,13 +181,15 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
 
 
 def _rollout_loops(context: Context) -> tuple[int, ...]:
-    """Rounds of the rollout's loops where every response has full length: blocks; or turns of all rows, and blocks in a turn."""
+    """Rounds of the rollout's loops where every response has full length: blocks; or readings of prompts, and blocks between them."""
     config, groups = context.config.rl, row_multiple(context.mesh)
     blocks = -(-config.sampling.max_new_tokens // BLOCK)
     if config.rows_at_once == config.batch_size:
         return (blocks,)
-    turns = -(-config.batch_size // groups // rows_at_once(config.rows_at_once // groups))
-    return turns, -(-blocks * config.batch_size // config.rows_at_once // turns)
+    responses = config.batch_size // groups
+    answers = math.gcd(config.answers_each, responses)
+    readings = -(-responses // (answers * prompts_at_once(config.rows_at_once // groups, answers)))
+    return readings, -(-blocks * config.batch_size // config.rows_at_once // readings)
 
 
 def _update_call(context: Context, stage: str, step: Any, state: PyTree, frozen: PyTree, batch: PyTree) -> Call:

@@ -10,6 +10,7 @@ as its position says, and what the ring holds of an earlier row is further back;
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import cast
 
 import flax.struct
@@ -22,7 +23,7 @@ from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.layers import KVCache
 from pe_rlhf_jax.rollout.sampling import sample
 from pe_rlhf_jax.rollout.score import features_of
-from pe_rlhf_jax.sharding import BATCH, constrain
+from pe_rlhf_jax.sharding import BATCH, constrain, row_groups
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
 _Output = tuple[Array, KVCache]
@@ -41,6 +42,18 @@ class Sampler:
     end_tokens: tuple[int, ...]
     """Each ends a response, of which it is part."""
     pad_token: int
+    answers: int = 1
+    """So many neighbouring rows answer one prompt, which is read once for all of them."""
+
+
+class Read(flax.struct.PyTreeNode):
+    """What decoding needs of prompts that were read, one in each row."""
+
+    cache: KVCache
+    """With the prompts in its first P slots."""
+    position: Int[Array, " B"]
+    """As in `DecodeState`, and so is `hidden`."""
+    hidden: Float[Array, "B D"]
 
 
 class DecodeState(flax.struct.PyTreeNode):
@@ -85,21 +98,50 @@ def idle(sampler: Sampler, rows: int, slots: int) -> DecodeState:
 
 
 def begin(sampler: Sampler, variables: PyTree, prompts: PromptBatch, room: int) -> DecodeState:
-    """Reads the prompts, one in each row, into a cache with slots for `room` more tokens: the state before the first one."""
+    """Reads the prompts, one in each row, into a cache with slots for `room` more tokens: the state before the first one.
+
+    A prompt of several rows is read once, or once by each group of devices that has any of them.
+    """
     rows, length = prompts.tokens.shape
+    answers = math.gcd(sampler.answers, rows // row_groups(rows))
+    if answers == 1:
+        found = read(sampler, variables, prompts, room)
+    else:
+        found = _repeated(read(sampler, variables, distinct(prompts, answers), room=0), answers, room)
     state = idle(sampler, rows, length + room)
+    alive = jnp.ones_like(state.alive)
+    return state.replace(slot=jnp.asarray(length, jnp.int32), cache=found.cache, position=found.position, alive=alive, hidden=found.hidden)
+
+
+def distinct(prompts: PromptBatch, answers: int) -> PromptBatch:
+    """Each prompt once, of so many neighbouring rows that have it."""
+
+    def first(x: Array) -> Array:
+        return constrain(x.reshape(-1, answers, *x.shape[1:])[:, 0], BATCH, *(None for _ in x.shape[1:]))
+
+    return jax.tree.map(first, prompts) if answers > 1 else prompts
+
+
+def read(sampler: Sampler, variables: PyTree, prompts: PromptBatch, room: int) -> Read:
+    """Every row's prompt, in a cache with slots for `room` more tokens."""
+    decoder, (rows, length) = sampler.decoder, prompts.tokens.shape
     padded_mask = jnp.pad(prompts.mask, ((0, 0), (0, room)))
-    features = features_of(sampler.decoder, variables, prompts.images)
-    prompt = None if sampler.decoder.config.vision is None else prompts.mask
-    output = sampler.decoder.apply(variables, prompts.tokens, padded_mask, cache=state.cache, features=features, prompt=prompt)
-    hidden, cache = cast(_Output, output)
-    return state.replace(
-        slot=jnp.asarray(length, jnp.int32),
-        cache=cache,
-        position=jnp.sum(prompts.mask, axis=1),
-        alive=jnp.ones_like(state.alive),
-        hidden=hidden[:, -1],
-    )
+    features = features_of(decoder, variables, prompts.images)
+    prompt = None if decoder.config.vision is None else prompts.mask
+    cache = decoder.new_cache(rows, length + room)
+    hidden, cache = cast(_Output, decoder.apply(variables, prompts.tokens, padded_mask, cache=cache, features=features, prompt=prompt))
+    return Read(cache, jnp.sum(prompts.mask, axis=1), hidden[:, -1])
+
+
+def _repeated(once: Read, answers: int, room: int) -> Read:
+    """Each row so many times, and with room in its cache."""
+
+    def cache(x: Float[Array, "L G P K h"]) -> Float[Array, "L B S K h"]:
+        x = jnp.pad(jnp.repeat(x, answers, axis=1), ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
+        return constrain(x, None, BATCH, None, "tensor", None)
+
+    rows = [constrain(jnp.repeat(x, answers, axis=0), BATCH, *(None for _ in x.shape[1:])) for x in (once.position, once.hidden)]
+    return Read(jax.tree.map(cache, once.cache), *rows)
 
 
 def advance(sampler: Sampler, variables: PyTree, key: jax.Array, state: DecodeState, steps: int) -> DecodeState:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pe_rlhf_jax.rollout.decode import DecodeState, Sampler, advance, begin, so_far
-from pe_rlhf_jax.rollout.refill import Queue, enough, finish, new_queue, refill, waits
+from pe_rlhf_jax.rollout.refill import Queue, enough, finish, give, new_queue, read_next, waits
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
 BLOCK = 8
@@ -31,12 +31,12 @@ def generate(sampler: Sampler, variables: PyTree, prompts: PromptBatch, key: jax
         return so_far(sampler, prompts, jax.lax.while_loop(lambda s: jnp.any(s.alive), block, state))
 
     def turn(queue: Queue) -> Queue:
-        queue = refill(sampler, variables, prompts, queue)
+        queue = give(sampler, prompts, read_next(sampler, variables, prompts, queue))
 
-        def going(state: DecodeState) -> jax.Array:
-            return jnp.any(state.alive) & ~enough(prompts, queue.replace(state=state))
+        def going(queue: Queue) -> jax.Array:
+            return jnp.any(queue.state.alive) & ~enough(prompts, queue)
 
-        return queue.replace(state=jax.lax.while_loop(going, block, queue.state))
+        return jax.lax.while_loop(going, lambda q: give(sampler, prompts, q.replace(state=block(q.state))), queue)
 
     def unanswered(queue: Queue) -> jax.Array:
         return jnp.any(waits(prompts, queue) > 0)

@@ -103,7 +103,7 @@ def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards
         examples, padded = next(batches)
         batch = context.rows(padded, examples)
         roles = _whole(frozen_roles, state.train.trainable)
-        rollout = respond(context, roles["policy"], batch, rollout_key)
+        rollout = respond(context, roles["policy"], batch, rollout_key, answers=repeats)
         rolled = time.perf_counter()
         scores = rewards(rollout, examples, repeats)
         used, statistics = for_learning(config, jnp.asarray(scores.total), state.statistics)

@@ -19,10 +19,15 @@ WATCHED = 4
 """Tokens between two looks at a response that is watched."""
 
 
-def respond(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, sampling: SamplingConfig | None = None) -> Rollout:
-    """Samples a response to each prompt, as `sampling` or else `rl.sampling` says; waits for the result."""
+def respond(
+    context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, sampling: SamplingConfig | None = None, answers: int = 1
+) -> Rollout:
+    """Samples a response to each prompt, as `sampling` or else `rl.sampling` says; waits for the result.
+
+    So many neighbouring rows as `answers` says have one prompt, which is read once for them.
+    """
     sampling = sampling or context.config.rl.sampling
-    sampled = jax.block_until_ready(_respond(_sampler(context, sampling), policy, context.backbone, prompts, key))
+    sampled = jax.block_until_ready(_respond(_sampler(context, sampling, answers), policy, context.backbone, prompts, key))
     return cut_at_stop_strings(context, sampled, sampling.stop_strings) if sampling.stop_strings else sampled
 
 
@@ -42,8 +47,8 @@ def watch(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, 
             return
 
 
-def _sampler(context: Context, sampling: SamplingConfig) -> Sampler:
-    return Sampler(context.decoder, sampling, context.end_tokens, context.pad_token)
+def _sampler(context: Context, sampling: SamplingConfig, answers: int = 1) -> Sampler:
+    return Sampler(context.decoder, sampling, context.end_tokens, context.pad_token, answers)
 
 
 @jax.jit(static_argnums=0)

@@ -48,6 +48,7 @@ def test_a_prompt_that_is_shared_costs_once(tiny):
         Costs(configuration.parse(CONFIG % "full", [f"rl.algorithm={name}", "rl.sampling.max_new_tokens=16", *more]), one_layer)
         for name, more in [("rloo", []), ("ppo", []), ("rloo", ["rl.micro_batch_size=2"]), ("rloo", ["rl.num_mini_batches=2"])]
     )
+    assert costs.of("rl", "rollout") == alone.of("rl", "rollout") - alone.forward(3, 32)
     assert costs.of("rl", "score") == costs.forward(1, 32 + 4 * 16)
     assert alone.of("rl", "score") == costs.forward(4, 32 + 16)
     assert costs.of("rl", "update") == costs.update(1, 32 + 4 * 16, 4 * 16, "lora")

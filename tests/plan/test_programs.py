@@ -115,19 +115,23 @@ def test_sft_and_reward_call_what_was_planned(tiny, caught, tuning):
 
 
 @pytest.mark.parametrize(
-    ("rows", "loops"),
+    ("rows", "answers", "loops"),
     [
-        (None, (3,)),  # blocks of 8 in 20 tokens
-        (64, (3,)),
-        (16, (32, 1)),  # 64 prompts, two rows at once; 12 blocks in all
-        (8, (64, 1)),
-        (3, (64, 1)),
+        (None, 1, (3,)),  # blocks of 8 in 20 tokens
+        (64, 1, (3,)),
+        (16, 1, (32, 1)),  # 64 prompts, two read at once; 12 blocks in all
+        (16, 4, (16, 1)),  # 16 prompts
+        (8, 1, (64, 1)),
+        (3, 1, (64, 1)),
+        (3, 16, (4, 16)),  # 64 blocks in all
+        (17, 2, (16, 1)),  # 32 prompts, two read at once
     ],
 )
-def test_rounds_of_a_rollouts_loops(tiny, rows, loops):
+def test_rounds_of_a_rollouts_loops(tiny, rows, answers, loops):
     found = {}
     sampling = {"max_new_tokens": 20, "max_num_seqs": rows}
-    context = tiny_context(tiny, **FIELDS | {"rl": FIELDS["rl"] | {"batch_size": 64, "sampling": sampling}})
+    algorithm = {"algorithm": "rloo", "group_size": answers} if answers > 1 else {}
+    context = tiny_context(tiny, **FIELDS | {"rl": FIELDS["rl"] | algorithm | {"batch_size": 64, "sampling": sampling}})
     abstract = abstract_context(context.config, tiny.config, jnp.dtype("float32"), jax.devices()[:1])
 
     def compile(call: Call):

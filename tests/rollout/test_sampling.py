@@ -81,3 +81,14 @@ def test_half_precision_logits_are_reported_in_float32():
     tokens, logprobs = sample(jnp.asarray(LOGITS, jnp.bfloat16)[None], jax.random.key(0), SamplingConfig())
     assert logprobs.dtype == jnp.float32
     np.testing.assert_allclose(logprobs[0], log_softmax(LOGITS)[tokens[0]], atol=1e-6)  # these logits are exact in bfloat16
+
+
+@pytest.mark.parametrize("vocabulary", [5, 128, 1000])
+def test_draws_are_those_of_jax(vocabulary):
+    """Whatever the order in which the greatest number is looked for; of equal ones the first."""
+    key = jax.random.key(3)
+    logits = jnp.round(jax.random.normal(key, (64, vocabulary)))
+    np.testing.assert_array_equal(sample(logits, key, SamplingConfig())[0], jax.random.categorical(key, logits))
+    greedy = sample(logits, key, SamplingConfig(temperature=0.0))[0]
+    np.testing.assert_array_equal(greedy, np.argmax(np.asarray(logits), axis=-1))
+    assert len(set(np.asarray(greedy) // 128)) == -(-vocabulary // 128)
