@@ -2,6 +2,7 @@
 
     apt-get install chromium          (or any Chromium; --chromium names it)
     python benchmarks/make_miniwob.py --folder data/miniwob --screens 60
+    python benchmarks/make_miniwob.py --folder data/miniwob_held_out --screens 15 --first-seed 1000 --apart-from data/miniwob
 
 The pages are those of the package miniwob (MIT; MiniWoB++), fetched but not imported. Chromium renders them, driven through a pipe by
 its own protocol, so neither Selenium nor a driver is needed. A screen is one episode of one task, made by the task's own generator
@@ -13,7 +14,8 @@ left, top, right, bottom in pixels), `correct`, and as text `prompt`, `completio
 `action` and `right_elements` serve `pe_rlhf_jax.data.ui_actions:action_match`. A row serves SFT, as a preference and as a prompt.
 `boxes.jsonl` has the same screens with prompts in which elements are boxes without words, so that only the picture says what they are.
 Screens without a right or without a wrong element, and screens that came before, are left out. Other seeds (--first-seed) make screens to
-hold out. It takes about two seconds a screen on a 2-core machine.
+hold out; --apart-from leaves out those of another folder, because some tasks draw few different screens. It takes about two seconds a
+screen on a 2-core machine.
 """
 
 from __future__ import annotations
@@ -215,6 +217,17 @@ def _prompt(instruction: str, elements: list[str]) -> str:
     return "\n".join([f"Instruction: {instruction}", "Elements:", *elements, "<image>", "Action:"])
 
 
+def identity(picture: bytes, instruction: str) -> str:
+    """Equal screens have equal ones."""
+    return hashlib.sha256(picture + instruction.encode()).hexdigest()
+
+
+def known(folder: Path) -> set[str]:
+    """Identities of a folder's screens."""
+    rows = map(json.loads, (folder / "screens.jsonl").read_text(encoding="utf-8").splitlines())
+    return {identity((folder / row["image"]).read_bytes(), row["instruction"]) for row in rows}
+
+
 def write(folder: Path, written: dict[str, dict[str, Any]]) -> None:
     """Appends the rows to their files."""
     for name, row in written.items():
@@ -230,12 +243,12 @@ def pages(folder: Path) -> Path:
     return folder / "miniwob" / "html" / "miniwob"
 
 
-def make(folder: Path, screens: int, first_seed: int, tasks: list[str], chromium: str) -> None:
-    """Writes the rows of the tasks; says after each how many there are."""
+def make(folder: Path, screens: int, first_seed: int, tasks: list[str], chromium: str, apart_from: Path | None = None) -> None:
+    """Writes the rows of the tasks, without screens of the folder `apart_from`; says after each how many there are."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / f"{name}.jsonl").write_text("")
-    seen: set[str] = set()
+    seen = set() if apart_from is None else known(apart_from)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         root = pages(Path(place) / "pages")
         browser = Browser(chromium, f"{place}/profile")
@@ -244,7 +257,7 @@ def make(folder: Path, screens: int, first_seed: int, tasks: list[str], chromium
                 made, seed = 0, first_seed
                 while made < screens and seed < first_seed + 4 * screens:
                     found = screen(browser, (root / f"{task}.html").as_uri(), seed)
-                    same = hashlib.sha256(found["picture"] + found["instruction"].encode()).hexdigest()
+                    same = identity(found["picture"], found["instruction"])
                     written = rows(task, seed, found)
                     if written and same not in seen:
                         (folder / written["screens"]["image"]).write_bytes(found["picture"])
@@ -264,5 +277,6 @@ if __name__ == "__main__":
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--chromium", default="chromium")
+    parser.add_argument("--apart-from", type=Path, help="a folder whose screens are not to be made again")
     given = parser.parse_args()
-    make(given.folder, given.screens, given.first_seed, given.tasks, given.chromium)
+    make(given.folder, given.screens, given.first_seed, given.tasks, given.chromium, given.apart_from)

@@ -99,6 +99,20 @@ def test_text_that_is_no_configuration(text, expected):
     assert expected in problem(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("reward: {kind: pairs-as-labels, use_margin: true}", "reward.use_margin belongs to reward.kind pairs and would do nothing with"),
+        ("reward: {kind: labels, center_rewards_coefficient: 0.1}", "reward.center_rewards_coefficient belongs to reward.kind pairs"),
+        ("reward: {balance_classes: true}", "reward.balance_classes belongs to reward.kind labels and would do nothing with pairs"),
+        ("rl: {rewards: [{function: 'a:b'}]}\nevaluate: {judge: 'a:b'}", "evaluate.judge a:b is one of rl.rewards"),
+    ],
+)
+def test_options_that_would_say_nothing_are_refused(text, expected):
+    assert expected in problem(MODEL + text)
+    c.parse(MODEL + "rl: {rewards: [{model: run}, {function: 'a:b', weight: 0}]}\nevaluate: {judge: 'a:b'}")
+
+
 def test_overrides_reach_nested_fields_and_new_sections():
     found = c.parse(
         MODEL + "rl: {steps: 5}",

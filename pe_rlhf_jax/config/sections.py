@@ -219,8 +219,8 @@ class RewardConfig(Section):
     steps: int = Field(100, ge=1, description="Updates.")
     batch_size: int = Field(16, ge=1, description="Pairs in an update.")
     micro_batch_size: int | None = Field(None, ge=1, description="Pairs computed at once (gradient accumulation); null for all.")
-    use_margin: bool = Field(False, description="Subtract the row's margin inside the Bradley-Terry loss (Llama 2).")
-    center_rewards_coefficient: float = Field(0.0, ge=0, description="Weight of the squared sum of a pair's scores.")
+    use_margin: bool = Field(False, description="pairs: subtract the row's margin inside the Bradley-Terry loss (Llama 2).")
+    center_rewards_coefficient: float = Field(0.0, ge=0, description="pairs: weight of the squared sum of a pair's scores.")
     balance_classes: bool = Field(False, description="labels: weigh both classes alike, however rare one of them is.")
     evaluate_every: int = Field(
         50, ge=1, description="Updates between evaluations; the checkpoint of the best one (accuracy; of labels: AUC) is kept and used."
@@ -230,6 +230,13 @@ class RewardConfig(Section):
         None, ge=1, description="Stop after this many evaluations in a row that are no better than the best before; null never does."
     )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="Optimizer.")
+
+    @model_validator(mode="after")
+    def _belongs_to_its_kind(self) -> RewardConfig:
+        for name, kind in (("use_margin", "pairs"), ("center_rewards_coefficient", "pairs"), ("balance_classes", "labels")):
+            if getattr(self, name) and self.kind != kind:
+                raise ValueError(f"reward.{name} belongs to reward.kind {kind} and would do nothing with {self.kind}; leave it out")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -278,6 +285,16 @@ class Config(Section):
         ):
             if section.micro_batch_size and size % section.micro_batch_size:
                 raise ValueError(f"{name}.micro_batch_size {section.micro_batch_size} does not divide the update's {size} rows")
+        return self
+
+    @model_validator(mode="after")
+    def _judge_is_independent(self) -> Config:
+        judge = self.evaluate.judge
+        if judge and judge in [term.function for term in self.rl.rewards if term.weight]:
+            raise ValueError(
+                f"evaluate.judge {judge} is one of rl.rewards, so it is not independent; name another or none: the evaluation shows every "
+                "reward before and after"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from pe_rlhf_jax.data.batches import BatchOrder, fill, pad_labels, pad_preferences, pad_prompts, pad_sft
 from pe_rlhf_jax.data.formats import LabelExample, PreferenceExample, PromptExample, SFTExample
-from pe_rlhf_jax.data.image_batches import PixelReader, ahead, as_read
+from pe_rlhf_jax.data.image_batches import PixelReader, as_read
 from pe_rlhf_jax.data.loading import Data, Split, load
 from pe_rlhf_jax.data.sources import DataError
 from pe_rlhf_jax.data.turns import Vision
@@ -18,7 +18,6 @@ __all__ = [
     "SFTExample",
     "Split",
     "Vision",
-    "ahead",
     "as_read",
     "fill",
     "load",

@@ -1,4 +1,4 @@
-"""Pixel values of the examples in a batch: decoded when the batch is made, ahead of the step that needs it.
+"""Pixel values of the examples in a batch: decoded when the batch is made.
 
 What a batch holds depends on the rows and the step alone, so a resumed run sees what it would have seen.
 """
@@ -6,12 +6,10 @@ What a batch holds depends on the rows and the step alone, so a resumed run sees
 from __future__ import annotations
 
 import collections
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar, overload
 
-import grain
 import numpy as np
 
 from pe_rlhf_jax.data.formats import Pictures
@@ -33,7 +31,6 @@ class Seen(Protocol):
 
 
 Example = TypeVar("Example", bound=Seen)
-Made = TypeVar("Made")
 
 
 class PixelReader:
@@ -144,13 +141,3 @@ class WholeExamples(Sequence[Example]):
 def as_read(examples: Sequence[Example]) -> Sequence[Example]:
     """The examples as they were read, whether or not their pictures can be decoded: for figures that need no pixels."""
     return examples.examples if isinstance(examples, WholeExamples) else examples
-
-
-def ahead(make: Callable[[int], Made], start: int, threads: int = 2) -> Iterator[Made]:
-    """`make(start)`, `make(start + 1)` and so on without an end, in order, the next `threads` of them being made meanwhile.
-
-    `make` depends on the step alone; what it raises is raised when its step comes.
-    """
-    steps = grain.MapDataset.range(start, sys.maxsize).map(make)
-    # The buffer is filled before the next one is taken out of it.
-    yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pe_rlhf_jax.config import RewardConfig, SFTConfig
-from pe_rlhf_jax.data import BatchOrder, ahead, as_read
+from pe_rlhf_jax.data import BatchOrder, as_read
 from pe_rlhf_jax.training.context import Context, peak_memory_gib
 from pe_rlhf_jax.training.optimizer import learning_rate, make_optimizer
 from pe_rlhf_jax.training.step import Loss, make_step, stop_if_not_finite
@@ -41,15 +41,10 @@ def updates(
     rate = learning_rate(config.optimizer, config.steps)
     lengths = [example.length for example in as_read(examples)] if context.config.data.group_by_length else None
     order, key = BatchOrder(len(examples), config.batch_size, context.config.run.seed, lengths), context.key(stage)
-
-    def made(index: int) -> tuple[list[Any], Any]:
-        rows = [examples[i] for i in order(index)]
-        return rows, collate(rows)
-
-    batches = ahead(made, int(state.step))
     for index in range(int(state.step), config.steps):
         began = time.perf_counter()
-        rows, batch = next(batches)
+        rows = [examples[i] for i in order(index)]
+        batch = collate(rows)
         state, metrics = step(state, frozen, context.rows(batch, rows), jax.random.fold_in(key, index))
         state = state.replace(step=state.step + 1)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -34,7 +34,8 @@ def make_optimizer(config: OptimizerConfig, updates: int, tuning: Tuning) -> opt
     if config.name == "adamw":
         rule = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
     else:
-        rule = optax.adafactor(schedule, weight_decay_rate=config.weight_decay or None)
+        # Not in proportion to a parameter's size: what starts at 0, a factor of every adapter and some heads, would hardly ever move.
+        rule = optax.adafactor(schedule, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None)
     if config.max_grad_norm is not None:
         rule = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
     return optax.partition({"train": rule, "freeze": optax.set_to_zero()}, lambda tree: labels(tree, tuning))

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from pe_rlhf_jax.algorithms import kl, ppo, reinforce
 from pe_rlhf_jax.algorithms.masked import masked_mean
 from pe_rlhf_jax.config import ConfigError, RLConfig
-from pe_rlhf_jax.data import BatchOrder, PromptExample, ahead, pad_prompts
+from pe_rlhf_jax.data import BatchOrder, pad_prompts
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.heads import zero_head
 from pe_rlhf_jax.models.roles import Role
@@ -35,7 +35,7 @@ from pe_rlhf_jax.training.rewards import Rewards, RewardStatistics, Scores, for_
 from pe_rlhf_jax.training.rollouts import respond, response_tokens
 from pe_rlhf_jax.training.statistics import distinct_n
 from pe_rlhf_jax.training.step import Step, make_step, new_state, stop_if_not_finite
-from pe_rlhf_jax.types import Experience, PromptBatch, PyTree, Rollout, TrainState
+from pe_rlhf_jax.types import Experience, PyTree, Rollout, TrainState
 
 STAGE = "rl"
 
@@ -91,17 +91,11 @@ def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards
     rate = learning_rate(config.optimizer, _updates(config))
     order, key = BatchOrder(len(prompts), config.batch_size // repeats, context.config.run.seed), context.key(STAGE)
     frozen_roles = _frozen(context, reference, reward)
-
-    def made(index: int) -> tuple[list[PromptExample], PromptBatch]:
-        examples = [prompts[i] for i in order(index) for _ in range(repeats)]
-        return examples, pad_prompts(examples, context.pad_token, context.config.data.length_multiple)
-
-    batches = ahead(made, int(state.step))
     for index in range(int(state.step), config.steps):
         rollout_key, learn_key = jax.random.split(jax.random.fold_in(key, index))
+        examples = [prompts[i] for i in order(index) for _ in range(repeats)]
         began = time.perf_counter()
-        examples, padded = next(batches)
-        batch = context.rows(padded, examples)
+        batch = context.rows(pad_prompts(examples, context.pad_token, context.config.data.length_multiple), examples)
         roles = _whole(frozen_roles, state.train.trainable)
         rollout = respond(context, roles["policy"], batch, rollout_key, answers=repeats)
         rolled = time.perf_counter()

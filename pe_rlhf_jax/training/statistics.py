@@ -66,6 +66,17 @@ def bootstrap_auc_ci(scores: np.ndarray, labels: np.ndarray, resamples: int, see
     return [float(bound) for bound in np.quantile(areas, [0.025, 0.975])]
 
 
+def bootstrap_pairs_auc_ci(chosen: np.ndarray, rejected: np.ndarray, resamples: int, seed: int = 0) -> list[float]:
+    """The same of both sides of pairs, labelled 1 and 0; pairs are resampled, because their sides go together."""
+    generator = np.random.default_rng(seed)
+    labels = np.repeat([1, 0], len(chosen))
+    areas = []
+    for _ in range(resamples):
+        pairs = generator.choice(len(chosen), len(chosen))
+        areas.append(area_under_curve(np.concatenate([chosen[pairs], rejected[pairs]]), labels))
+    return [float(bound) for bound in np.quantile(areas, [0.025, 0.975])]
+
+
 def accuracy_by(values: np.ndarray, right: np.ndarray, bins: int = 4) -> list[dict[str, Any]]:
     """Accuracy in bins of equal count by a value of each row, such as its margin or its length; `right` is 1, 0.5 or 0."""
     values = np.asarray(values, np.float64)

@@ -1,16 +1,12 @@
 """Pixel values of batches: padded, kept within a bound, made ahead of their step; what cannot be decoded is found at first use."""
 
-import itertools
-import time
-
 import numpy as np
 import pytest
 from tiny_images import encoded, pixels
 
 from pe_rlhf_jax.data import images
-from pe_rlhf_jax.data.batches import BatchOrder
 from pe_rlhf_jax.data.formats import PromptExample
-from pe_rlhf_jax.data.image_batches import PixelReader, WholeExamples, ahead
+from pe_rlhf_jax.data.image_batches import PixelReader, WholeExamples
 from pe_rlhf_jax.data.image_processing import ImageProcessing
 from pe_rlhf_jax.data.sources import DataError, Skipped
 
@@ -81,38 +77,3 @@ def test_the_next_row_comes_in_the_place_of_a_damaged_one():
         WholeExamples([rows[1], rows[4]], PixelReader(PROCESSING), Skipped("skip"))[0]
     with pytest.raises(IndexError):
         whole[5]
-
-
-def test_batches_made_ahead_are_those_of_their_steps():
-    rows = [example(i, (A, B, C)[i % 3]) for i in range(10)]
-    order, read = BatchOrder(len(rows), 4, seed=0), PixelReader(PROCESSING)
-    started = set()
-
-    def make(step):
-        started.add(step)
-        time.sleep(0.02 if step % 2 else 0)  # the second is ready before the first
-        found = [rows[i] for i in order(step)]
-        return numbers(found), read.pad(found)
-
-    steps = ahead(make, start=3, threads=3)
-    resumed = list(itertools.islice(steps, 4))
-    deadline = time.monotonic() + 10
-    while max(started) <= 6 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert min(started) == 3 and 6 < max(started) <= 10, "nothing was made ahead, or too much"
-    for step, (tokens, values) in enumerate(resumed, start=3):
-        again = make(step)
-        assert tokens == again[0]
-        np.testing.assert_array_equal(values, again[1])
-
-
-def test_what_fails_fails_at_its_step():
-    def make(step):
-        if step == 2:
-            raise DataError("rows.jsonl:7: damaged")
-        return step
-
-    steps = ahead(make, start=0)
-    assert [next(steps), next(steps)] == [0, 1]
-    with pytest.raises(DataError, match=r"rows.jsonl:7: damaged"):
-        next(steps)

@@ -89,6 +89,7 @@ def test_screens_become_rows_that_the_pipeline_reads(chromium, tmp_path, tokeniz
     assert [(row["seed"], row["correct"], row["chosen"]) for row in rows] == [(0, [0], " click [0]"), (1, [1], " click [1]")]
     assert rows[0]["elements"][0] == {"index": 0, "words": 'button "Ok"', "box": [2, 52, 31, 74]}
     assert rows[0]["prompt"].startswith('Instruction: Click number 0.\nElements:\n[0] button "Ok" at [2, 52, 31, 74]\n[1] input_text at')
+    assert rows[0]["prompt"].endswith("\n<image>\nAction:")
     columns = {name: [row[name] for row in rows] for name in ("action", "right_elements")}
     assert action_match(["", ""], [row["chosen"] for row in rows], **columns) == [1, 1]
     assert action_match(["", ""], [row["rejected"] for row in rows], **columns) == [0, 0]
@@ -105,8 +106,11 @@ def test_screens_become_rows_that_the_pipeline_reads(chromium, tmp_path, tokeniz
 def test_screens_that_decide_nothing_or_came_before_are_left_out(chromium, tmp_path, capsys):
     make_miniwob.make(tmp_path / "a", screens=3, first_seed=100, tasks=["click-tab"], chromium=chromium)  # every click is right
     make_miniwob.make(tmp_path / "b", screens=3, first_seed=0, tasks=["click-tab"], chromium=chromium)  # two instructions, one picture
-    assert [len((tmp_path / name / "screens.jsonl").read_text().splitlines()) for name in "ab"] == [0, 2]
-    assert capsys.readouterr().out == "click-tab: 0 screens of 12 episodes\nclick-tab: 2 screens of 12 episodes\n"
+    make_miniwob.make(tmp_path / "c", screens=1, first_seed=0, tasks=["click-tab"], chromium=chromium, apart_from=tmp_path / "b")
+    assert [len((tmp_path / name / "screens.jsonl").read_text().splitlines()) for name in "abc"] == [0, 2, 0]
+    assert capsys.readouterr().out.splitlines() == [
+        f"click-tab: {made} screens of {episodes} episodes" for made, episodes in ((0, 12), (2, 12), (0, 4))
+    ]
 
 
 def test_what_goes_wrong_is_said(chromium, tmp_path):

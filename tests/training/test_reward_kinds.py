@@ -14,7 +14,7 @@ from pe_rlhf_jax.data import LabelExample, PreferenceExample, Split
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import reward
 from pe_rlhf_jax.training.reward_kinds import KINDS, Labels
-from pe_rlhf_jax.training.statistics import accuracy_by, area_under_curve, bootstrap_auc_ci, label_calibration
+from pe_rlhf_jax.training.statistics import accuracy_by, area_under_curve, bootstrap_auc_ci, bootstrap_pairs_auc_ci, label_calibration
 
 END = 1
 
@@ -80,6 +80,17 @@ def test_area_under_curve_counts_pairs():
     assert low < wins < high and 0.05 < high - low < 0.5
 
 
+def test_the_interval_of_pairs_goes_by_pair():
+    """Where a pair's sides differ by as much as prompts do not, resampling them apart would see a spread that is not there."""
+    rng = np.random.default_rng(0)
+    rejected = rng.normal(size=200)
+    low, high = bootstrap_pairs_auc_ci(rejected + 0.5, rejected, 400)
+    area = area_under_curve(np.concatenate([rejected + 0.5, rejected]), np.repeat([1, 0], 200))
+    assert low <= area <= high and high - low < 0.04
+    wide = bootstrap_auc_ci(np.concatenate([rejected + 0.5, rejected]), np.repeat([1, 0], 200), 400)
+    assert wide[1] - wide[0] > 2 * (high - low)
+
+
 def test_bins_of_calibration_and_accuracy():
     labels = np.array([0, 0, 0, 1, 1, 1, 1, 1])
     logits = np.array([-2.0, -2, -2, -2, 2, 2, 2, 2])
@@ -104,6 +115,13 @@ def test_a_model_of_labels_learns_them(labelled, tuning):
     assert found["rows"] == 24 and found["positive_share"] == 0.5
 
 
+def stirred(role):
+    """The role with noise on every leaf: a fresh head for labels and half of a fresh adapter are 0, and so are scores and gradients."""
+    leaves, tree = jax.tree.flatten(role)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    return tree.unflatten([leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)])
+
+
 def test_pairs_as_labels_have_the_loss_and_figures_of_their_sides(labelled):
     """The same rows as pairs, in one row each, and one by one as labels."""
     context = labelled(batch_size=4)
@@ -113,7 +131,7 @@ def test_pairs_as_labels_have_the_loss_and_figures_of_their_sides(labelled):
         prompt = rng.integers(10, 31, 4)
         pairs.append(PreferenceExample(*(np.append(prompt, [*rng.integers(10, 31, 2), END]).astype(np.int32) for _ in range(2))))
     sides = [LabelExample(pair.chosen, 1.0) for pair in pairs] + [LabelExample(pair.rejected, 0.0) for pair in pairs]
-    role, config = reward.init(context, Role()).trainable, context.config.reward
+    role, config = stirred(reward.init(context, Role()).trainable), context.config.reward
     found = []
     for kind, rows in ((KINDS["pairs-as-labels"], pairs), (KINDS["labels"], sides)):
         batch = context.rows(kind.collator(context)(rows))
@@ -125,7 +143,8 @@ def test_pairs_as_labels_have_the_loss_and_figures_of_their_sides(labelled):
         shown = {key: figures[key] for key in ("accuracy", "auc", "rows", "loss", "calibration")}
         found.append((jax.value_and_grad(loss, has_aux=True)(role), shown))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *found)
-    assert found[0][1]["rows"] == 12
+    assert found[0][1]["rows"] == 12 and 0 < found[0][1]["auc"] < 1
+    assert min(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(found[0][0][1])) > 1e-5, "what is compared is 0"
 
 
 def test_a_model_of_pairs_as_labels_learns_them_and_keeps_its_zero(labelled):
@@ -153,8 +172,8 @@ def test_balanced_classes_weigh_alike(labelled):
 
 def test_label_scores_do_not_depend_on_padding_or_batch(labelled):
     context = labelled()
-    role = reward.init(context, Role()).trainable
-    role = role.replace(head={**role.head, "bias": jnp.array([0.25])})
+    role = stirred(reward.init(context, Role()).trainable)
     one = Labels().scores(context, role, context.data.label.train)[0]
     alone = np.concatenate([Labels().scores(context, role, [row])[0] for row in context.data.label.train[:5]])
     np.testing.assert_allclose(one[:5], alone, rtol=1e-5, atol=1e-6)
+    assert np.std(one) > 0.01

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
@@ -14,9 +13,10 @@ from pe_rlhf_jax.data import Split, pad_labels, pad_preferences, pad_prompts, pa
 from pe_rlhf_jax.data.image_batches import WholeExamples
 from pe_rlhf_jax.data.images import Picture
 from pe_rlhf_jax.data.sources import Skipped
+from pe_rlhf_jax.models.heads import init_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_logprobs
-from pe_rlhf_jax.training import evaluate, images, loop, reward, rl, sft
+from pe_rlhf_jax.training import evaluate, images, reward, rl, sft
 from pe_rlhf_jax.training.reward_kinds import label_scores, pair_scores
 from pe_rlhf_jax.training.rewards import RewardModel, Rewards, _score
 from pe_rlhf_jax.training.rollouts import respond
@@ -130,7 +130,9 @@ def test_micro_batches_are_the_whole_batch(stage, adapted, quick_compile):
         if name == "sft":
             state, metrics = next(iter(sft.run(context, sft.init(context))))
         elif name == "reward":
-            state, metrics = next(iter(reward.run(context, Role(), reward.init(context, Role()))))
+            start = reward.init(context, Role())  # a head for labels starts at 0, and nothing else would have a gradient
+            head = init_head(jax.random.key(1), context.decoder.config.hidden_size)
+            state, metrics = next(iter(reward.run(context, Role(), start.replace(trainable=start.trainable.replace(head=head)))))
         else:
             state, metrics = next(iter(rl.run(context, Role(), None, Rewards(context, {}), rl.init(context, Role(), None))))
             state = state.train
@@ -204,7 +206,6 @@ def test_pictures_are_decoded_when_a_batch_needs_them(monkeypatch, quick_compile
     }
     context = dataclasses.replace(context, data=dataclasses.replace(context.data, **splits))
     decoded, decode = [], Picture.decode
-    monkeypatch.setattr(loop, "ahead", lambda make, start: map(make, itertools.count(start)))  # no batch but the step's own
     monkeypatch.setattr(Picture, "decode", lambda picture: (decoded.append(picture.key), decode(picture))[1])
     next(sft.run(context, sft.init(context)))
     assert len(decoded) == context.config.sft.batch_size

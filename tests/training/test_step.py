@@ -38,6 +38,17 @@ def test_optimizer_state_exists_only_for_what_is_trained():
     assert sorted(moments) == sorted([*sizes, *sizes])
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_what_starts_at_zero_moves_by_the_rate(name):
+    """Half of every fresh adapter does, and the head of a reward model of labels."""
+    trained = {"head": {"kernel": jnp.zeros((8, 1))}, "lora": {"b": jnp.zeros((4, 8))}}
+    optimizer = make_optimizer(OptimizerConfig(name=name, learning_rate=0.01), 10, "lora")
+    gradients = jax.tree.map(jnp.ones_like, trained)
+    updates, _ = optimizer.update(gradients, optimizer.init(trained), trained)
+    for leaf in jax.tree.leaves(updates):
+        assert 0.005 < -float(jnp.mean(leaf)) < 0.02
+
+
 def test_schedule_warms_up_and_decays():
     rate = learning_rate(OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_ratio=0.2), 10)
     np.testing.assert_allclose([rate(i) for i in (0, 1, 2, 6, 10)], [0.0, 0.5, 1.0, 0.5, 0.0], atol=1e-6)
