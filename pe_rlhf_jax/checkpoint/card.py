@@ -35,6 +35,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 class {name}(GenericForSequenceClassification, {prefix}PreTrainedModel):
     pass  # transformers has all of it but the class
 """
+_COMPOSED = "put before the backbone; no file holds the two as one model, so other programs read what `export.merged` writes"
 _DATA = {"sft": "sft", "reward": "preference", "rl": "prompts"}
 
 
@@ -73,6 +74,8 @@ def training(
     recipe: dict[str, Any] = {"run": config.run.name, "seed": config.run.seed, "stages": ", ".join(done) or "none: it is where they start"}
     if config.model.revision:
         recipe["revision"] = config.model.revision
+    if config.model.vision is not None:
+        recipe["image encoder"] = f"`{config.model.vision.source}`, {_COMPOSED}"
     datasets: list[str] = []
     for name in done:
         recipe[name] = _stage(name, getattr(config, name))

