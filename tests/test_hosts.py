@@ -51,6 +51,10 @@ def short(prompts, completions, **columns):
     return [-float(len(text)) for text in completions]
 
 
+def judge(prompts, completions, **columns):
+    return short(prompts, completions, **columns)
+
+
 MESH = json.loads(sys.argv[2])
 SECTIONS = dict(
     mesh=MESH,
@@ -63,7 +67,7 @@ SECTIONS = dict(
         rewards=[dict(model="run"), dict(function="__main__:short")],
         sampling=dict(max_new_tokens=6, stop_strings=["7"]),
     ),
-    evaluate=dict(prompts=3, batch_size=4, bootstrap=100, judge="__main__:short"),
+    evaluate=dict(prompts=3, batch_size=4, bootstrap=100, judge="__main__:judge"),
 )
 context = tiny_context(tiny_decoder.make_model(tiny_decoder.TINY, LoRAConfig(r=3, lora_alpha=6.0)), 2, **SECTIONS)
 store, rows = Store(folder), []

@@ -37,7 +37,7 @@ def seeing_project(folder: Path) -> dict:
         "data": {name: {"train": [file]} for name, file in files.items()}
         | {"validation_share": 0.25, "length_multiple": 16, "max_prompt_length": 32, "max_response_length": 4},
         "sft": {"steps": 20, "batch_size": 8, "evaluate_every": 6, "optimizer": {"learning_rate": rates["sft"]}},
-        "reward": {"kind": "labels", "steps": 30, "batch_size": 16, "evaluate_every": 10, "optimizer": {"learning_rate": rates["reward"]}},
+        "reward": {"kind": "labels", "steps": 30, "batch_size": 16, "evaluate_every": 30, "optimizer": {"learning_rate": rates["reward"]}},
         "rl": {
             "steps": 60,
             "batch_size": 16,

@@ -165,7 +165,7 @@ def test_every_epoch_visits_every_episode_in_an_order_of_its_own(monkeypatch):
 
 def test_every_batch_has_keys_of_its_own(make_context, roles, monkeypatch):
     context, keys = make_context(rl={"steps": 4}), []
-    monkeypatch.setattr(rl, "respond", lambda c, policy, batch, key: (keys.append(key), respond(c, policy, batch, key))[1])
+    monkeypatch.setattr(rl, "respond", lambda c, policy, batch, key, **more: (keys.append(key), respond(c, policy, batch, key, **more))[1])
 
     def learn(config, step, state, frozen, experience, key):
         keys.append(key)
