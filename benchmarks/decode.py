@@ -20,15 +20,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from memory import size
-from shared_prefix import SHAPE, spread
+from shared_prefix import SHAPE, seconds, spread
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.models.roles import TOWER
@@ -52,13 +49,6 @@ def weights_read(backbone: PyTree) -> int:
     """Bytes of what every step reads whole: the layers, and the matrix that makes logits."""
     looked_up = {"position_embed", "embed" if "lm_head" in backbone else ""}
     return size({name: tree for name, tree in backbone.items() if name not in {TOWER, "projector"} | looked_up})
-
-
-def seconds(f: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
-    """By the clock, and of a processor."""
-    began, worked = time.perf_counter(), time.process_time()
-    jax.block_until_ready(f(*arguments))
-    return time.perf_counter() - began, time.process_time() - worked
 
 
 def main() -> None:

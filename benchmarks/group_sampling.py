@@ -19,14 +19,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from shared_prefix import SHAPE, spread
+from shared_prefix import SHAPE, seconds, spread
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.models.decoder import Decoder
@@ -65,20 +64,15 @@ def main() -> None:
 
     programs = [compiled(a.responses), compiled(1)]
 
-    def timed(program: Any, turn: int) -> tuple[float, float]:
-        began, worked = time.perf_counter(), time.process_time()
-        jax.block_until_ready(program(variables, prompts, jax.random.key(turn)))
-        return time.perf_counter() - began, time.process_time() - worked
-
     one, other = jax.block_until_ready([program(variables, prompts, jax.random.key(0)) for program in programs])
-    seconds = [[timed(program, turn) for program in programs] for turn in range(a.turns)]
+    turns = [[seconds(program, variables, prompts, jax.random.key(turn)) for program in programs] for turn in range(a.turns)]
     costs, rows = Costs(config, shape), len(tokens)
     once, each = (costs.generate(rows, a.prompt, a.answer, answers) for answers in (a.responses, 1))
     result = {
         "device": jax.devices()[0].device_kind,
-        "seconds": [[round(x, 3) for x, _ in turn] for turn in seconds],
-        "ratio": spread([each / once for (once, _), (each, _) in seconds]),
-        "processor": spread([each / once for (_, once), (_, each) in seconds]),
+        "seconds": [[round(x, 3) for x, _ in turn] for turn in turns],
+        "ratio": spread([each / once for (once, _), (each, _) in turns]),
+        "processor": spread([each / once for (_, once), (_, each) in turns]),
         "flops": round(each / once, 3),
         "memory": [round(program.memory_analysis().temp_size_in_bytes / 2**20) for program in programs],
         "differ": int(jnp.sum(jnp.any(one.response != other.response, axis=1))),

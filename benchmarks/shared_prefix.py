@@ -82,6 +82,13 @@ def spread(ratios: list[float]) -> list[float]:
     return [round(x, 3) for x in (statistics.median(ratios), min(ratios), max(ratios))]
 
 
+def seconds(f: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
+    """By the clock, and of a processor."""
+    began, worked = time.perf_counter(), time.process_time()
+    jax.block_until_ready(f(*arguments))
+    return time.perf_counter() - began, time.process_time() - worked
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model-config", type=Path, default=SHAPE, help="Hugging Face's config.json of the shape")
@@ -106,23 +113,18 @@ def main() -> None:
     losses = group_losses(*size, answers) if a.responses else pair_losses(*size)
     programs = [jax.jit(jax.value_and_grad(loss)).lower(role, context.backbone).compile() for loss in losses]
 
-    def timed(program: Any) -> tuple[float, float]:
-        began, worked = time.perf_counter(), time.process_time()
-        jax.block_until_ready(program(role, context.backbone))
-        return time.perf_counter() - began, time.process_time() - worked
-
     (loss, gradient), (expected, wanted) = (program(role, context.backbone) for program in programs)
     leaves = zip(jax.tree.leaves(gradient.lora), jax.tree.leaves(wanted.lora), strict=True)
     difference = max(float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))) for x, y in leaves)
-    seconds = [[timed(program) for program in programs] for _ in range(a.turns)]
+    turns = [[seconds(program, role, context.backbone) for program in programs] for _ in range(a.turns)]
     costs, logits = Costs(config, shape), a.answer if a.responses else 0
     shared = costs.update(a.pairs, a.prompt + answers * a.answer, answers * logits, "lora")
     counted = [float(program.cost_analysis()["flops"]) for program in programs]
     result = {
         "device": jax.devices()[0].device_kind,
-        "seconds": [[round(x, 3) for x, _ in turn] for turn in seconds],
-        "ratio": spread([alone / shared for (shared, _), (alone, _) in seconds]),
-        "processor": spread([alone / shared for (_, shared), (_, alone) in seconds]),
+        "seconds": [[round(x, 3) for x, _ in turn] for turn in turns],
+        "ratio": spread([alone / shared for (shared, _), (alone, _) in turns]),
+        "processor": spread([alone / shared for (_, shared), (_, alone) in turns]),
         "flops": round(costs.update(a.pairs * answers, a.prompt + a.answer, logits, "lora") / shared, 3),
         "compiled": round(counted[1] / counted[0], 3),
         "loss": abs(float(loss / expected) - 1),

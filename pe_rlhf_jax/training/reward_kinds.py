@@ -146,17 +146,8 @@ class Labels:
     def figures(self, rows: Sequence[LabelExample], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
         labels = _labels(rows)
         right = (np.sign(scores[0] * (2 * labels - 1)) + 1) / 2
-        return {
-            "accuracy": float(np.mean(right)),
-            "ci": bootstrap_ci(right, resamples),
-            "auc": area_under_curve(scores[0], labels),
-            "auc_ci": bootstrap_auc_ci(scores[0], labels, resamples),
-            "rows": len(rows),
-            "positive_share": float(np.mean(labels)),
-            "loss": self.quick(rows, *scores)["loss"],
-            "calibration": label_calibration(scores[0], labels),
-            "by_length": accuracy_by(np.asarray([len(row.tokens) for row in rows]), right),
-        }
+        lengths = [len(row.tokens) for row in rows]
+        return _figures_of_labels(scores[0], labels, right, lengths, bootstrap_auc_ci(scores[0], labels, resamples), resamples)
 
 
 class PairsAsLabels(Pairs):
@@ -182,18 +173,10 @@ class PairsAsLabels(Pairs):
         chosen, rejected = scores
         both, labels = np.concatenate(scores), np.repeat([1.0, 0.0], len(rows))
         right = ((np.sign(chosen) - np.sign(rejected)) / 2 + 1) / 2  # of a pair: its sides go together
-        return {
-            "accuracy": float(np.mean(right)),
-            "ci": bootstrap_ci(right, resamples),
-            "auc": area_under_curve(both, labels),
-            "auc_ci": bootstrap_pairs_auc_ci(chosen, rejected, resamples),
-            "pairwise_accuracy": float(np.mean(pairwise_right(chosen, rejected))),
-            "rows": len(both),
-            "positive_share": 0.5,
-            "loss": self.quick(rows, *scores)["loss"],
-            "calibration": label_calibration(both, labels),
-            "by_length": accuracy_by(np.asarray([max(len(pair.chosen), len(pair.rejected)) for pair in rows]), right),
-        }
+        lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in rows]
+        interval = bootstrap_pairs_auc_ci(chosen, rejected, resamples)
+        figures = _figures_of_labels(both, labels, right, lengths, interval, resamples)
+        return figures | {"pairwise_accuracy": float(np.mean(pairwise_right(chosen, rejected)))}
 
 
 KINDS: dict[str, Kind] = {"pairs": Pairs(), "labels": Labels(), "pairs-as-labels": PairsAsLabels()}
@@ -203,6 +186,23 @@ def _quick_of_labels(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]
     loss, figures = logistic(jnp.asarray(scores), jnp.asarray(labels, jnp.float32))
     values = {"loss": float(loss)} | {name: float(value) for name, value in figures.items()}
     return values | {"auc": area_under_curve(scores, labels)}
+
+
+def _figures_of_labels(
+    scores: np.ndarray, labels: np.ndarray, right: np.ndarray, lengths: Sequence[int], auc_ci: list[float], resamples: int
+) -> dict[str, Any]:
+    """`right` and `lengths` are of what is resampled: of rows, or of pairs whose sides are the rows."""
+    return {
+        "accuracy": float(np.mean(right)),
+        "ci": bootstrap_ci(right, resamples),
+        "auc": area_under_curve(scores, labels),
+        "auc_ci": auc_ci,
+        "rows": len(labels),
+        "positive_share": float(np.mean(labels)),
+        "loss": _quick_of_labels(scores, labels)["loss"],
+        "calibration": label_calibration(scores, labels),
+        "by_length": accuracy_by(np.asarray(lengths), right),
+    }
 
 
 def _pad_pairs(context: Context, rows: Sequence[PreferenceExample], size: int | None = None) -> PreferenceBatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,26 +54,31 @@ def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((np.sum(ranks[labels]) - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def bootstrap_auc_ci(scores: np.ndarray, labels: np.ndarray, resamples: int, seed: int = 0) -> list[float]:
+def bootstrap_auc_ci(scores: np.ndarray, labels: np.ndarray, resamples: int) -> list[float]:
     """95% percentile bootstrap interval of `area_under_curve`; classes are resampled apart, so that neither goes missing."""
-    generator = np.random.default_rng(seed)
     labels = np.asarray(labels) == 1
-    groups = [np.flatnonzero(labels), np.flatnonzero(~labels)]
-    areas = []
-    for _ in range(resamples):
-        rows = np.concatenate([generator.choice(group, len(group)) for group in groups if len(group)])
-        areas.append(area_under_curve(scores[rows], labels[rows]))
-    return [float(bound) for bound in np.quantile(areas, [0.025, 0.975])]
+    groups = [group for group in (np.flatnonzero(labels), np.flatnonzero(~labels)) if len(group)]
+
+    def draw(generator: np.random.Generator) -> np.ndarray:
+        return np.concatenate([generator.choice(group, len(group)) for group in groups])
+
+    return _auc_interval(scores, labels, resamples, draw)
 
 
-def bootstrap_pairs_auc_ci(chosen: np.ndarray, rejected: np.ndarray, resamples: int, seed: int = 0) -> list[float]:
+def bootstrap_pairs_auc_ci(chosen: np.ndarray, rejected: np.ndarray, resamples: int) -> list[float]:
     """The same of both sides of pairs, labelled 1 and 0; pairs are resampled, because their sides go together."""
-    generator = np.random.default_rng(seed)
-    labels = np.repeat([1, 0], len(chosen))
-    areas = []
-    for _ in range(resamples):
-        pairs = generator.choice(len(chosen), len(chosen))
-        areas.append(area_under_curve(np.concatenate([chosen[pairs], rejected[pairs]]), labels))
+    count = len(chosen)
+
+    def draw(generator: np.random.Generator) -> np.ndarray:
+        pairs = generator.choice(count, count)
+        return np.concatenate([pairs, count + pairs])
+
+    return _auc_interval(np.concatenate([chosen, rejected]), np.repeat([1, 0], count), resamples, draw)
+
+
+def _auc_interval(scores: np.ndarray, labels: np.ndarray, resamples: int, draw: Callable[[np.random.Generator], np.ndarray]) -> list[float]:
+    generator = np.random.default_rng(0)
+    areas = [area_under_curve(scores[rows], labels[rows]) for rows in (draw(generator) for _ in range(resamples))]
     return [float(bound) for bound in np.quantile(areas, [0.025, 0.975])]
 
 
