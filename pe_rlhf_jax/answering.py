@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pydantic
 from rich.console import Console
 
@@ -15,8 +14,9 @@ from pe_rlhf_jax import run_folder
 from pe_rlhf_jax.checkpoint.store import Store
 from pe_rlhf_jax.config import ConfigError, SamplingConfig
 from pe_rlhf_jax.data import PromptExample, pad_prompts
-from pe_rlhf_jax.data.images import find
-from pe_rlhf_jax.data.sources import BadRow
+from pe_rlhf_jax.data.encoder import Encoder
+from pe_rlhf_jax.data.formats import Reader
+from pe_rlhf_jax.data.sources import Row, Skipped
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.loading import load
 from pe_rlhf_jax.models.roles import Role
@@ -26,6 +26,9 @@ from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.sharding import row_multiple
 from pe_rlhf_jax.training.rollouts import respond, texts, watch
 from pe_rlhf_jax.types import PromptBatch
+
+Prompt = str | list[dict[str, str]]
+"""What may stand under `prompt` in a row of the data: a text as it is, or turns for the chat template."""
 
 
 class Answerer:
@@ -55,13 +58,16 @@ class Answerer:
         self.key = self.context.key("generate" if seed is None else f"generate/{seed}")
         self.asked = 0
 
-    def __call__(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> list[dict[str, str]]:
+    def __call__(self, prompts: Sequence[Prompt], images: Sequence[Path] = ()) -> list[dict[str, str]]:
         """Both answers to each prompt, as `prompt`, `reference` and `policy`; each shows all the pictures. Asked again, it draws anew.
 
-        Raises ConfigError for a prompt that leaves no room for a response, and for pictures that the model or the prompt does not take.
+        Raises:
+            ConfigError: a prompt leaves no room for a response, or does not take the pictures.
+            DataError: the model takes no pictures.
         """
-        batch, key = self._asked(prompts, images)
-        answers: list[dict[str, str]] = [{"prompt": text} for text in prompts]
+        rows = self._read(prompts, images)
+        batch, key = self._placed(rows)
+        answers: list[dict[str, str]] = [{"prompt": row.text} for row in rows]
         with jax.set_mesh(self.context.mesh):
             for name, role in self.roles.items():
                 said = texts(self.context, respond(self.context, role, batch, key, self.sampling))
@@ -69,12 +75,12 @@ class Answerer:
                     answer[name] = text
         return answers
 
-    def stream(self, prompt: str, images: Sequence[Path] = ()) -> Iterator[tuple[str, str]]:
+    def stream(self, prompt: Prompt, images: Sequence[Path] = ()) -> Iterator[tuple[str, str]]:
         """The same two answers to one prompt while they are written: (role, what its answer has more than before), at first nothing.
 
-        Raises ConfigError as calling does.
+        Raises what calling does.
         """
-        batch, key = self._asked([prompt], images)
+        batch, key = self._placed(self._read([prompt], images))
         for name, role in self.roles.items():
             yield name, ""
             for piece in additions(self._written(role, batch, key)):
@@ -92,36 +98,40 @@ class Answerer:
             yield texts(self.context, sampled)[0]
             ended = bool(fetch(sampled.ended)[0])  # the other rows only fill the devices
 
-    def _asked(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> tuple[PromptBatch, jax.Array]:
+    def _placed(self, rows: list[PromptExample]) -> tuple[PromptBatch, jax.Array]:
         """The prompts on the devices, and a key for their answers."""
         context = self.context
-        rows = [self._example(text, images) for text in prompts]
-        room = self.backbone.config.max_position_embeddings - self.sampling.max_new_tokens
-        for row in rows:
-            if not 0 < len(row.tokens) <= room:
-                raise ConfigError(f"expected a prompt of 1 to {room} tokens, found {len(row.tokens)}: {row.text[:60]!r}")
         # Lengths double, so that a conversation needs a new program rarely.
         length = context.config.data.length_multiple
         while length < max(len(row.tokens) for row in rows):
             length *= 2
         count = -(-len(rows) // row_multiple(context.mesh)) * row_multiple(context.mesh)
-        batch = context.rows(pad_prompts(rows, context.pad_token, min(length, room), rows=count), rows)
+        batch = context.rows(pad_prompts(rows, context.pad_token, min(length, self._room), rows=count), rows)
         self.asked += 1
         return batch, jax.random.fold_in(self.key, self.asked - 1)
 
-    def _example(self, text: str, images: Sequence[Path]) -> PromptExample:
+    def _read(self, prompts: Sequence[Prompt], images: Sequence[Path]) -> list[PromptExample]:
+        """As rows of the data are read, which the policy was trained on."""
         tokenizer, vision = self.backbone.tokenizer, self.context.vision
-        if vision is None:
-            if images:
-                raise ConfigError(f"{self.backbone.source} takes no pictures, found {images[0]}")
-            return PromptExample(np.asarray(tokenizer(text)["input_ids"], np.int32), text, {})
-        try:
-            pictures = tuple(find(path.absolute(), None, "--image") for path in images)
-            written = vision.write(text, pictures, tokenizer.bos_token or "")
-        except BadRow as problem:
-            raise ConfigError(str(problem)) from problem
-        ids = tokenizer(written, add_special_tokens=not vision.prompt.begin_after_pictures)["input_ids"]
-        return PromptExample(np.asarray(ids, np.int32), text, {}, pictures, "--image")
+        shown = {"images": [path.absolute() for path in images]} if images else {}
+        given = [Row({"prompt": prompt} | shown, f"prompt {number}") for number, prompt in enumerate(prompts, start=1)]
+        limits = self.context.config.data.model_copy(update={"max_prompt_length": self._room, "too_long": "error"})
+        refused = _Refused()
+        return Encoder(limits, tokenizer, refused, vision).prompts(Reader(tokenizer, refused, vision=vision).prompts(given))
+
+    @property
+    def _room(self) -> int:
+        return self.backbone.config.max_position_embeddings - self.sampling.max_new_tokens
+
+
+class _Refused(Skipped):
+    """Says what is wrong with a prompt that somebody typed."""
+
+    def bad(self, place: str, problem: str) -> None:
+        raise ConfigError(f"{place}: {problem}")
+
+    def long(self, place: str, limit: str, allowed: int, found: int) -> None:
+        raise ConfigError(f"{place}: expected at most {allowed} tokens, which leave room for a response, found {found}")
 
 
 def additions(texts: Iterable[str]) -> Iterator[str]:
@@ -154,13 +164,14 @@ def show(console: Console, pieces: Iterable[tuple[str, str]]) -> dict[str, str]:
     return answers
 
 
-def chat(answerer: Answerer, read: Callable[[], str], console: Console) -> None:
-    """A conversation until the input ends, or Ctrl-C. Both models see the same history, whose answers are the policy's.
+def chat(answerer: Answerer, read: Callable[[], str], console: Console, images: Sequence[Path] = ()) -> None:
+    """A conversation about the pictures, if there are any, until the input ends, or Ctrl-C.
 
-    Raises ConfigError if the model's tokenizer has no chat template.
+    Both models see the same history, whose answers are the policy's; its first turn begins with the pictures.
+
+    Raises ConfigError if the model's tokenizer has no chat template, and what asking the answerer does.
     """
-    tokenizer = answerer.backbone.tokenizer
-    if not tokenizer.chat_template:
+    if not answerer.backbone.tokenizer.chat_template:
         raise ConfigError("the model's tokenizer has no chat template; ask single prompts with --prompt")
     turns: list[dict[str, str]] = []
     try:
@@ -168,8 +179,10 @@ def chat(answerer: Answerer, read: Callable[[], str], console: Console) -> None:
             if not (said := read().strip()):
                 continue
             turns.append({"role": "user", "content": said})
-            prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-            answers = show(console, answerer.stream(prompt))
-            turns.append({"role": "assistant", "content": answers["policy"]})
+            answers = show(console, answerer.stream(turns, images))
+            if answers["policy"].strip():
+                turns.append({"role": "assistant", "content": answers["policy"]})
+            else:
+                turns.pop()  # nothing was said: a history has no empty turns
     except (EOFError, KeyboardInterrupt):
         console.print()

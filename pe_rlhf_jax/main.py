@@ -106,7 +106,9 @@ def cli(argv: Sequence[str] | None = None) -> int:
     generating = commands.add_parser("generate", help="answer prompts with a run's policy, beside its reference")
     generating.add_argument("--run", required=True, type=path_of, metavar="FOLDER", help="run folder")
     generating.add_argument("--prompt", action="append", help="several are answered in a table; without one, a conversation begins")
-    generating.add_argument("--image", action="append", default=[], type=path_of, metavar="FILE", help="a picture that every prompt shows")
+    generating.add_argument(
+        "--image", action="append", default=[], type=path_of, metavar="FILE", help="a picture that every prompt, or a conversation, shows"
+    )
     generating.add_argument("--temperature", type=float, help="0 is greedy; the run's rl.sampling by default, and so below")
     generating.add_argument("--top-k", type=int)
     generating.add_argument("--top-p", type=float)
@@ -134,15 +136,13 @@ def cli(argv: Sequence[str] | None = None) -> int:
             hosts.start(run_folder.read_config(arguments.run).run.host_timeout_s)
             shown = console if hosts.first() else Console(quiet=True)
             answerer = Answerer(arguments.run, shown, changes, arguments.seed)
-            if arguments.image and not arguments.prompt:
-                raise ConfigError("--image goes with --prompt: a conversation is text")
             if arguments.prompt and len(arguments.prompt) == 1:
                 shown.print(samples.visible(arguments.prompt[0]), style="dim", markup=False, highlight=False, soft_wrap=True)
                 show(shown, answerer.stream(arguments.prompt[0], arguments.image))
             elif arguments.prompt:  # all at once
                 samples.show(shown, answerer(arguments.prompt, arguments.image), len(arguments.prompt))
             else:
-                chat(answerer, lambda: hosts.once(lambda: console.input("[bold]you: [/]")), shown)
+                chat(answerer, lambda: hosts.once(lambda: console.input("[bold]you: [/]")), shown, arguments.image)
         else:
             run(configuration.load(arguments.config, arguments.set), arguments.restart, console, shlex.join(["pe-rlhf", *argv]))
     except Stopped as reason:

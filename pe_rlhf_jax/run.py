@@ -258,7 +258,9 @@ class Run:
         """What the model card of the policy or reward model tells."""
         figures = [card.Figure(tile.label, tile.value, tile.interval, tile.reading) for tile in headline.tiles(summary, {}, name)]
         stages = [stage for stage, outcome in ROLE_OF.items() if self.store.latest(outcome) is not None]
-        return card.training(name, self.config, stages, figures, self.command, self.backbone.license)
+        return card.training(
+            name, self.config, stages, figures, self.command, self.backbone.license, self.backbone.config.vision is not None
+        )
 
     def summary(self) -> dict[str, Any]:
         """Everything that is known of the run so far; see the README for its names."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from tiny_data import make_tokenizer
 from tiny_gguf import hf_tensors, write_gguf
 
-from pe_rlhf_jax.answering import additions, chat, show
+from pe_rlhf_jax.answering import Answerer, additions, chat, show
 from pe_rlhf_jax.checkpoint.gguf import GGUFFile
 from pe_rlhf_jax.checkpoint.tokenizer import tokenizer_from_gguf
-from pe_rlhf_jax.config import ConfigError
+from pe_rlhf_jax.config import ConfigError, DataConfig, SamplingConfig
 
 
 class Parrot:
@@ -20,18 +22,21 @@ class Parrot:
 
     def __init__(self, chat_template="given"):
         self.asked: list[str] = []
-        self.roles = {"reference": None, "policy": None}
-        render = lambda turns, **_: "|".join(f"{turn['role']}:{turn['content']}" for turn in turns)  # noqa: E731
-        self.backbone = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=chat_template, apply_chat_template=render))
+        self.images: list[Path] = []
+        self.backbone = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=chat_template))
 
-    def stream(self, prompt):
-        self.asked.append(prompt)
-        last = prompt.rpartition(":")[2]
+    def stream(self, turns, images):
+        self.asked.append("|".join(f"{turn['role']}:{turn['content']}" for turn in turns))
+        self.images = list(images)
+        last = turns[-1]["content"]
+        if last == "silence":
+            yield from [("reference", "no"), ("policy", " \n")]
+            return
         yield from [("reference", ""), ("reference", "old"), ("reference", f" {last}")]
         yield from [("policy", ""), ("policy", " "), ("policy", "new "), ("policy", f"{last}\n")]
 
 
-def talk(parrot, *lines: str, end=EOFError) -> str:
+def talk(parrot, *lines: str, end=EOFError, images=()) -> str:
     said, shown = iter(lines), io.StringIO()
 
     def read() -> str:
@@ -40,7 +45,7 @@ def talk(parrot, *lines: str, end=EOFError) -> str:
         except StopIteration:
             raise end from None
 
-    chat(parrot, read, Console(file=shown))
+    chat(parrot, read, Console(file=shown), images)
     return shown.getvalue()
 
 
@@ -52,9 +57,21 @@ def test_turns_follow_each_other_and_the_policys_answer_is_the_history(end):
     assert shown == "reference: old one\npolicy: new one\nreference: old two\npolicy: new two\n\n"
 
 
+def test_every_turn_is_asked_with_the_pictures():
+    parrot = Parrot()
+    talk(parrot, "one", "two", images=[Path("a.png")])
+    assert parrot.asked[1:] and parrot.images == [Path("a.png")]
+
+
+def test_what_got_no_answer_is_not_in_the_history():
+    parrot = Parrot()
+    talk(parrot, "silence", "two")
+    assert parrot.asked == ["user:silence", "user:two"]
+
+
 def test_an_answer_can_be_interrupted():
     class Interrupted(Parrot):
-        def stream(self, prompt):
+        def stream(self, turns, images):
             yield from [("reference", ""), ("reference", "half")]
             raise KeyboardInterrupt
 
@@ -113,3 +130,25 @@ def test_an_answer_without_text_is_shown_empty():
     shown = io.StringIO()
     assert show(Console(file=shown), [("reference", ""), ("policy", ""), ("policy", "x")]) == {"reference": "", "policy": "x"}
     assert shown.getvalue() == "reference: \npolicy: x\n"
+
+
+def asked_as(prompt, template="{{ bos_token }}{% for turn in messages %}{{ turn.content }}{% endfor %}", room=40):
+    """The tokens of a prompt for a model whose tokenizer puts a start token before every text, as Llama 3's does."""
+    made = object.__new__(Answerer)  # without a run folder
+    made.sampling = SamplingConfig(max_new_tokens=8)
+    config = SimpleNamespace(max_position_embeddings=8 + room)
+    made.backbone = SimpleNamespace(tokenizer=make_tokenizer(template, adds_start=True), config=config)
+    made.context = SimpleNamespace(vision=None, config=SimpleNamespace(data=DataConfig(max_prompt_length=4)))
+    return made._read([prompt], [])[0].tokens.tolist()
+
+
+def test_a_prompt_has_one_start_token_as_in_training():
+    start = make_tokenizer().bos_token_id
+    plain, turns = asked_as("hello"), asked_as([{"role": "user", "content": "hello"}])
+    assert plain == turns and len(plain) == 6 and plain.count(start) == 1
+
+
+@pytest.mark.parametrize("prompt,said", [(" ", "white space"), ("x" * 41, "at most 40 tokens, .* found 42"), ("\ud800", "surrogate")])
+def test_a_prompt_that_cannot_be_asked_is_refused(prompt, said):
+    with pytest.raises(ConfigError, match=f"prompt 1: .*{said}"):
+        asked_as(prompt)

@@ -18,6 +18,7 @@ from pe_rlhf_jax.types import PyTree
 Kind = Literal["policy", "reward"]
 _SECTIONS: dict[Kind, tuple[str, ...]] = {"policy": ("sft", "rl"), "reward": ("reward",)}
 _PIPELINE = {"policy": "text-generation", "reward": "text-classification"}
+_SEEING_PIPELINE = _PIPELINE | {"policy": "image-text-to-text"}  # the hub has no name for scoring a text about pictures
 SCORING = """
 A text's score is the only logit: `score.weight` times the last hidden state at the last token that is not padding, so
 `model.config.get_text_config().pad_token_id` must be set. A text ends with the end token, as in training. The head was trained with a
@@ -64,12 +65,20 @@ class Training:
     tags: Sequence[str] = ()
     license: str | None = None
     """The backbone's, as its own card or file declares it."""
+    sees: bool = False
+    """Whether the backbone takes pictures."""
 
 
 def training(
-    kind: Kind, config: Config, stages: Sequence[str], figures: Sequence[Figure], command: str | None, license: str | None
+    kind: Kind,
+    config: Config,
+    stages: Sequence[str],
+    figures: Sequence[Figure],
+    command: str | None,
+    license: str | None,
+    sees: bool = False,
 ) -> Training:
-    """What a run's configuration tells of its policy or reward model, given the stages that are finished."""
+    """What a run tells of its policy or reward model, given the stages that are finished; the rest as in `Training`."""
     done = [name for name in _SECTIONS[kind] if name in stages]
     recipe: dict[str, Any] = {"run": config.run.name, "seed": config.run.seed, "stages": ", ".join(done) or "none: it is where they start"}
     if config.model.revision:
@@ -85,7 +94,7 @@ def training(
     dumped = {name: getattr(config, name).model_dump(mode="json") for name in ("lora", *done)}
     tags = ["rlhf", *([config.rl.algorithm] if "rl" in done else []), *(["reward-model"] if kind == "reward" else [])]
     text = yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True)
-    return Training(recipe, figures, command, text, tuple(dict.fromkeys(datasets)), tags, license)
+    return Training(recipe, figures, command, text, tuple(dict.fromkeys(datasets)), tags, license, sees)
 
 
 def scorer(family: Family) -> tuple[str, str]:
@@ -145,7 +154,7 @@ def _front_matter(kind: Kind, merged: bool, base_model: str, told: Training) -> 
         datasets=list(told.datasets) or None,
         library_name="transformers" if merged else "peft",
         license=told.license,
-        pipeline_tag=_PIPELINE[kind],
+        pipeline_tag=(_SEEING_PIPELINE if told.sees else _PIPELINE)[kind],
         tags=["pe_rlhf_jax", *([] if merged else ["lora"]), *told.tags],
     )
     return data.to_yaml().strip()

@@ -48,6 +48,12 @@ def test_the_front_matter_is_the_hubs():
     assert read == {"datasets": ["owner/chats"], "library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
 
 
+def test_the_hub_is_told_what_takes_pictures():
+    told = {kind: training(kind, configured(), [kind], [], None, None, sees=True) for kind in ("policy", "reward")}
+    found = {kind: ModelCard(card(kind, True, "hf:owner/base", "0" * 64, {}, "usage", told[kind])).data.pipeline_tag for kind in told}
+    assert found == {"policy": "image-text-to-text", "reward": "text-classification"}
+
+
 def test_it_says_how_the_model_was_made_and_what_was_measured():
     config = configured()
     told = training("policy", config, ["sft", "rl"], [FIGURE], "pe-rlhf --config a.yaml", "apache-2.0")

@@ -55,15 +55,22 @@ def test_splits_are_the_official_ones_and_pictures_are_held_out(data):
 def test_rows_show_picture_question_and_answer(data):
     tokenizer = make_tokenizer()
     loaded = load(DataConfig(source="easy-vqa"), tokenizer, needs={"sft", "prompts"}, vision=VISION)
-    example = loaded.prompts.validation[1]
+    example = next(example for example in loaded.prompts.validation if example.place == "easy-vqa:test:2")
     assert tokenizer.decode(example.tokens) == "Question: what is it, test 1?\n**\nAnswer:" and example.columns == {
         "answer": "no",
         "question": "what is it, test 1?",
     }
     np.testing.assert_array_equal(example.pictures[0].decode(), pixels(seed=100))
-    assert example.place == "easy-vqa:test:2"
     first = loaded.sft.train[0]
     assert tokenizer.decode(first.response) == f" {ANSWERS[int(first.place.split(':')[2]) % 13 - 1]}<|end|>"
+
+
+def test_the_first_held_out_questions_are_about_many_pictures(data):
+    loaded = load(DataConfig(source="easy-vqa", validation_share=0.5), make_tokenizer(), needs={"label", "prompts"}, vision=VISION)
+    assert len({example.pictures[0].key for example in loaded.prompts.validation[:4]}) >= 3
+    first = loaded.label.validation[:16]  # in the order of the data set they would be about two or three
+    assert len({example.pictures[0].key for example in first}) >= 6
+    assert [(a.place, a.label, b.label) for a, b in zip(first[::2], first[1::2], strict=True)] == [(b.place, 1, 0) for b in first[1::2]]
 
 
 def test_wrong_answers_are_of_the_same_kind_and_the_same_in_every_run(data):

@@ -103,6 +103,9 @@ def test_it_answers_about_a_picture_that_it_is_shown(seen):
     answerer = Answerer(folder / "runs" / "run", Console(file=io.StringIO()), {"temperature": 0.0})
     answers = [answerer([PROMPT], [folder / f"{number}.png"])[0]["policy"] for number in range(6)]
     assert answers == [colour for _ in range(2) for colour in COLOURS]
+    answerer.backbone.tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    (talked,) = answerer([[{"role": "user", "content": PROMPT.removeprefix("<image>\n")}]], [folder / "0.png"])
+    assert talked["policy"] == answers[0] and talked["prompt"] == PROMPT
     with pytest.raises(ConfigError, match="expected <image> 2 times, once for each picture"):
         answerer([PROMPT], [folder / "0.png", folder / "1.png"])
     with pytest.raises(ConfigError, match="found no file"):

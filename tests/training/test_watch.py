@@ -63,9 +63,10 @@ def answerer(tiny, make_context):
 
     class Tokenizer:
         decode = staticmethod(context.tokenizer.decode)
+        bos_token_id, eos_token_id, chat_template = None, 1, None
 
-        def __call__(self, text):
-            return {"input_ids": [2 + i % 20 for i in range(int(text))]}
+        def __call__(self, texts, add_special_tokens=True):
+            return {"input_ids": [[2 + i % 20 for i in range(int(text or 0))] for text in texts]}
 
     made.context, made.sampling, made.key, made.asked = context, SamplingConfig(max_new_tokens=LENGTH), jax.random.key(3), 0
     made.backbone = type("Backbone", (), {"tokenizer": Tokenizer(), "config": context.decoder.config})
