@@ -7,8 +7,8 @@
 
 On several hosts the same command runs on each; `hosts` says how they find each other.
 
-Exit codes: 0 done, 1 a plan that does not fit, or another process of the run was lost, 2 an error that the message explains, 75 stopped by
-SIGTERM or Ctrl-C with everything saved.
+Exit codes: 0 done; 1 a plan that does not fit, another process of the run was lost, or an error that nobody foresaw, with its traceback;
+2 an error that the message explains; 75 stopped by SIGTERM or Ctrl-C with everything saved.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ from pe_rlhf_jax.training.step import NonFiniteError
 
 STOPPED = 75
 """Exit code of a run that was stopped and can be continued (EX_TEMPFAIL)."""
+FULL = """out of memory: {}
+Compute fewer rows at once (sft.micro_batch_size, reward.micro_batch_size, rl.micro_batch_size, evaluate.batch_size), recompute \
+activations (model.remat: full) or spread the model over more devices (mesh.fsdp); a run may be continued with these changed. `plan` \
+says beforehand what fits."""
 
 
 class StopSignal:
@@ -149,10 +153,10 @@ def cli(argv: Sequence[str] | None = None) -> int:
         console.print(f"Stopped by {reason}; everything is saved. Run the same command again to continue.", markup=False)
         code = STOPPED
     except (Exception, KeyboardInterrupt) as error:
-        lost = hosts.several() and hosts.is_loss(error)
-        code = 2 if isinstance(error, errors) and not lost else 1
+        lost, full = hosts.several() and hosts.is_loss(error), _out_of_memory(error)
+        code = 2 if (isinstance(error, errors) or full) and not lost else 1
         if lost or code == 2:
-            text = f"{hosts.LOST}\n{error}" if lost else str(error)
+            text = f"{hosts.LOST}\n{error}" if lost else FULL.format(str(error).partition("\n")[0]) if full else str(error)
             console.print(f"error: {text}", markup=False, style="red", soft_wrap=True)  # a path stays in one piece
         elif hosts.several():
             traceback.print_exc()
@@ -160,6 +164,10 @@ def cli(argv: Sequence[str] | None = None) -> int:
             raise
     hosts.leave(code)
     return code
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pe_rlhf_jax import hosts, run_folder
 from pe_rlhf_jax.checkpoint import card, export, merged
 from pe_rlhf_jax.checkpoint.peft_layout import WHOLE
 from pe_rlhf_jax.checkpoint.store import Store
-from pe_rlhf_jax.config import Config
+from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.loading import load, needed
 from pe_rlhf_jax.models.quantization import count
 from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes
@@ -66,6 +66,7 @@ class Run:
             "evaluate": self._evaluate,
             "export": self._export,
         }
+        self._check_reward_model()
         summary: dict[str, Any] = {}
         for stage in self.config.run.stages:
             self._stop_if_asked()
@@ -76,6 +77,18 @@ class Run:
             self.progress.note(f"data: {note}")
         hosts.once(lambda: html.build(self.folder))
         return summary
+
+    def _check_reward_model(self) -> None:
+        """Raises ConfigError, before anything is trained, if RL is going to need a reward model that will not be there."""
+        stages, config = self.config.run.stages, self.config.rl
+        if "rl" not in stages or "reward" in stages[: stages.index("rl")] or self.store.latest(ROLE_OF[reward.STAGE]) is not None:
+            return
+        if config.uses_reward_stage:
+            raise ConfigError(f"stage rl needs a reward model, and {self.folder} has none; run the stage `reward` first")
+        if config.value_from_reward:
+            raise ConfigError(
+                f"rl.value_init reward starts the value model from this run's reward model, and {self.folder} has none; set it to zero"
+            )
 
     def close(self) -> None:
         """Ends the log."""
@@ -188,8 +201,9 @@ class Run:
         return len(seen) > patience and max(seen[-patience:]) <= max(seen[:-patience])
 
     def _evaluate(self) -> None:
-        # What is evaluated now; an evaluation of what stood there before, such as a run without its policy, does not count.
-        of = {name: self.store.latest(name) for name in ROLE_OF.values()}
+        # What is evaluated now, and how; an evaluation of what stood there before, such as a run without its policy, does not count.
+        of: dict[str, Any] = {name: self.store.latest(name) for name in ROLE_OF.values()}
+        of["settings"] = self.config.evaluate.model_dump(mode="json")
         if self.store.latest(evaluate.STAGE) is not None and self.store.meta(evaluate.STAGE).get("of") == of:
             self.progress.note(f"{evaluate.STAGE}: finished before")
             return

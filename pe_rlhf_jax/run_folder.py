@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -21,8 +22,12 @@ from pe_rlhf_jax.files import is_remote, write_atomically
 
 RENEWED_S, STALE_S = 10.0, 40.0  # how often a note in an object store is renewed, and how long an unchanged one is waited for
 
-MAY_CHANGE = ("run.stages", "run.tensorboard", "run.wandb_project", "run.host_timeout_s", "run.compilation_cache")
-"""Fields that say which part of a run is done now, or what is written beside it; they may differ when a run is continued."""
+MAY_CHANGE = re.compile(
+    r"run\.(stages|tensorboard|wandb_project|host_timeout_s|compilation_cache)|(evaluate|export|mesh)\..*"
+    r"|(sft|reward|rl)\.micro_batch_size|model\.(remat|logprob_chunk)|data\.image_cache_gib"
+)
+"""Fields that may differ when a run is continued: which part of it is done now, what is written beside it, what is done with the trained
+models, and where and in which portions it is computed, which changes results by rounding only."""
 
 
 @contextlib.contextmanager
@@ -163,7 +168,7 @@ def _check_configuration(folder: Path, config: Config) -> None:
         if (folder / "checkpoints").exists():  # such as what a kill left while it was moved aside in an object store
             raise ConfigError(f"{folder} has checkpoints and no config.yaml; move it away with --restart, or give another run.name")
         return
-    lines = [line for line in configuration.differences(read_config(folder), config) if not line.startswith(MAY_CHANGE)]
+    lines = [line for line in configuration.differences(read_config(folder), config) if not MAY_CHANGE.fullmatch(line.partition(":")[0])]
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)
         raise ConfigError(

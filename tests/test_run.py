@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
+from jax.errors import JaxRuntimeError
 from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax import main
 from pe_rlhf_jax.checkpoint.store import Store
+from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.loading import needed
 from pe_rlhf_jax.report.metrics import MetricsLog
 from pe_rlhf_jax.report.progress import Progress
@@ -135,3 +139,55 @@ def test_a_named_data_set_serves_the_evaluation_with_what_it_has():
 
     assert kinds("movie-reviews", "pairs") == kinds("easy-vqa", "pairs") == {"preference", "prompts"}
     assert kinds("movie-reviews", "labels") == {"prompts"} and kinds("easy-vqa", "labels") == {"label", "prompts"}
+
+
+@pytest.mark.parametrize(
+    ("rl", "said"),
+    [
+        ({}, "run the stage `reward` first"),
+        ({"rewards": [{"function": "math:sqrt"}]}, "rl.value_init reward .* set it to zero"),
+        ({"rewards": [{"function": "math:sqrt"}], "value_init": "zero"}, None),
+        ({"rewards": [{"function": "math:sqrt"}], "algorithm": "rloo"}, None),
+    ],
+)
+def test_a_reward_model_that_rl_will_miss_is_missed_before_anything_is_trained(tmp_path, rl, said):
+    run, text = object.__new__(Run), {"model": {"source": "x"}, "run": {"stages": ["sft", "rl"]}, "rl": rl}
+    run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
+    if said is None:
+        run._check_reward_model()
+    else:
+        with pytest.raises(ConfigError, match=said):
+            run.execute()
+    run.store.save("reward_model", 1, {"w": jnp.float32(0)}, {})
+    run._check_reward_model()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nlong"),
+            2,
+            "out of memory: RESOURCE.*5 bytes.\n.*micro_batch",
+        ),
+        (MemoryError("numpy"), 2, "out of memory: numpy"),
+        (ConfigError("expected this"), 2, "error: expected this"),
+        (Stopped("SIGTERM"), 75, "Stopped by SIGTERM"),
+    ],
+)
+def test_exit_codes(tmp_path, monkeypatch, capsys, error, code, said):
+    (tmp_path / "c.yaml").write_text("model: {source: x}")
+
+    def stopped(*_):
+        raise error
+
+    monkeypatch.setattr(main, "run", stopped)
+    assert main.cli(["--config", str(tmp_path / "c.yaml")]) == code
+    assert re.search(said, capsys.readouterr().out)
+
+
+def test_an_error_that_nobody_foresaw_has_its_traceback(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text("model: {source: x}")
+    monkeypatch.setattr(main, "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main.cli(["--config", str(tmp_path / "c.yaml")])

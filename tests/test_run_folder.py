@@ -33,6 +33,12 @@ def test_only_what_changes_no_result_may_differ(config):
         pass
     with run_folder.opened(changed("run", stages=["export"], tensorboard=False), restart=False):
         pass
+    may = [("mesh", {"fsdp": 8}), ("export", {"merged": True}), ("evaluate", {"judge": "a:b"}), ("rl", {"micro_batch_size": 1})]
+    for section, fields in [*may, ("model", {"remat": "full"})]:
+        with run_folder.opened(changed(section, **fields), restart=False) as folder:
+            assert run_folder.read_config(folder) == changed(section, **fields)
+    with run_folder.opened(config, restart=False):
+        pass
     for section, fields in [("run", {"seed": 1}), ("rl", {"kl_coef": 0.5}), ("run", {"checkpoint_every": 3})]:
         [(name, value)] = fields.items()
         with (

@@ -14,6 +14,7 @@ import jax
 from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.plan import GIB, STAGES, plan
 from pe_rlhf_jax.plan.suggest import suggest
@@ -33,13 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stage", action="append", choices=STAGES, help="plan this stage alone; may be given several times")
     parser.add_argument("--model-config", type=Path, metavar="FILE", help="Hugging Face's config.json, where model.source is not at hand")
-    parser.add_argument("--suggest", action="store_true", help="search mesh and micro-batch, and what makes it fit, by compiling")
+    parser.add_argument("--suggest", action="store_true", help="search mesh and micro-batch that fit the chips of --topology, by compiling")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a topology, in place of tables")
 
 
 def run(arguments: argparse.Namespace, console: Console) -> bool:
     """Plans and prints; whether everything fits (True where nobody can tell). Raises this package's errors."""
     names = arguments.topology or [LOCAL]
+    if arguments.suggest and LOCAL in names:
+        raise ConfigError(f"--suggest needs --topology: how much memory the devices of `{LOCAL}` have is not known")
     if LOCAL not in names:
         # Only the compiler is wanted: looking for real accelerators takes long where libtpu is installed and there is none.
         jax.config.update("jax_platforms", "cpu")

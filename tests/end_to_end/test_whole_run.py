@@ -110,6 +110,8 @@ def test_stages_run_one_by_one_as_together(undisturbed, project, compiled, tmp_p
     for stages in ("[sft]", "[reward, evaluate]", "[rl]", "[evaluate, export]"):  # what was evaluated too early is done again
         finish(start(config, compiled, "--set", f"run.stages={stages}"))
     assert result(tmp_path) == result(undisturbed)
+    output = finish(start(config, compiled, "--set", "run.stages=[evaluate]", "--set", "evaluate.prompts=2"))
+    assert "finished before" not in output and json.loads((tmp_path / "runs/run/summary.json").read_text())["rl"]["prompts"] == 2
 
 
 def test_another_configuration_is_refused_with_the_difference(undisturbed, compiled):

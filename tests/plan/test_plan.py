@@ -151,6 +151,8 @@ def test_a_topology_that_is_none_and_a_model_that_is_not_there_are_explained(tmp
     for name in ("v5e", "v9:4x4", "v5e:4by4"):
         assert main.cli([*arguments, str(tmp_path / "config.json"), "--topology", name]) == 2
         assert "expected GENERATION:SHAPE such as v5e:4x4" in " ".join(capsys.readouterr().out.split())
+    assert main.cli([*arguments, str(tmp_path / "config.json"), "--suggest"]) == 2
+    assert "--suggest needs --topology" in capsys.readouterr().out
     assert main.cli([*arguments, str(tmp_path / "missing.json")]) == 2
     assert "expected Hugging Face's config.json" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"model_type": "mamba"}))
