@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pe_rlhf_jax import run_folder
 from pe_rlhf_jax.checkpoint.store import Store
-from pe_rlhf_jax.config import ConfigError, SamplingConfig
+from pe_rlhf_jax.config import Config, ConfigError, MeshConfig, SamplingConfig
 from pe_rlhf_jax.data import PromptExample, pad_prompts
 from pe_rlhf_jax.data.encoder import Encoder
 from pe_rlhf_jax.data.formats import Reader
@@ -23,7 +23,7 @@ from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.outcomes import Outcomes
 from pe_rlhf_jax.report import samples
 from pe_rlhf_jax.report.progress import Progress
-from pe_rlhf_jax.sharding import row_multiple
+from pe_rlhf_jax.sharding import make_mesh, row_multiple
 from pe_rlhf_jax.training.rollouts import respond, texts, watch
 from pe_rlhf_jax.types import PromptBatch
 
@@ -42,7 +42,7 @@ class Answerer:
     """
 
     def __init__(self, folder: Path, console: Console, changes: Mapping[str, Any], seed: int | None = None):
-        config = run_folder.read_config(folder)
+        config = _to_answer(run_folder.read_config(folder))
         try:
             given = {name: value for name, value in changes.items() if value is not None}
             self.sampling = SamplingConfig.model_validate(config.rl.sampling.model_dump() | given)
@@ -122,6 +122,16 @@ class Answerer:
     @property
     def _room(self) -> int:
         return self.backbone.config.max_position_embeddings - self.sampling.max_new_tokens
+
+
+def _to_answer(config: Config) -> Config:
+    """What answering needs of a run's configuration, which may have been trained on other devices, with functions that are not here."""
+    run, reward, mesh = config.run.model_copy(update={"stages": []}), config.reward.model_copy(update={"adapter": None}), config.mesh
+    try:
+        make_mesh(mesh)
+    except ConfigError:
+        mesh = MeshConfig(data=1, fsdp=-1)
+    return config.model_copy(update={"run": run, "reward": reward, "mesh": mesh})
 
 
 class _Refused(Skipped):

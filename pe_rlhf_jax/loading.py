@@ -46,7 +46,7 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
         hosts.same({"backbone (model.source)": backbone.sha256.encode(), "data": _rows_of(loaded)})
     for note in loaded.notes:
         progress.note(f"data: {note}")
-    base, reward_base = (_adapter(config, folder, backbone, decoder, params) for folder in (config.model.adapter, config.reward.adapter))
+    base, reward_base = (adapted(config, folder, backbone, decoder, params) for folder in (config.model.adapter, config.reward.adapter))
     tokenizer, ends = backbone.tokenizer, backbone.eos_token_ids
     encoder = None
     if loaded.pixels is not None:
@@ -79,7 +79,7 @@ def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) ->
     return quantized, backbone.load_params(dtype, places(decoder), store)
 
 
-def _adapter(config: Config, folder: str | None, backbone: Backbone, decoder: Decoder, params: PyTree) -> Role:
+def adapted(config: Config, folder: str | None, backbone: Backbone, decoder: Decoder, params: PyTree) -> Role:
     """The role that a PEFT adapter makes of the backbone; the backbone itself without one. Raises AdapterError if it does not fit."""
     if folder is None:
         return Role()

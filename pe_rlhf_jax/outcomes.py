@@ -15,7 +15,7 @@ from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.files import path_of
-from pe_rlhf_jax.loading import load_decoder
+from pe_rlhf_jax.loading import adapted, load_decoder
 from pe_rlhf_jax.models.lora import merge
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.models.vlm import adapts_tower
@@ -88,7 +88,10 @@ class Outcomes:
                     f"({backbone.source}, {self.backbone.source}); their vocabularies must be the same"
                 )
             decoder, params = load_decoder(config, backbone, mine.mesh)
-        theirs = dataclasses.replace(mine, config=config, decoder=decoder, backbone=params)
+        base, reward_base = (adapted(config, folder, backbone, decoder, params) for folder in (config.model.adapter, config.reward.adapter))
+        theirs = dataclasses.replace(
+            mine, config=config, decoder=decoder, backbone=params, base=base.replace(head=None), reward_base=reward_base
+        )
         role = Outcomes(Store(folder / "checkpoints"), backbone, theirs).reward_model()
         if role is None:
             raise ConfigError(f"rl.rewards: {folder} has no finished reward model; run its stage `reward` first")

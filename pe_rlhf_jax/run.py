@@ -66,7 +66,7 @@ class Run:
             "evaluate": self._evaluate,
             "export": self._export,
         }
-        self._check_reward_model()
+        self._check_order()
         summary: dict[str, Any] = {}
         for stage in self.config.run.stages:
             self._stop_if_asked()
@@ -78,9 +78,15 @@ class Run:
         hosts.once(lambda: html.build(self.folder))
         return summary
 
-    def _check_reward_model(self) -> None:
-        """Raises ConfigError, before anything is trained, if RL is going to need a reward model that will not be there."""
+    def _check_order(self) -> None:
+        """Raises ConfigError, before anything is trained, if a stage is going to need a model that will not be there."""
         stages, config = self.config.run.stages, self.config.rl
+        sft_missing = self.store.latest(ROLE_OF[sft.STAGE]) is None and self.config.model.adapter is None
+        if "reward" in stages and self.config.reward.start_from == "sft" and sft_missing and "sft" not in stages[: stages.index("reward")]:
+            raise ConfigError(
+                f"reward.start_from sft needs an SFT model, and {self.folder} has none; run the stage `sft` first, or name one "
+                "as model.adapter"
+            )
         if "rl" not in stages or "reward" in stages[: stages.index("rl")] or self.store.latest(ROLE_OF[reward.STAGE]) is not None:
             return
         if config.uses_reward_stage:

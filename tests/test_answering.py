@@ -11,10 +11,11 @@ from rich.console import Console
 from tiny_data import make_tokenizer
 from tiny_gguf import hf_tensors, write_gguf
 
-from pe_rlhf_jax.answering import Answerer, additions, chat, show
+from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.answering import Answerer, _to_answer, additions, chat, show
 from pe_rlhf_jax.checkpoint.gguf import GGUFFile
 from pe_rlhf_jax.checkpoint.tokenizer import tokenizer_from_gguf
-from pe_rlhf_jax.config import ConfigError, DataConfig, SamplingConfig
+from pe_rlhf_jax.config import ConfigError, DataConfig, MeshConfig, SamplingConfig
 
 
 class Parrot:
@@ -130,6 +131,13 @@ def test_an_answer_without_text_is_shown_empty():
     shown = io.StringIO()
     assert show(Console(file=shown), [("reference", ""), ("policy", ""), ("policy", "x")]) == {"reference": "", "policy": "x"}
     assert shown.getvalue() == "reference: \npolicy: x\n"
+
+
+def test_a_run_of_other_devices_is_asked_on_these(tmp_path):
+    text = "{model: {source: x}, mesh: {data: 64}, reward: {adapter: gone}, sft: {micro_batch_size: 1}, evaluate: {judge: 'gone:f'}}"
+    config = _to_answer(configuration.parse(text))
+    assert config.run.stages == [] and config.reward.adapter is None and config.mesh == MeshConfig(data=1, fsdp=-1)
+    assert _to_answer(configuration.parse("{model: {source: x}, mesh: {tensor: -1, data: 1}}")).mesh.tensor == -1
 
 
 def asked_as(prompt, template="{{ bos_token }}{% for turn in messages %}{{ turn.content }}{% endfor %}", room=40):

@@ -55,6 +55,7 @@ def test_every_problem_is_reported_at_once_with_its_origin():
         "rl: {kl_coef: true}",
         "rl: {kl_coef: .inf}",
         "rl: {missing_eos_penalty: .nan}",
+        "rl: {missing_eos_penalty: 1.0}",
         "run: {name: 7}",
         "run: {stages: rl}",
         "run: {stages: [rl, walk]}",

@@ -154,12 +154,12 @@ def test_a_reward_model_that_rl_will_miss_is_missed_before_anything_is_trained(t
     run, text = object.__new__(Run), {"model": {"source": "x"}, "run": {"stages": ["sft", "rl"]}, "rl": rl}
     run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
     if said is None:
-        run._check_reward_model()
+        run._check_order()
     else:
         with pytest.raises(ConfigError, match=said):
             run.execute()
     run.store.save("reward_model", 1, {"w": jnp.float32(0)}, {})
-    run._check_reward_model()
+    run._check_order()
 
 
 @pytest.mark.parametrize(

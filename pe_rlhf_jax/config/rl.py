@@ -96,7 +96,7 @@ class RLConfig(Section):
     whiten_rewards: bool = Field(False, description="PPO, REINFORCE: scale token rewards to unit variance, keeping their mean.")
     whiten_advantages: bool = Field(True, description="PPO: whiten advantages under the mask.")
     missing_eos_penalty: float | None = Field(
-        None, description="Score of a response without an end token, in place of the rewards'; null keeps theirs."
+        None, le=0, description="Score of a response without an end token, in place of the rewards' (TRL takes it off); null keeps theirs."
     )
     length_penalty: float = Field(0.0, ge=0, description="Taken off the score for each response token beyond `length_target`.")
     length_target: int = Field(0, ge=0, description="Tokens of a response that cost nothing.")

@@ -60,9 +60,6 @@ class DataSet:
 def rows(config: DataConfig, kind: Kind, vision: Vision | None) -> Halves:
     """Training and held-out rows of one kind; see above for what is held out.
 
-    The data set has ten questions in a row about one picture. Held-out ones are mixed, so that the first few hundred, which evaluations
-    take, are about as many pictures.
-
     Raises:
         DataError: the model takes no pictures.
         PackageError: the package cannot be fetched, or is another one.
@@ -71,7 +68,7 @@ def rows(config: DataConfig, kind: Kind, vision: Vision | None) -> Halves:
         raise DataError("data.source: easy-vqa has pictures, but this model takes none; choose a model that does, or another source")
     data = _read()
     if kind == "prompts":
-        return [_row(data, kind, question) for question in data.train], _mixed([_row(data, kind, question) for question in data.test])
+        return [_row(data, kind, question) for question in data.train], [_row(data, kind, question) for question in data.test]
     halves: Halves = ([], [])
     for question in data.train:
         half = halves[hash_share(question.image) < config.validation_share]
@@ -79,7 +76,7 @@ def rows(config: DataConfig, kind: Kind, vision: Vision | None) -> Halves:
             half += [_row(data, kind, question, answer, label) for answer, label in ((question.answer, 1.0), (wrong(question), 0.0))]
         else:
             half.append(_row(data, kind, question))
-    return halves[0], _mixed(halves[1])
+    return halves
 
 
 def answer_accuracy(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
@@ -101,10 +98,6 @@ def questions() -> tuple[tuple[Question, ...], tuple[Question, ...]]:
     """The questions of the official training and test splits."""
     data = _read()
     return data.train, data.test
-
-
-def _mixed(held_out: list[TextRow]) -> list[TextRow]:
-    return sorted(held_out, key=lambda row: hash_share(row.place))
 
 
 def _row(data: DataSet, kind: Kind, question: Question, answer: str | None = None, label: float = 0.0) -> TextRow:

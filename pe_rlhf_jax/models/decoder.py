@@ -193,11 +193,9 @@ class Decoder(nn.Module):
 
     def _learned_positions(self, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         c = self.config
-        if positions_BT.shape[1] > c.max_position_embeddings:
-            raise ValueError(f"{positions_BT.shape[1]} tokens in a row, but the model has positions for {c.max_position_embeddings} only")
         shape = (c.max_position_embeddings, c.hidden_size)
         table = self.param("position_embed", nn.initializers.normal(0.02), shape, self.param_dtype)
-        # Beyond the table, where generation with a cache may run: not a number, which is noticed, rather than the last position again.
+        # A padded row may be longer than the table. A token beyond it: not a number, which is noticed, not the last position again.
         return table.at[positions_BT].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)
 
     def unembed(self, params: PyTree, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

@@ -35,7 +35,11 @@ def make_optimizer(config: OptimizerConfig, updates: int, tuning: Tuning) -> opt
         rule = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
     else:
         # Not in proportion to a parameter's size: what starts at 0, a factor of every adapter and some heads, would hardly ever move.
-        rule = optax.adafactor(schedule, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None)
+        # The rate comes last, for the decay as well: optax.adafactor's own does not multiply it.
+        rule = optax.chain(
+            optax.adafactor(None, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None),
+            optax.scale_by_learning_rate(schedule, flip_sign=False),
+        )
     if config.max_grad_norm is not None:
         rule = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
     return optax.partition({"train": rule, "freeze": optax.set_to_zero()}, lambda tree: labels(tree, tuning))

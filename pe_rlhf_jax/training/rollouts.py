@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -90,10 +91,10 @@ def _length_to_stop(context: Context, tokens: list[int], stop_strings: Sequence[
     """How many tokens it takes to complete the first stop string; None if there is none."""
 
     def stops(count: int) -> bool:
-        text = str(context.tokenizer.decode(tokens[:count], skip_special_tokens=True))
+        text = str(context.tokenizer.decode(tokens[:count]))  # special tokens may be asked for
         return any(string in text for string in stop_strings)
 
-    return next((count for count in range(1, len(tokens) + 1) if stops(count)), None) if stops(len(tokens)) else None
+    return bisect.bisect_left(range(len(tokens) + 1), True, lo=1, key=stops) if stops(len(tokens)) else None
 
 
 def response_tokens(rollout: Rollout) -> list[list[int]]:

@@ -38,6 +38,18 @@ def test_held_out_texts_depend_on_the_texts_alone(jsonl, tokenizer):
     assert len(splits[0].validation) == 2 * len(held_out[0])
 
 
+def test_the_first_held_out_rows_are_from_the_whole_file(jsonl, tokenizer, tmp_path):
+    rows = [{"prompt": f"Question {i}", "completion": " a", "label": int(i < 100)} for i in range(200)]  # sorted by label
+    (tmp_path / "elsewhere").mkdir()
+    orders = []
+    for name in ("rows.jsonl", "elsewhere/rows.jsonl"):
+        files = FilesConfig(train=[jsonl(rows[:2] + rows[-2:], "train.jsonl")], validation=[jsonl(rows, name)])
+        found = load(DataConfig(label=files), tokenizer, needs={"label"}).label.validation
+        orders.append([example.place.rpartition(":")[2] for example in found])
+        assert 20 <= sum(example.label for example in found[:60]) <= 40
+    assert orders[0] == orders[1] and len(set(orders[0])) == 200
+
+
 def test_kinds_hold_out_the_same_prompts(jsonl, tokenizer):
     files = FilesConfig(train=[jsonl(ROWS)])
     data = load(DataConfig(sft=files, preference=files, prompts=files), tokenizer, needs={"sft", "preference", "prompts"})

@@ -49,6 +49,14 @@ def test_what_starts_at_zero_moves_by_the_rate(name):
         assert 0.005 < -float(jnp.mean(leaf)) < 0.02
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_weights_decay_in_proportion_to_the_rate(name):
+    trained = {"lora": {"b": jnp.full((4, 8), 2.0)}}
+    optimizer = make_optimizer(OptimizerConfig(name=name, learning_rate=1e-3, weight_decay=0.1), 10, "lora")
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trained), optimizer.init(trained), trained)
+    np.testing.assert_allclose(updates["lora"]["b"], -1e-3 * 0.1 * 2.0, rtol=1e-6)
+
+
 def test_schedule_warms_up_and_decays():
     rate = learning_rate(OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_ratio=0.2), 10)
     np.testing.assert_allclose([rate(i) for i in (0, 1, 2, 6, 10)], [0.0, 0.5, 1.0, 0.5, 0.0], atol=1e-6)
