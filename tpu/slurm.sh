@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One run on nodes of a Slurm cluster, here two with eight GPUs each. From the root of a clone with .venv, on a disk that all nodes share:
+# One run on nodes of a Slurm cluster, here two with eight GPUs each. From the root of a clone
+# on a disk that all nodes share, with .venv, made by pip install -c constraints.txt -e ".[cuda]":
 #
 #   sbatch tpu/slurm.sh --config configs/llama3_8b.yaml
 #
@@ -15,6 +16,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=pe-rlhf-%j.log
 set -euo pipefail
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # without its GPU the run fails, rather than training on the CPU; tpu,cpu on TPUs
 
 code=0
 # --kill-on-bad-exit=0: the others are to save, or to say whom they lost, rather than to be killed.

@@ -24,7 +24,7 @@ setup() {
     python3 -m pip install --quiet --user uv
     uv=$(python3 -m site --user-base)/bin/uv
   fi
-  "$uv" venv --quiet --clear --python 3.12 .venv # a TPU VM's own Python may be older than 3.11
+  "$uv" venv --quiet --clear --seed --python 3.12 .venv # models in packages need pip; a TPU VM's own Python may be older than 3.11
   "$uv" pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable ".[$EXTRAS]"
   printf '%s\n' "$wanted" >.venv/worker.installed # last: an interrupted install is done again
   echo "installed"
