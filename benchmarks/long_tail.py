@@ -30,7 +30,7 @@ from pe_rlhf_jax.config import SamplingConfig
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.rollout.decode import Sampler, advance, begin, so_far
-from pe_rlhf_jax.rollout.generate import BLOCK, generate
+from pe_rlhf_jax.rollout.generate import block_steps, generate
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
 VOCABULARY, PROMPT, LONGEST, MEAN = 1024, 64, 512, 64
@@ -42,11 +42,13 @@ Side = Callable[[PyTree, PromptBatch, jax.Array], Rollout]
 def fixed(sampler: Sampler, rows: int) -> Side:
     """Batch after batch, each as `generate` answers it without refill; prompts are numbered through, which keys depend on."""
 
+    steps = block_steps(sampler.sampling.max_new_tokens)
+
     @jax.jit
     def batch(variables: PyTree, prompts: PromptBatch, key: jax.Array, first: jax.Array) -> Rollout:
         state = begin(sampler, variables, prompts, sampler.sampling.max_new_tokens)
         state = state.replace(prompt=first + state.prompt)
-        state = jax.lax.while_loop(lambda s: jnp.any(s.alive), lambda s: advance(sampler, variables, key, s, BLOCK), state)
+        state = jax.lax.while_loop(lambda s: jnp.any(s.alive), lambda s: advance(sampler, variables, key, s, steps), state)
         return so_far(sampler, prompts, state)
 
     def run(variables: PyTree, prompts: PromptBatch, key: jax.Array) -> Rollout:

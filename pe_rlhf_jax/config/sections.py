@@ -201,7 +201,9 @@ class SFTConfig(Section):
     tuning: Literal["lora", "full"] = Field("lora", description="Train an adapter, or the backbone itself.")
     steps: int = Field(100, ge=1, description="Updates.")
     batch_size: int = Field(16, ge=1, description="Rows in an update.")
-    micro_batch_size: int | None = Field(None, ge=1, description="Rows computed at once (gradient accumulation); null for all.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Rows computed at once, in updates (gradient accumulation) and in evaluations; null for all."
+    )
     evaluate_every: int = Field(50, ge=1, description="Updates between evaluations on held-out rows.")
     evaluation_rows: int = Field(128, ge=1, description="Held-out rows used at an evaluation.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="Optimizer.")
@@ -218,7 +220,9 @@ class RewardConfig(Section):
     adapter: str | None = Field(None, description="Folder of a PEFT adapter to start from instead, with its score head where it has one.")
     steps: int = Field(100, ge=1, description="Updates.")
     batch_size: int = Field(16, ge=1, description="Pairs in an update.")
-    micro_batch_size: int | None = Field(None, ge=1, description="Pairs computed at once (gradient accumulation); null for all.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Pairs computed at once, in updates (gradient accumulation) and in evaluations; null for all."
+    )
     use_margin: bool = Field(False, description="pairs: subtract the row's margin inside the Bradley-Terry loss (Llama 2).")
     center_rewards_coefficient: float = Field(0.0, ge=0, description="pairs: weight of the squared sum of a pair's scores.")
     balance_classes: bool = Field(False, description="labels: weigh both classes alike, however rare one of them is.")

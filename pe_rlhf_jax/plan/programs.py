@@ -24,7 +24,7 @@ from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import TOWER, Role
 from pe_rlhf_jax.models.vlm import adapts_tower
 from pe_rlhf_jax.rollout.decode import Sampler
-from pe_rlhf_jax.rollout.generate import BLOCK
+from pe_rlhf_jax.rollout.generate import block_steps
 from pe_rlhf_jax.rollout.refill import prompts_at_once
 from pe_rlhf_jax.sharding import ROWS, make_mesh, placed_shapes, row_multiple, with_places
 from pe_rlhf_jax.training import reward, rl, sft
@@ -183,7 +183,7 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
 def _rollout_loops(context: Context) -> tuple[int, ...]:
     """Rounds of the rollout's loops where every response has full length: blocks; or readings of prompts, and blocks between them."""
     config, groups = context.config.rl, row_multiple(context.mesh)
-    blocks = -(-config.sampling.max_new_tokens // BLOCK)
+    blocks = -(-config.sampling.max_new_tokens // block_steps(config.sampling.max_new_tokens))
     if config.rows_at_once == config.batch_size:
         return (blocks,)
     responses = config.batch_size // groups

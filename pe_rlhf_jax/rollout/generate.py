@@ -13,7 +13,13 @@ from pe_rlhf_jax.rollout.refill import Queue, enough, finish, give, new_queue, r
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
 BLOCK = 8
-"""Decode steps between two looks at which rows have ended."""
+"""Decode steps between two looks at which rows have ended, at most."""
+
+
+def block_steps(max_new_tokens: int) -> int:
+    """Decode steps of a block: as many as leave fewest over when a response has full length, of half of BLOCK to all of it."""
+    most = min(max_new_tokens, BLOCK)
+    return min(range(most, most // 2, -1), key=lambda steps: -max_new_tokens % steps)
 
 
 def generate(sampler: Sampler, variables: PyTree, prompts: PromptBatch, key: jax.Array) -> Rollout:
@@ -22,9 +28,10 @@ def generate(sampler: Sampler, variables: PyTree, prompts: PromptBatch, key: jax
     What is sampled does not depend on how many rows there are, but for the rounding of sums in another order.
     """
     count, sampling = len(prompts.tokens), sampler.sampling
+    steps = block_steps(sampling.max_new_tokens)
 
     def block(state: DecodeState) -> DecodeState:
-        return advance(sampler, variables, key, state, BLOCK)
+        return advance(sampler, variables, key, state, steps)
 
     if sampling.max_num_seqs is None or sampling.max_num_seqs >= count:
         state = begin(sampler, variables, prompts, sampling.max_new_tokens)

@@ -15,7 +15,7 @@ from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data import Data, Split, Vision
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role, Tuning
-from pe_rlhf_jax.sharding import place, place_rows
+from pe_rlhf_jax.sharding import place, place_rows, row_multiple
 from pe_rlhf_jax.training.images import ImageEncoder
 from pe_rlhf_jax.training.step import stage_key
 from pe_rlhf_jax.types import PyTree
@@ -51,6 +51,14 @@ class Context:
         if split is None:
             raise ConfigError(f"data: this stage needs `data.{kind}` (or `data.source`), and neither is given")
         return split
+
+    def evaluated_at_once(self, stage: Literal["sft", "reward"]) -> int:
+        """Rows, or pairs, of a batch of held-out ones: as many as an update computes at once, so that it needs no more memory.
+
+        Rounded up to what the mesh can split: micro-batches of pairs may be half of that.
+        """
+        section, multiple = getattr(self.config, stage), row_multiple(self.mesh)
+        return -(-(section.micro_batch_size or section.batch_size) // multiple) * multiple
 
     def key(self, stage: str) -> jax.Array:
         return stage_key(self.config.run.seed, stage)

@@ -247,7 +247,7 @@ _score_labels = jax.jit(label_scores, static_argnums=0)
 
 
 def _in_batches(context: Context, rows: Sequence[Any], of: Any) -> tuple[np.ndarray, ...]:
-    size = context.config.reward.batch_size
+    size = context.evaluated_at_once("reward")
     order = np.argsort([row.length for row in rows], kind="stable")  # rows of similar length need less padding
     parts = []
     for at in range(0, len(rows), size):

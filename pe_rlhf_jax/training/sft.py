@@ -54,12 +54,11 @@ def finish(context: Context, state: TrainState) -> tuple[Role, dict[str, Any]]:
 
 def evaluate(context: Context, role: Role) -> float:
     """Mean loss per response token on held-out rows."""
-    config = context.config.sft
-    examples = context.split("sft").validation[: config.evaluation_rows]
+    examples, size = context.split("sft").validation[: context.config.sft.evaluation_rows], context.evaluated_at_once("sft")
     losses, tokens = 0.0, 0.0
-    for at in range(0, len(examples), config.batch_size):
-        rows = list(examples[at : at + config.batch_size])
-        batch = pad_sft(fill(rows, config.batch_size), context.pad_token, context.config.data.length_multiple)
+    for at in range(0, len(examples), size):
+        rows = list(examples[at : at + size])
+        batch = pad_sft(fill(rows, size), context.pad_token, context.config.data.length_multiple)
         batch.target_mask[len(rows) :] = False
         placed = context.rows(batch, rows)
         total, count = _evaluate(context.decoder, context.config.model.logprob_chunk, role, context.backbone, placed)

@@ -117,13 +117,13 @@ def test_sft_and_reward_call_what_was_planned(tiny, caught, tuning):
 @pytest.mark.parametrize(
     ("rows", "answers", "loops"),
     [
-        (None, 1, (3,)),  # blocks of 8 in 20 tokens
-        (64, 1, (3,)),
-        (16, 1, (32, 1)),  # 64 prompts, two read at once; 12 blocks in all
+        (None, 1, (4,)),  # blocks of 5 in 20 tokens
+        (64, 1, (4,)),
+        (16, 1, (32, 1)),  # 64 prompts, two read at once; 16 blocks in all
         (16, 4, (16, 1)),  # 16 prompts
         (8, 1, (64, 1)),
-        (3, 1, (64, 1)),
-        (3, 16, (4, 16)),  # 64 blocks in all
+        (3, 1, (64, 2)),
+        (3, 16, (4, 22)),  # 86 blocks in all
         (17, 2, (16, 1)),  # 32 prompts, two read at once
     ],
 )

@@ -47,6 +47,14 @@ def test_decoding_stops_with_the_longest_response():
         assert list(out.response_mask.sum(1)) == [n if n > 0 else 5 * BLOCK - 1 for n in lengths]
 
 
+@pytest.mark.parametrize(("length", "steps"), [(3, 3), (BLOCK, BLOCK), (20, 20), (19, 20), (50, 50)])
+def test_responses_of_full_length_take_few_steps_more(length, steps):
+    """None, where half of BLOCK to all of it divides the length."""
+    script = Script(vocabulary=60)
+    out = script.program(max_new_tokens=length, temperature=0.0)([1, 2, 3])
+    assert out.response_mask.all() and script.steps == steps
+
+
 def test_rows_and_steps_draw_independently_from_the_distribution():
     """Frequencies follow the softmax; equal neighbours, along rows or along steps, are as rare as independence says."""
     logits = np.array([1.0, 2.5, 0.0, -1.0, 2.0, -3.0])

@@ -25,7 +25,7 @@ from pe_rlhf_jax.training.rewards import Rewards
 from pe_rlhf_jax.training.rollouts import respond
 from pe_rlhf_jax.types import PromptBatch
 
-COUNT, PROMPT, LENGTH = 20, 6, 2 * BLOCK + 5
+COUNT, PROMPT, LENGTH = 20, 6, 2 * BLOCK + 3
 
 
 def sampled(model, group, answers, rows=None):

@@ -25,7 +25,7 @@ from pe_rlhf_jax.types import PromptBatch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-COUNT, PROMPT, LENGTH = 13, 6, 2 * BLOCK + 5
+COUNT, PROMPT, LENGTH = 13, 6, 2 * BLOCK + 3
 """Not multiples of the rows, of each other or of a block."""
 
 RNG = np.random.default_rng(0)
@@ -120,6 +120,12 @@ def test_decode_steps_and_order(lengths, rows, steps):
         np.testing.assert_array_equal(out.response[row, :length], END + 1 - length + np.arange(length))
     assert out.ended.all() and (out.response[~out.response_mask] == PAD).all()
     assert script.steps == steps
+
+
+def test_short_responses_take_no_step_more():
+    script = Script()
+    out = script.program(max_new_tokens=3, max_num_seqs=2, temperature=0.0)([1, 2, 3, 4])
+    assert out.response_mask.all() and script.steps == 2 * 3
 
 
 def test_one_program_serves_every_call_and_stop_strings_cut_the_same(tiny):
