@@ -27,6 +27,7 @@ METRICS = (
     "reward_model.accuracy",
     "reward_model.auc",
     "rl.gain_in_std",
+    "rl.gain",
     "rl.kl_per_token",
     "judge.delta",
     "peak_memory_gib",

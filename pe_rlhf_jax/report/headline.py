@@ -34,8 +34,13 @@ def tiles(summary: Mapping[str, Any], rows: Mapping[str, Rows], about: Literal["
 
 
 def _gain(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile | None:
-    gain, before, after = (number(summary, "rl", key) for key in ("gain_in_std", "reward_before", "reward_after"))
+    gain, raw, before, after = (number(summary, "rl", key) for key in ("gain_in_std", "gain", "reward_before", "reward_after"))
     label = "Reward, before to after"
+    if gain is None and raw is not None:
+        interval = _interval(summary.get("rl"), "gain_ci")
+        moved = f" from {signed(before)} to {signed(after)}" if before is not None and after is not None else f" by {signed(raw)}"
+        reading = f"On held-out prompts the mean reward went{moved}, in its own unit: the reference's rewards are all the same."
+        return Tile(label, signed(raw), _show(interval), reading + _sure(interval), _tone(raw, interval))
     if gain is not None:
         interval = _interval(summary.get("rl"))
         moved = f"from {signed(before)} to {signed(after)}" if before is not None and after is not None else ""
@@ -77,7 +82,7 @@ def _reward_model(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile 
     label = "Reward model accuracy"
     auc = number(summary, "reward_model", "auc")
     if auc is not None:
-        interval = _interval({"ci": summary["reward_model"].get("auc_ci")})
+        interval = _interval(summary["reward_model"], "auc_ci")
         count = number(summary, "reward_model", "rows") or 0
         above = interval[0] > 0.5 if interval else auc > 0.5
         reading = (
@@ -174,8 +179,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
-def _interval(section: Any) -> tuple[float, float] | None:
-    interval = section.get("ci") if isinstance(section, Mapping) else None
+def _interval(section: Any, key: str = "ci") -> tuple[float, float] | None:
+    interval = section.get(key) if isinstance(section, Mapping) else None
     usable = isinstance(interval, Sequence) and len(interval) == 2 and all(_is_number(value) for value in interval)
     return (interval[0], interval[1]) if usable and interval else None
 

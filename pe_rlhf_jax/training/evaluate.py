@@ -103,13 +103,17 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
         if shown:
             sample["images"] = shown
     gain = np.asarray(after.scores) - np.asarray(before.scores)
-    spread = float(np.std(before.scores, ddof=1)) if len(prompts) > 1 else 0.0
+    # Equal numbers may have a standard deviation of 1e-17, and one number has none.
+    spread = float(np.std(before.scores, ddof=1)) if np.ptp(before.scores) else 0.0
+    interval = bootstrap_ci(gain, resamples)
     rl |= {
         "reward_before": float(np.mean(before.scores)),
         "reward_after": float(np.mean(after.scores)),
         "reward_std_before": spread,
-        "gain_in_std": float(np.mean(gain)) / spread if spread else 0.0,
-        "ci": [bound / spread if spread else 0.0 for bound in bootstrap_ci(gain, resamples)],
+        "gain": float(np.mean(gain)),
+        "gain_ci": interval,
+        "gain_in_std": float(np.mean(gain)) / spread if spread else None,
+        "ci": [bound / spread for bound in interval] if spread else None,
         "rewards": {
             name: {"before": float(np.mean(values)), "after": float(np.mean(after.terms[name]))} for name, values in before.terms.items()
         },

@@ -13,6 +13,7 @@ import pytest
 
 from pe_rlhf_jax.data import PromptExample
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.report import headline
 from pe_rlhf_jax.training import evaluate
 from pe_rlhf_jax.training.rewards import RewardModel, Rewards
 from pe_rlhf_jax.training.statistics import bootstrap_ci
@@ -49,9 +50,10 @@ def test_before_is_the_reference_and_after_the_policy(make_context, monkeypatch)
     figures = found["rl"]
     expected = {"prompts": 3, "kl_per_response": 0.4, "kl_per_token": 1.2 / 6, "length_before": 2.0, "length_after": 2.0}
     expected |= {"ended_before": 1 / 3, "ended_after": 2 / 3, "reward_before": 3.0, "reward_after": 6.0, "reward_std_before": 2.0}
-    expected |= {"gain_in_std": 1.5, "distinct_2_before": 2 / 3, "distinct_2_after": 1.0}
+    expected |= {"gain": 3.0, "gain_in_std": 1.5, "distinct_2_before": 2 / 3, "distinct_2_after": 1.0}
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
-    assert figures["ci"] == pytest.approx([bound / 2.0 for bound in bootstrap_ci(np.array([1.0, 4.0, 4.0]), 500)])
+    assert figures["gain_ci"] == bootstrap_ci(np.array([1.0, 4.0, 4.0]), 500)
+    assert figures["ci"] == pytest.approx([bound / 2.0 for bound in figures["gain_ci"]])
     assert figures["rewards"] == {"a": {"before": 3.0, "after": 1.0}}
     expected = {"before": 2.0, "after": 2.0, "delta": 0.0}
     assert {name: found["judge"][name] for name in expected} == pytest.approx(expected)
@@ -67,6 +69,20 @@ def test_before_is_the_reference_and_after_the_policy(make_context, monkeypatch)
     }
     after.texts = ["good"] * 3
     assert evaluate._figures(config, PROMPTS, {"reference": before, "policy": after}, thumbnails=[])["judge"]["delta"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1])  # numpy's standard deviation of 0.1 three times is 1.7e-17
+def test_a_reference_whose_rewards_are_all_the_same_has_no_unit(make_context, reward):
+    """A reward of right or wrong that the reference never earns, and then the policy does."""
+    config = make_context(evaluate={"bootstrap": 500}).config
+    parts = {"texts": ["x"] * 3, "tokens": [[1]] * 3, "ended": [1.0] * 3, "terms": {}, "kl": [0.0] * 3}
+    before, after = SimpleNamespace(**parts, scores=[reward] * 3), SimpleNamespace(**parts, scores=[reward + 1.0] * 3)
+    found = evaluate._figures(config, PROMPTS, {"reference": before, "policy": after}, thumbnails=[])["rl"]
+    assert found["gain"] == pytest.approx(1.0) and found["gain_ci"] == pytest.approx([1.0, 1.0])
+    assert found["reward_std_before"] == 0 and found["gain_in_std"] is None and found["ci"] is None
+    (tile, *_) = headline.tiles({"rl": found}, {})
+    assert (tile.value, tile.interval, tile.tone) == ("+1.00", "95% interval +1.00 to +1.00", "good")
+    assert "in its own unit" in tile.reading and "excludes zero" in tile.reading
 
 
 @pytest.mark.usefixtures("quick_compile")
