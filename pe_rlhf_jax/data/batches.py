@@ -37,17 +37,24 @@ class BatchOrder:
         # At least four windows an epoch, as the Trainer has it: otherwise the same rows would meet in every epoch.
         self._window = 1 if lengths is None else max(1, min(self.WINDOW, size // (4 * batch_size)))
         self._windows = grain.MapDataset.range(size).seed(seed).shuffle().repeat().batch(batch_size * self._window)
+        self._kept: tuple[int, np.ndarray] | None = None  # the window last used: thousands of rows, and the next step's too
 
     def __call__(self, step: int) -> np.ndarray:
         """Indices [batch_size] of the batch at a step counted from 0."""
         if step < 0:
             raise ValueError(f"expected a step of at least 0, found {step}")
         window, place = divmod(step, self._window)
+        if self._kept is None or self._kept[0] != window:
+            self._kept = window, self._batches(window)
+        return self._kept[1][place]
+
+    def _batches(self, window: int) -> np.ndarray:
+        """Row indices [window, batch_size] of the batches of a window, in their order."""
         rows = np.asarray(self._windows[window])
         if self._lengths is None:
-            return rows
+            return rows[None]
         batches = rows[np.argsort(self._lengths[rows], kind="stable")].reshape(self._window, self._batch_size)
-        return batches[np.random.default_rng((self._seed, window)).permutation(self._window)[place]]
+        return batches[np.random.default_rng((self._seed, window)).permutation(self._window)]
 
 
 def pad_sft(examples: Sequence[SFTExample], pad_id: int, multiple: int) -> Batch:

@@ -59,6 +59,21 @@ def test_rows_of_similar_length_share_batches():
     assert [other(step).tolist() for step in (60, 3)] == [order(step).tolist() for step in (60, 3)]
 
 
+def test_a_window_is_put_together_once(monkeypatch):
+    """Of up to 50 batches, which its steps take one by one: to make it again at each step took 200 ms at 128 rows."""
+    order, asked = BatchOrder(400, 8, seed=1, lengths=np.arange(400) % 37), []
+
+    class Windows:
+        def __getitem__(self, window, of=order._windows):
+            asked.append(window)
+            return of[window]
+
+    monkeypatch.setattr(order, "_windows", Windows())
+    forwards = [order(step).tolist() for step in range(36)]
+    assert asked == [0, 1, 2]
+    assert [order(step).tolist() for step in reversed(range(36))] == forwards[::-1]
+
+
 @pytest.mark.parametrize(("size", "batch_size"), [(0, 4), (4, 0)])
 def test_nothing_to_order(size, batch_size):
     with pytest.raises(ValueError, match="at least one row"):
