@@ -9,6 +9,7 @@ The files cannot be read from the middle, and their screenshots do not fit into 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from pe_rlhf_jax import protobuf
 from pe_rlhf_jax.data import tfrecord
 from pe_rlhf_jax.data.accessibility import Element, elements
 from pe_rlhf_jax.data.sources import BadRow, DataError, Row, Skipped
-from pe_rlhf_jax.data.ui_actions import from_android_control, right_elements, wrong_action
+from pe_rlhf_jax.data.ui_actions import Action, from_android_control, right_elements, wrong_action
 from pe_rlhf_jax.package import cache_folder
 
 FORM = "FOLDER:SPLIT, such as data/android_control:train"
@@ -35,7 +36,9 @@ Values = dict[str, Any]
 
 
 def read(source: str, skipped: Skipped) -> Iterator[Row]:
-    """One row a step, in the order of the files: instruction, screenshot, elements, the right action and a wrong one.
+    """One row a step, in the order of the files: instruction, screenshot, elements and the right action.
+
+    `others` gives the right actions of all steps, from which `_wrong` draws; it reads the files once more when it is first called.
 
     Raises:
         DataError: the source has another form, a file is missing or damaged; or an episode is, and bad rows are not skipped.
@@ -48,12 +51,14 @@ def read(source: str, skipped: Skipped) -> Iterator[Row]:
     files = sorted(path for path in root.glob("android_control-*") if path.is_file())
     if not files:
         raise DataError(f"{root}: expected the files android_control-*, found none (from {Path.cwd()})")
-    # Read twice: the actions of all steps are kept, but not their elements, of which there are millions.
-    others = [step["right"] for file in files for _, step in _steps(file, wanted, Skipped("skip"))]
+
+    @functools.cache
+    def others() -> list[Action]:
+        # The actions of all steps are kept, but not their elements, of which there are millions.
+        return [step["right"] for file in files for _, step in _steps(file, wanted, Skipped("skip"))]
+
     for place, step in (step for file in files for step in _steps(file, wanted, skipped)):
-        draw = random.Random(f"{step['episode_id']}:{step['step']}")
-        step["wrong"] = wrong_action(step["right"], step["elements"], others, draw)
-        yield Row(step, place)
+        yield Row({**step, "others": others}, place)
 
 
 def sft(row: Values) -> list[Values]:
@@ -63,18 +68,25 @@ def sft(row: Values) -> list[Values]:
 
 def label(row: Values) -> list[Values]:
     """The right action, labelled 1, and a wrong one, labelled 0."""
-    right = [{**_step(row), "completion": f" {row['right']}", "label": 1}]
-    return right + ([] if row["wrong"] is None else [{**_step(row), "completion": f" {row['wrong'][1]}", "label": 0}])
+    right, wrong = [{**_step(row), "completion": f" {row['right']}", "label": 1}], _wrong(row)
+    return right + ([] if wrong is None else [{**_step(row), "completion": f" {wrong}", "label": 0}])
 
 
 def preference(row: Values) -> list[Values]:
     """The same two actions as a pair; no row where no wrong one was found."""
-    return [] if row["wrong"] is None else [{**_step(row), "chosen": f" {row['right']}", "rejected": f" {row['wrong'][1]}"}]
+    wrong = _wrong(row)
+    return [] if wrong is None else [{**_step(row), "chosen": f" {row['right']}", "rejected": f" {wrong}"}]
 
 
 def prompts(row: Values) -> list[Values]:
     """The step; `action` and `right_elements` serve `pe_rlhf_jax.data.ui_actions:action_match`."""
     return [{**_step(row), "action": str(row["right"]), "right_elements": right_elements(row["right"], row["elements"])}]
+
+
+def _wrong(row: Values) -> Action | None:
+    """A wrong action, drawn by episode and step; None where none was found."""
+    found = wrong_action(row["right"], row["elements"], row["others"](), random.Random(f"{row['episode_id']}:{row['step']}"))
+    return found and found[1]
 
 
 def _step(row: Values) -> Values:

@@ -27,8 +27,7 @@ Values = dict[str, Any]
 def read(source: str, skipped: Skipped) -> Iterator[Row]:
     """One row a question, in the order of the questions file: `question`, `image`, `answers` and what else the files say of it.
 
-    `wrong` is an answer that is right for another question of the same answer type and for none of this one's annotators, drawn by the
-    question's id; None where there is no such answer.
+    `others` holds the right answers of all questions of the same answer type, from which `wrong` draws.
 
     Raises:
         DataError: a file is missing or not of this form; or a question has no annotation, and bad rows are not skipped.
@@ -53,7 +52,7 @@ def read(source: str, skipped: Skipped) -> Iterator[Row]:
             skipped.bad(place, str(problem))
             continue
         values["image"] = f"{subtype}/COCO_{subtype}_{values['image_id']:012d}.jpg"
-        values["wrong"] = _wrong(values, pools[values["answer_type"]])
+        values["others"] = pools[values["answer_type"]]
         yield Row(values, place)
 
 
@@ -64,18 +63,31 @@ def sft(row: Values) -> list[Values]:
 
 def label(row: Values) -> list[Values]:
     """The answer that most annotators gave, labelled 1, and another question's, labelled 0."""
-    right = [{**_question(row), "completion": f" {row['answer']}", "label": 1}]
-    return right + ([] if row["wrong"] is None else [{**_question(row), "completion": f" {row['wrong']}", "label": 0}])
+    right, other = [{**_question(row), "completion": f" {row['answer']}", "label": 1}], wrong(row)
+    return right + ([] if other is None else [{**_question(row), "completion": f" {other}", "label": 0}])
 
 
 def preference(row: Values) -> list[Values]:
     """The same two answers as a pair; no row where there is no wrong answer."""
-    return [] if row["wrong"] is None else [{**_question(row), "chosen": f" {row['answer']}", "rejected": f" {row['wrong']}"}]
+    other = wrong(row)
+    return [] if other is None else [{**_question(row), "chosen": f" {row['answer']}", "rejected": f" {other}"}]
 
 
 def prompts(row: Values) -> list[Values]:
     """The question; `answers` serves `pe_rlhf_jax.data.vqa_accuracy:soft_accuracy`."""
     return [{**_question(row), **{key: row[key] for key in ("question_id", "answers", "question_type", "answer_type")}}]
+
+
+def wrong(row: Values) -> str | None:
+    """An answer that is right for another question of the same answer type and for none of this one's annotators, drawn by the question's
+    id; None where there is no such answer. As often as it is right elsewhere, so that answers alone do not tell right from wrong.
+    """
+    draw = random.Random(row["question_id"])
+    for _ in range(ATTEMPTS):
+        other = draw.choice(row["others"]).strip()
+        if other and other != row["answer"] and other not in row["answers"] and accuracy(other, row["answers"]) == 0:
+            return other
+    return None
 
 
 def _question(row: Values) -> Values:
@@ -105,16 +117,6 @@ def _joined(question: Any, annotations: dict[Any, Values], file: str) -> Values:
         "question_type": annotation.get("question_type"),
         "answer_type": str(annotation.get("answer_type")),
     }
-
-
-def _wrong(row: Values, pool: list[str]) -> str | None:
-    """An answer as often as it is right elsewhere, so that answers alone do not tell right from wrong."""
-    draw = random.Random(row["question_id"])
-    for _ in range(ATTEMPTS):
-        other = draw.choice(pool).strip()
-        if other and other != row["answer"] and accuracy(other, row["answers"]) == 0 and other not in row["answers"]:
-            return other
-    return None
 
 
 def _list(file: Path, key: str) -> list[Any]:

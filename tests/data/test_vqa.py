@@ -138,13 +138,14 @@ def test_rows_of_every_kind(folder):
 
 def test_wrong_answers_are_wrong_of_the_same_type_and_the_same_in_every_run(folder):
     found = list(vqa.read(f"{folder}:val2014", Skipped()))
-    assert [row.values["wrong"] for row in found] == [row.values["wrong"] for row in vqa.read(f"{folder}:val2014", Skipped())]
-    for row in found:
+    wrong = [vqa.wrong(row.values) for row in found]
+    assert wrong == [vqa.wrong(row.values) for row in vqa.read(f"{folder}:val2014", Skipped())]
+    for row, answer in zip(found, wrong, strict=True):
         values = row.values
-        assert accuracy(values["wrong"], values["answers"]) == 0
+        assert accuracy(answer, values["answers"]) == 0
         same_type = {other.values["answer"] for other in found if other.values["answer_type"] == values["answer_type"]}
-        assert values["wrong"] in same_type
-    assert len({row.values["wrong"] for row in found}) > 5
+        assert answer in same_type
+    assert len(set(wrong)) > 5
 
 
 def test_a_question_without_a_wrong_answer_gives_no_pair(folder):
@@ -156,7 +157,12 @@ def test_what_an_annotator_said_in_other_words_is_not_wrong(folder):
     questions = [{"image_id": 42, "question": "How many?", "question_id": number} for number in (1, 2)]
     answers = {1: ["2"] * 7 + ["3"] * 3, 2: ["Three"] * 10}
     write(folder, questions, [annotation(number, 42, given, "number") for number, given in answers.items()])
-    assert [row.values["wrong"] for row in vqa.read(f"{folder}:val2014", Skipped())] == [None, "2"]
+    assert [vqa.wrong(row.values) for row in vqa.read(f"{folder}:val2014", Skipped())] == [None, "2"]
+
+
+def test_wrong_answers_are_drawn_only_where_they_are_used(folder, monkeypatch):
+    monkeypatch.setattr(vqa, "accuracy", lambda *_: pytest.fail("a wrong answer was drawn"))
+    assert len(rows(folder, "sft")[0]) == len(rows(folder, "prompts")[0]) == 12
 
 
 def test_the_pipeline_reads_it_with_its_pictures(folder):
