@@ -1,8 +1,10 @@
 """A model of text and an image encoder, put together as a LLaVA: the encoder's features, a fresh projector, the text model.
 
 What comes out is what a folder of a published LLaVA holds, with the same names, so everything that works for one works for it; its
-projector knows nothing before it is trained (`lora.modules_to_save: [projector]`). The vocabulary has one token more, the picture's
-placeholder, whose embedding is the mean of the others: a policy hardly ever samples it.
+projector knows nothing before it is trained (`lora.modules_to_save: [projector]`): whatever the picture, it says nearly the same, and
+that something like a word. Random vectors of full size in the place of words move everything that the text model computes, each in
+its own way, and what they say of the picture is then learned far later. The vocabulary has one token more, the picture's placeholder,
+whose embedding is the mean of the others: a policy hardly ever samples it.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from pe_rlhf_jax.checkpoint.weights import WeightReader, WeightsError
 from pe_rlhf_jax.models.families.seeing import LLAVA_PROJECTOR, LLAVA_TEXT, LLAVA_TOWER
 
 PLACEHOLDER = "<image>"
-SPREAD = 0.02
-"""Standard deviation of the fresh projector's matrices: transformers' `initializer_range`."""
+SPREAD = {"linear_1": 0.02, "linear_2": 0.002}
+"""Standard deviation of the fresh projector's matrices: transformers' `initializer_range`, and a tenth of it."""
 _UNTOLD = 576  # LLaVA 1.5's `image_seq_length`, which is written whatever the tower and so says nothing
 _VOCABULARY = (f"{LLAVA_TEXT}embed_tokens.weight", "lm_head.weight")
 
@@ -82,18 +84,24 @@ class ComposedModel:
         return (shape[0] + 1, *shape[1:]) if name in _VOCABULARY else shape
 
     def read(self, name: str) -> Shaped[np.ndarray, "*shape"]:
-        """The tensor; the projector's follow from their names alone."""
+        """The tensor; of the projector's matrices, what follows from their names alone."""
         if name in self._projector:
-            shape = self._projector[name]
+            shape, layer = self._projector[name], name.removeprefix(LLAVA_PROJECTOR).partition(".")[0]
             if len(shape) == 1:
-                return np.zeros(shape, np.float32)
-            return (SPREAD * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)).astype(np.float32)
+                return self._word() if layer == "linear_2" else np.zeros(shape, np.float32)
+            return (SPREAD[layer] * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)).astype(np.float32)
         reader, inside = self._names[name]
         tensor = reader.read(inside)
         if name not in _VOCABULARY:
             return tensor
         mean = np.mean(tensor, axis=0, keepdims=True, dtype=np.float32)
         return np.concatenate([tensor, mean.astype(tensor.dtype)])
+
+    def _word(self) -> Shaped[np.ndarray, " D"]:
+        """What all embeddings have in common, as large as one of them."""
+        embeddings = np.asarray(self.text.read("model.embed_tokens.weight"), np.float32)
+        mean = np.mean(embeddings, axis=0)
+        return mean * np.sqrt(np.mean(np.square(embeddings)) / np.mean(np.square(mean)))
 
     def extend(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         """The text model's tokenizer with the placeholder.

@@ -18,6 +18,7 @@ from pe_rlhf_jax.checkpoint.source import resolve
 from pe_rlhf_jax.checkpoint.weights import WeightsError, load_tower
 from pe_rlhf_jax.config import LoRAConfig, ModelConfig
 from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.vlm import Projector
 from pe_rlhf_jax.plan.architecture import architecture
 
 SIZE = 4 * tiny_onnx.PATCH
@@ -73,9 +74,21 @@ def test_with_pictures_the_encoders_features_are_shown(sources):
     mask = np.ones(tokens.shape, bool)
     features = decoder.encode_images({"params": params}, pictures)
     hidden, _ = decoder.apply({"params": params}, tokens, mask, features=features, prompt=mask)
-    assert features.shape == (2, 1, 16, tiny_onnx.HIDDEN) and np.abs(hidden[0, -1] - hidden[1, -1]).max() > 1e-4
+    assert features.shape == (2, 1, 16, tiny_onnx.HIDDEN) and np.abs(hidden[0, -1] - hidden[1, -1]).max() > 1e-5
     assert all(np.array_equal(x, flat(resolve(model_config(sources)).load_params(jnp.float32))[n]) for n, x in flat(params).items())
     assert architecture(model_config(sources)) == both.config
+
+
+def test_a_fresh_projector_says_nearly_the_same_of_all_pictures_and_that_like_a_word(sources):
+    both = resolve(model_config(sources))
+    params = both.load_params(jnp.float32)
+    projector = Projector(both.config.vision, both.config.hidden_size, None, jnp.float32, jnp.float32)
+    features = np.random.default_rng(0).standard_normal((64, tiny_onnx.HIDDEN)).astype(np.float32)
+    said, embeddings = projector.apply({"params": params["projector"]}, features), params["embed"][:-1]
+    size = np.sqrt(np.mean(np.square(embeddings)))
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(said))), size, rtol=0.05)
+    assert 0 < np.std(said, axis=0).mean() < 0.1 * size
+    assert np.corrcoef(said[0], np.mean(embeddings, axis=0))[0, 1] > 0.95
 
 
 def test_merged_it_is_a_folder_like_any_other(sources, tmp_path):
