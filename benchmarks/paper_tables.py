@@ -44,6 +44,7 @@ from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.training import reward, rl
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.experience import make_experience
+from pe_rlhf_jax.training.micro_batches import in_micro_batches
 from pe_rlhf_jax.training.optimizer import make_optimizer
 from pe_rlhf_jax.training.rewards import _score
 from pe_rlhf_jax.training.rollouts import _respond
@@ -110,7 +111,7 @@ def rl_twin(context: Context) -> Twin:
     learn = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), rows, config.micro_batch_size)
     tokens, mask = _tokens(context, config.batch_size, _rounded(context, context.config.data.max_prompt_length))
     prompts, chunk = _seeing(context, PromptBatch(tokens, mask)), context.config.model.logprob_chunk
-    train, decoder, group = state.train, context.decoder, config.answers_each
+    train, decoder, group, micro = state.train, context.decoder, config.answers_each, config.micro_batch_size
     sampler = Sampler(decoder, config.sampling, (), 0)
 
     def roles() -> dict[str, Role]:
@@ -121,11 +122,14 @@ def rl_twin(context: Context) -> Twin:
 
     @jax.jit
     def anchor(backbone: PyTree, role: Role, rollout: Any) -> jax.Array:
-        answers = answers_in_a_row(decoder.config, rollout, group, 1)
-        return response_logprobs(decoder, backbone, role, rollout, config.sampling.temperature, chunk, answers)[0]
+        def forward(part: Any) -> jax.Array:
+            answers = answers_in_a_row(decoder.config, part, group, 1)
+            return response_logprobs(decoder, backbone, role, part, config.sampling.temperature, chunk, answers)[0]
+
+        return in_micro_batches(forward, rollout, micro)
 
     rollout = jax.block_until_ready(sample())
-    scores = _score(decoder, group, model, backbone, rollout)
+    scores = _score(decoder, group, micro, model, backbone, rollout)
 
     def experience() -> Any:
         policy, value = roles()["policy"], roles().get("value")
@@ -138,7 +142,7 @@ def rl_twin(context: Context) -> Twin:
     programs = [
         compiled,
         _respond.lower(sampler, policy, backbone, prompts, jax.random.key(1)).compile(),
-        _score.lower(decoder, group, model, backbone, rollout).compile(),
+        _score.lower(decoder, group, micro, model, backbone, rollout).compile(),
         make_experience.lower(*shaped).compile(),
     ]
     trained = sum(x.size for x in jax.tree.leaves(train.trainable))
@@ -148,7 +152,7 @@ def rl_twin(context: Context) -> Twin:
     def run() -> dict[str, float]:
         nonlocal train
         marks = [time.perf_counter()]
-        for part in (sample, lambda: _score(decoder, group, model, backbone, rollout), lambda: anchor(backbone, reference, rollout)):
+        for part in (sample, lambda: _score(decoder, group, micro, model, backbone, rollout), lambda: anchor(backbone, reference, rollout)):
             jax.block_until_ready(part())
             marks.append(time.perf_counter())
         jax.block_until_ready(experience())  # policy, value and, once more, the anchor: its second share is taken off below

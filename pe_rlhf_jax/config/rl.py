@@ -82,7 +82,11 @@ class RLConfig(Section):
     group_size: int = Field(4, ge=2, description="RLOO, GRPO: responses to each prompt; must divide batch_size.")
     num_ppo_epochs: int = Field(4, ge=1, description="Passes over a rollout batch; REINFORCE makes one update a batch instead.")
     num_mini_batches: int = Field(1, ge=1, description="Updates per pass; must divide the batch.")
-    micro_batch_size: int | None = Field(None, ge=1, description="Episodes computed at once (gradient accumulation); null for all.")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Episodes computed at once, in updates (gradient accumulation), scores, log-probabilities and values; null for all.",
+    )
     sampling: SamplingConfig = Field(SamplingConfig(), description="How responses are sampled.")
     kl_coef: float = Field(0.05, ge=0, description="Weight of the KL penalty; the paper's beta, whose objective is (1 - beta) r - beta KL.")
     kl_target: float | None = Field(None, gt=0, description="Adapt kl_coef to this mean KL per response (nats); null keeps it fixed.")

@@ -80,24 +80,23 @@ class Costs:
             rows, text = longest_pair(config, self.c, self.devices) if config.reward.kind != "labels" else (1, text)
             return self.update(rows * config.reward.batch_size, text, 0, config.reward.tuning)
         one, rows, response = config.rl, config.rl.batch_size, sampling.max_new_tokens
-        values = one.has_critic and one.value_model == "adapter"
+        at_once, values = one.micro_batch_size or rows, one.has_critic and one.value_model == "adapter"
         if program == "rollout":
             answers = math.gcd(one.answers_each, rows // self.devices)
             return self.generate(rows, data.max_prompt_length, response, answers)
         if program == "score":
-            rows, length, _ = self._shared(rows, one.answers_each)
+            rows, length, _ = self._shared(rows, at_once, one.answers_each)
             return self.forward(rows, length, adapter=one.roles == "shared")
         if program == "experience":
-            rows, length, response = self._shared(rows, one.answers_each)
+            rows, length, response = self._shared(rows, at_once, one.answers_each)
             return 2 * self.forward(rows, length, response) + (self.forward(rows, length) if values else 0)
         rows //= rl._mini_batches(one)
-        at_once = one.micro_batch_size or rows
-        policy_rows, length, response = self._shared(at_once, rl._group_to_learn(one))
-        policy = rows / at_once * self.update(policy_rows, length, response, one.tuning)
+        policy_rows, length, response = self._shared(rows, min(at_once, rows), rl._group_to_learn(one))
+        policy = self.update(policy_rows, length, response, one.tuning)
         return policy + (self.update(rows, length, 0, one.tuning_of("value")) if values else 0)
 
-    def _shared(self, episodes: int, group: int) -> tuple[int, int, int]:
+    def _shared(self, episodes: int, at_once: int, group: int) -> tuple[int, int, int]:
         """Rows of so many episodes, their tokens, and how many of these are responses', with `group` episodes to a prompt."""
         prompt, response = self.config.data.max_prompt_length, self.config.rl.sampling.max_new_tokens
-        answers = answers_for(self.c, episodes, prompt, response, group, self.devices)
+        answers = answers_for(self.c, at_once, prompt, response, group, self.devices)
         return episodes // answers, prompt + answers * response, answers * response

@@ -149,7 +149,7 @@ def backbone_matrices(c: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _timed(stage: str, program: Program, resident: Mapping[str, int], costs: Costs, context: Any, topology: Topology) -> Timed:
-    flops = 0.0 if program.name == "mini-batch" else costs.of(stage, program.name)
+    flops = 0.0 if program.name in ("mini-batch", "evaluation") else costs.of(stage, program.name)
     hbm = program.peak + max(0, sum(resident.values()) - program.staying)
     chip, time = topology.chip, None
     if chip is not None:

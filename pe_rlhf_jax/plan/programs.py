@@ -33,6 +33,7 @@ from pe_rlhf_jax.training.experience import make_experience
 from pe_rlhf_jax.training.images import AT_ONCE
 from pe_rlhf_jax.training.images import _encode as encode
 from pe_rlhf_jax.training.optimizer import make_optimizer
+from pe_rlhf_jax.training.reward_kinds import _score_pairs
 from pe_rlhf_jax.training.rewards import _score
 from pe_rlhf_jax.training.rollouts import _respond
 from pe_rlhf_jax.training.shared_rows import longest_pair
@@ -54,7 +55,7 @@ class Call(NamedTuple):
     arguments: dict[str, PyTree]
     """Placed shapes, in the function's order, by what they are."""
     repeats: int = 1
-    """Calls in a step of the stage."""
+    """Calls in a step of the stage; 0 for what is called between steps."""
     loops: tuple[int, ...] = ()
     """Rounds, at most, of the loops whose length is not fixed, from the outermost inwards."""
     passing: frozenset[str] = frozenset({"batch", "prompts", "rollout", "scores", "experience", "rows", "kl_coef", "key", "pixels"})
@@ -124,8 +125,24 @@ def stage_calls(context: Context, stage: str, compile: Compile) -> dict[str, PyT
     if stage != rl.STAGE:
         call = placed_update(context, stage)
         compile(call)
+        _evaluate(context, stage, call, compile)
         return {name: tree for name, tree in call.arguments.items() if name != "batch"} | _other_roles(context, stage)
     return _rl_calls(context, compile)
+
+
+def _evaluate(context: Context, stage: str, learning: Call, compile: Compile) -> None:
+    """Compiles the scores of held-out pairs where the mesh has it that there are more of them at once than an update computes.
+
+    A forward pass over as many rows as an update computes needs less memory than the update, and rows that are not pairs are never more.
+    """
+    config = context.config.reward
+    if stage != reward.STAGE or context.evaluated_at_once(stage) <= (config.micro_batch_size or config.batch_size):
+        return
+    size, (backbone, rest) = context.evaluated_at_once(stage), learning.arguments["frozen"]
+    pairs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), learning.arguments["batch"])
+    role = learning.arguments["training state"].trainable.join(rest)
+    arguments = {"reward model": role, "backbone": backbone, "batch": rows(context, pairs)}
+    compile(Call("evaluation", _score_pairs, (context.decoder,), arguments, repeats=0))
 
 
 def _encode(context: Context, count: int, compile: Compile) -> None:
@@ -160,7 +177,7 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
             scorer, params = Role(head=model.head), backbone if model.params is None else model.params
             resident[f"reward backbone {index}"] = params
         arguments = {"reward model": scorer, "backbone": params, "rollout": rollout}
-        compile(Call("score", _score, (context.decoder, config.answers_each), arguments))
+        compile(Call("score", _score, (context.decoder, config.answers_each, config.micro_batch_size), arguments))
     scores = rows(context, _floats(config.batch_size))
     arguments = {
         "backbone": backbone,

@@ -19,6 +19,7 @@ from pe_rlhf_jax.models.heads import apply_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_hidden, response_logprobs, response_values, token_logprobs
 from pe_rlhf_jax.sharding import row_groups
+from pe_rlhf_jax.training.micro_batches import in_micro_batches
 from pe_rlhf_jax.training.shared_rows import answers_in_a_row
 from pe_rlhf_jax.types import Experience, PyTree, Rollout
 
@@ -74,14 +75,18 @@ def make_experience(
     """Shapes rewards, advantages and returns of a rollout, and its metrics.
 
     PPO and REINFORCE pay the KL penalty token by token. RLOO pays it once for the whole response, before the group's baseline is
-    taken off; GRPO has it in its loss instead.
+    taken off; GRPO has it in its loss instead. Forward passes are over `rl.micro_batch_size` episodes at a time, all the rest is over the
+    whole batch.
     """
     mask = rollout.response_mask
-    group_size = config.answers_each
-    answers = answers_in_a_row(decoder.config, rollout, group_size, row_groups())
-    old_logprobs, entropy, values = predict(decoder, config, chunk, backbone, policy, value, rollout, group_size)
+
+    def forward(part: Rollout) -> tuple[Predictions, Float[Array, "B R"]]:
+        answers = answers_in_a_row(decoder.config, part, config.answers_each, row_groups())
+        said = predict(decoder, config, chunk, backbone, policy, value, part, config.answers_each)
+        return said, response_logprobs(decoder, backbone, reference, part, config.sampling.temperature, chunk, answers)[0]
+
+    (old_logprobs, entropy, values), ref_logprobs = in_micro_batches(forward, rollout, config.micro_batch_size)
     values = jnp.where(mask, values, 0.0)
-    ref_logprobs, _ = response_logprobs(decoder, backbone, reference, rollout, config.sampling.temperature, chunk, answers)
     kl_BR = kl.kl_per_token(old_logprobs, ref_logprobs, "k1")  # k3 as a reward has another optimum
     kl_B = masked_sum(kl_BR, mask, axis=1)
     metrics: dict[str, Array] = {}

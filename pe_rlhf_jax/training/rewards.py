@@ -21,6 +21,7 @@ from pe_rlhf_jax.sharding import row_groups
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.functions import TextFunction, call_function, columns_of, load_function
 from pe_rlhf_jax.training.images import ImageEncoder
+from pe_rlhf_jax.training.micro_batches import in_micro_batches
 from pe_rlhf_jax.training.rollouts import texts
 from pe_rlhf_jax.training.shared_rows import answers_in_a_row
 from pe_rlhf_jax.types import PyTree, Rollout
@@ -88,11 +89,12 @@ class Rewards:
             term.function: load_function(term.function) for term in self.config.rewards if term.function is not None
         }
 
-    def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample], group: int = 1) -> Scores:
+    def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample], group: int = 1, at_once: int | None = None) -> Scores:
         """Scores the responses to `prompts`, one for each row that is asked about; further rows of the rollout are fillers.
 
         Args:
             group: so many neighbouring rows answer one prompt.
+            at_once: rows that a reward model computes at once, of which there are a multiple; null for all.
 
         Raises:
             FunctionError: a function failed, or did not return one finite number for each completion; the message names it.
@@ -105,17 +107,18 @@ class Rewards:
                 function, asked = self.functions[term.function], [prompt.text for prompt in prompts]
                 terms[term.name] = np.asarray(call_function(term.function, function, asked, completions, columns_of(prompts)), np.float32)
             else:
-                terms[term.name] = np.asarray(fetch(self._model(str(term.model), rollout, prompts, group)), np.float32)[:count]
+                scored = self._model(str(term.model), rollout, prompts, group, at_once)
+                terms[term.name] = np.asarray(fetch(scored), np.float32)[:count]
         total = sum(
             (np.float32(term.weight) * terms[term.name] for term in self.config.rewards if term.weight), np.zeros(count, np.float32)
         )
         return Scores(penalised(self.config, total, rollout), terms)
 
-    def _model(self, name: str, rollout: Rollout, prompts: Sequence[PromptExample], group: int) -> Float[Array, " B"]:
+    def _model(self, name: str, rollout: Rollout, prompts: Sequence[PromptExample], group: int, at_once: int | None) -> Float[Array, " B"]:
         model = self.models[name]
         if model.encoder is not None:
             rollout = rollout.replace(images=self.context.rows(model.encoder(fill(prompts, len(rollout.prompt)))))
-        return _score(model.decoder, group, model.role, model.backbone, rollout)
+        return _score(model.decoder, group, at_once, model.role, model.backbone, rollout)
 
 
 def penalised(config: RLConfig, total: Float[np.ndarray, " B"], rollout: Rollout) -> Float[np.ndarray, " B"]:
@@ -139,8 +142,12 @@ def for_learning(config: RLConfig, total: Float[Array, " B"], statistics: Reward
     return total, statistics
 
 
-@jax.jit(static_argnums=(0, 1))
-def _score(decoder: Decoder, group: int, role: Role, backbone: PyTree, rollout: Rollout) -> Float[Array, " B"]:
+@jax.jit(static_argnums=(0, 1, 2))
+def _score(decoder: Decoder, group: int, at_once: int | None, role: Role, backbone: PyTree, rollout: Rollout) -> Float[Array, " B"]:
     """The score head at each response's last token: the logit, never a probability."""
-    answers = answers_in_a_row(decoder.config, rollout, group, row_groups())
-    return response_scores(decoder, backbone, role, rollout, answers)
+
+    def forward(part: Rollout) -> Float[Array, " B"]:
+        answers = answers_in_a_row(decoder.config, part, group, row_groups())
+        return response_scores(decoder, backbone, role, part, answers)
+
+    return in_micro_batches(forward, rollout, at_once)

@@ -99,7 +99,7 @@ def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards
         roles = _whole(frozen_roles, state.train.trainable)
         rollout = respond(context, roles["policy"], batch, rollout_key, answers=repeats)
         rolled = time.perf_counter()
-        scores = rewards(rollout, examples, repeats)
+        scores = rewards(rollout, examples, repeats, config.micro_batch_size)
         used, statistics = for_learning(config, jnp.asarray(scores.total), state.statistics)
         chunk, backbone = context.config.model.logprob_chunk, context.backbone
         policy, value = roles["policy"], roles.get("value")

@@ -45,7 +45,8 @@ def answers_in_a_row(c: DecoderConfig, rollout: Rollout, group: int, devices: in
 def answers_for(c: DecoderConfig, rows: int, prompt: int, response: int, group: int, devices: int) -> int:
     """How many of a group's `group` responses of `response` tokens go into one row behind their prompt, where that takes least time.
 
-    The rows that are left of `rows` divide over the devices as they did before.
+    The rows that are left of `rows` divide over the devices as they did before. Where `rows` are a part that cuts groups, so many go
+    together as each of the cuts leaves.
     """
 
     def fits(answers: int) -> bool:

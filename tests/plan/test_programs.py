@@ -17,7 +17,8 @@ from pe_rlhf_jax.data import PreferenceExample, PromptExample, SFTExample, Split
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.plan import programs
 from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
-from pe_rlhf_jax.training import images, loop, rewards, rl, rollouts, sft
+from pe_rlhf_jax.training import context as training_context
+from pe_rlhf_jax.training import images, loop, reward_kinds, rewards, rl, rollouts, sft
 from pe_rlhf_jax.training import reward as reward_stage
 
 FIELDS = {
@@ -79,7 +80,7 @@ def caught(monkeypatch):
         return lambda *arguments: catch("update", make_step(*arguments), 0)
 
     monkeypatch.setattr(rollouts, "_respond", catch("rollout", rollouts._respond, 1))
-    monkeypatch.setattr(rewards, "_score", catch("score", rewards._score, 2))
+    monkeypatch.setattr(rewards, "_score", catch("score", rewards._score, 3))
     monkeypatch.setattr(rl, "make_experience", catch("experience", rl.make_experience, 3))
     monkeypatch.setattr(rl, "_take", catch("mini-batch", rl._take, 0))
     monkeypatch.setattr(rl, "make_step", make(rl.make_step))
@@ -112,6 +113,24 @@ def test_sft_and_reward_call_what_was_planned(tiny, caught, tuning):
         reference = sft.init(context).trainable
         next(reward_stage.run(context, reference, reward_stage.init(context, reference)))
     assert caught == planned(context, "reward")
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(("micro", "names"), [(None, {"update"}), (4, {"update"}), (2, {"update", "evaluation"})])
+def test_held_out_pairs_are_planned_where_they_are_more_than_an_update_computes(tiny, monkeypatch, micro, names):
+    """Four devices can split the four rows of two pairs; but of held-out pairs they are given four."""
+    for module in (training_context, reward_kinds, programs):
+        monkeypatch.setattr(module, "row_multiple", lambda _: 4)
+    context = run_context(tiny, reward=FIELDS["reward"] | {"batch_size": 8, "micro_batch_size": micro})
+    calls = planned(context, "reward")
+    assert calls.keys() == names
+    if micro == 2:
+        seen = []
+        score = lambda _, *arguments: seen.append(signature(list(arguments))) or np.zeros((2, 4))  # noqa: E731
+        monkeypatch.setattr(reward_kinds, "_score_pairs", score)
+        role = reward_stage.init(context, Role()).trainable
+        reward_kinds.Pairs().scores(context, role, context.data.preference.validation)
+        assert seen == [calls["evaluation"]]
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_a_group_shares_its_prompt_and_not_its_answers(make_context, monkeypatch
     context = make_context(rl={"algorithm": algorithm, "batch_size": 8, "group_size": 4, "rewards": [term("count_words")], "steps": 1})
     seen = []
     rewards = Rewards(context, {})
-    scored = lambda rollout, prompts, group: seen.append((rollout, prompts)) or rewards(rollout, prompts, group)  # noqa: E731
+    scored = lambda rollout, prompts, *how: seen.append((rollout, prompts)) or rewards(rollout, prompts, *how)  # noqa: E731
     next(rl.run(context, Role(), None, scored, rl.init(context, Role(), None)))
     (rollout, prompts), *_ = seen
     asked = [prompt.text for prompt in prompts]

@@ -162,7 +162,7 @@ def test_what_a_fresh_adapter_on_the_tower_sees_is_what_the_frozen_tower_sees(qu
                 label_scores(decoder, role, backbone, placed(pad_labels, data.label.train[:5])),
                 rollout.logprobs,
                 response_logprobs(decoder, backbone, role, rollout, 1.0, 16),
-                _score(decoder, 1, role, backbone, rollout),
+                _score(decoder, 1, None, role, backbone, rollout),
             ]
         )
         mask = np.asarray(rollout.response_mask)
@@ -192,8 +192,8 @@ def test_a_reward_model_with_a_tower_of_its_own_sees_for_itself():
     found = Rewards(context, {"run": RewardModel(context.decoder, other, role, encoder)})(rollout, rows).total
     shown = rollout.replace(images=encoder([*rows, rows[0]]))
     # Placed otherwise, it is compiled anew, and differs by 5e-7.
-    np.testing.assert_allclose(found, _score(context.decoder, 1, role, other, shown)[:3], rtol=1e-5)
-    assert np.all(np.abs(found - np.asarray(_score(context.decoder, 1, role, other, rollout))[:3]) > 1e-4)
+    np.testing.assert_allclose(found, _score(context.decoder, 1, None, role, other, shown)[:3], rtol=1e-5)
+    assert np.all(np.abs(found - np.asarray(_score(context.decoder, 1, None, role, other, rollout))[:3]) > 1e-4)
 
 
 def test_pictures_are_decoded_when_a_batch_needs_them(monkeypatch, quick_compile):
