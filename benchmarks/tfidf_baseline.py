@@ -10,9 +10,9 @@ of the penalty, are chosen by cross-validation on the training rows alone; for l
 conversation usually stand together.
 
 Prints one JSON line for each kind: accuracy on the held-out rows, for labels the area under the ROC curve first (chance is 0.5, whatever
-the share of good rows), each with a 95% bootstrap interval over rows, or with `data.group_by` over groups, because the labels of one
-conversation go together. `most_common` is the accuracy of always answering what is more
-frequent in training. Training and held-out rows are exactly those of `pe-rlhf`, length limits included (at most `evaluate.pairs`
+the share of good rows), each with a 95% bootstrap interval over rows, or over groups where rows are not independent: those of
+`data.group_by`, such as conversations, or else of one prompt. `most_common` is the accuracy of always answering what is more frequent in
+training. Training and held-out rows are exactly those of `pe-rlhf`, length limits included (at most `evaluate.pairs`
 held-out ones).
 """
 
@@ -33,6 +33,7 @@ from sklearn.model_selection import KFold
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import data
 from pe_rlhf_jax.checkpoint import source
+from pe_rlhf_jax.training.statistics import Groups, members
 
 NGRAMS = ((1, 1), (1, 2))
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
@@ -40,8 +41,8 @@ FOLDS = 5
 
 Pairs = list[tuple[str, str]]
 """Better and worse text."""
-Labels = list[tuple[str, float, str | None]]
-"""Text, label and group."""
+Labels = list[tuple[str, float]]
+"""Text and label."""
 
 
 class PairScorer:
@@ -72,14 +73,14 @@ class LabelScorer:
     folds = KFold(FOLDS)
 
     def __init__(self, rows: Labels, ngrams: tuple[int, int], c: float):
-        texts, labels, _ = zip(*rows, strict=True)
+        texts, labels = zip(*rows, strict=True)
         self.features = TfidfVectorizer(ngram_range=ngrams, sublinear_tf=True)
         self.model = LogisticRegression(C=c, max_iter=1000)
         self.model.fit(self.features.fit_transform(texts), labels)
 
     def __call__(self, rows: Labels) -> np.ndarray:
         """Log-odds of each row's label being 1."""
-        return self.model.decision_function(self.features.transform([text for text, _, _ in rows]))
+        return self.model.decision_function(self.features.transform([text for text, _ in rows]))
 
 
 def pair_accuracy(scores: np.ndarray, rows: np.ndarray) -> float:
@@ -114,18 +115,20 @@ def choose(
 
 
 def measure(
-    scorer: type[PairScorer] | type[LabelScorer], train: Sequence, held_out: Sequence, metrics: dict[str, Metric], bootstrap: int
+    scorer: type[PairScorer] | type[LabelScorer],
+    train: Sequence,
+    held_out: Sequence,
+    groups: Groups,
+    metrics: dict[str, Metric],
+    bootstrap: int,
 ) -> dict:
     """The held-out figures of the best setting; the first metric chooses it."""
     labels, held_out_labels = (np.array([row[1] if isinstance(row[1], float) else 1.0 for row in rows]) for rows in (train, held_out))
     ngrams, c, cross_validated = choose(scorer, train, labels, next(iter(metrics.values())))
     scores = scorer(train, ngrams, c)(held_out)
-    groups: dict[str | int, list[int]] = {}
-    for i, row in enumerate(held_out):
-        groups.setdefault(i if scorer is PairScorer or row[2] is None else row[2], []).append(i)
-    members = list(groups.values())
-    drawn = np.random.default_rng(0).integers(len(members), size=(bootstrap, len(members)))
-    picks = [np.concatenate([members[group] for group in pick]) for pick in drawn]
+    whole = members(len(held_out), groups)
+    drawn = np.random.default_rng(0).integers(len(whole), size=(bootstrap, len(whole)))
+    picks = [np.concatenate([whole[group] for group in pick]) for pick in drawn]
     figures: dict = {}
     for name, metric in metrics.items():
         resampled = [metric(scores[pick], held_out_labels[pick]) for pick in picks]
@@ -135,7 +138,7 @@ def measure(
         figures["most_common"] = round(float((held_out_labels == (labels.mean() > 0.5)).mean()), 4)
     first = next(iter(metrics))
     sizes = {"train_rows": len(train), "held_out_rows": len(held_out)}
-    sizes |= {"held_out_groups": len(groups)} if len(groups) < len(held_out) else {}
+    sizes |= {"held_out_groups": len(whole)} if len(whole) < len(held_out) else {}
     return figures | sizes | {"ngrams": ngrams, "c": c, f"cross_validated_{first}": round(cross_validated, 4)}
 
 
@@ -151,18 +154,20 @@ def results(config: configuration.Config) -> Iterator[dict]:
         return list(zip(decode([e.chosen for e in examples]), decode([e.rejected for e in examples]), strict=True))
 
     def labels(examples: Sequence[data.LabelExample]) -> Labels:
-        return [(text, e.label, e.group) for text, e in zip(decode([e.tokens for e in examples]), examples, strict=True)]
+        return list(zip(decode([e.tokens for e in examples]), [e.label for e in examples], strict=True))
 
     evaluate = config.evaluate
     if config.data.preference or config.data.source:
         split = data.load(config.data, tokenizer, needs={"preference"}).preference
         assert split is not None
-        rows = pairs(split.train), pairs(split.validation[: evaluate.pairs])
+        held_out = split.validation[: evaluate.pairs]
+        rows = pairs(split.train), pairs(held_out), [pair.group for pair in held_out]
         yield {"kind": "preference"} | measure(PairScorer, *rows, {"accuracy": pair_accuracy}, evaluate.bootstrap)
     if config.data.label:
         split = data.load(config.data, tokenizer, needs={"label"}).label
         assert split is not None
-        labeled = labels(split.train), labels(split.validation[: evaluate.pairs])
+        held_out = split.validation[: evaluate.pairs]
+        labeled = labels(split.train), labels(held_out), [row.group for row in held_out]
         yield {"kind": "label"} | measure(LabelScorer, *labeled, {"auc": label_auc, "accuracy": label_accuracy}, evaluate.bootstrap)
 
 

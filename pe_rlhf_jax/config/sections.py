@@ -167,7 +167,9 @@ class DataConfig(Section):
     )
     prompts: FilesConfig | None = Field(None, description="Rows with `prompt` (text or chat turns) for RL and evaluation.")
     group_by: str | None = Field(
-        None, description="Key of each row, such as `conversation`, by whose value rows are held out; null holds out by the prompt's text."
+        None,
+        description="Key of each row, such as `conversation`, by whose value rows are held out, and drawn for confidence intervals; null "
+        "takes the prompt's text, or its pictures.",
     )
     max_prompt_length: int = Field(512, ge=1, description="Longest prompt, in tokens.")
     max_response_length: int = Field(512, ge=1, description="Longest response in SFT, preference and label data, in tokens, end included.")

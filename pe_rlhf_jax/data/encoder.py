@@ -42,19 +42,22 @@ class Encoder:
 
     def preference(self, rows: Sequence[TextRow]) -> list[PreferenceExample]:
         return [
-            PreferenceExample(np.concatenate(chosen), np.concatenate(rejected), row.margin, row.pictures, len(chosen[0]), row.place)
+            PreferenceExample(
+                np.concatenate(chosen), np.concatenate(rejected), row.margin, row.pictures, len(chosen[0]), row.place, row.together
+            )
             for row, [chosen, rejected] in self._encode(rows)
         ]
 
     def label(self, rows: Sequence[TextRow]) -> list[LabelExample]:
         return [
-            LabelExample(np.concatenate(sides), row.label, row.group, row.pictures, len(sides[0]), row.place)
+            LabelExample(np.concatenate(sides), row.label, row.together, row.pictures, len(sides[0]), row.place)
             for row, [sides] in self._encode(rows)
         ]
 
     def prompts(self, rows: Sequence[TextRow]) -> list[PromptExample]:
         return [
-            PromptExample(tokens, row.texts[0].prompt, row.columns, row.pictures, row.place) for row, [(tokens, _)] in self._encode(rows)
+            PromptExample(tokens, row.texts[0].prompt, row.columns, row.pictures, row.place, row.together)
+            for row, [(tokens, _)] in self._encode(rows)
         ]
 
     def fits(self, rows: Sequence[TextRow]) -> list[bool]:

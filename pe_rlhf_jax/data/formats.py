@@ -10,6 +10,7 @@ among the parts of a turn, belong to the prompt; `turns` says how they are writt
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -70,6 +71,8 @@ class PreferenceExample:
     prompt_length: int = 0
     """Tokens of the prompt at the start of each side, where there are pictures: their placeholders are looked for in it only."""
     place: str = ""
+    group: str | None = None
+    """`TextRow.together`; so in the other examples. None: the row stands alone."""
 
     @functools.cached_property
     def shared(self) -> int:
@@ -92,7 +95,6 @@ class LabelExample:
     label: float
     """1 for a good response, 0 for a bad one."""
     group: str | None = None
-    """The row's value of `data.group_by`: labels of one group go together, so intervals are to be taken over groups."""
     pictures: Pictures = ()
     prompt_length: int = 0
     """As in `PreferenceExample`."""
@@ -115,6 +117,7 @@ class PromptExample:
     """The row's other keys, for judges; pictures are not among them."""
     pictures: Pictures = ()
     place: str = ""
+    group: str | None = None
 
 
 class Text(NamedTuple):
@@ -158,6 +161,16 @@ class TextRow:
         if self.group is not None:
             return {self.group}
         return {picture.label for picture in self.pictures} or self.prompts
+
+    @property
+    def together(self) -> str:
+        """The same for rows that one draw of an interval takes together, because they are not independent: the group, or else for answers
+        the prompts with their pictures, and for prompts the pictures, or else the prompt. Long ones as a hash, which is kept for every row.
+        """
+        if self.group is not None:
+            return self.group
+        answered = any(text.response for text in self.texts)
+        return hashlib.blake2b("\n".join(sorted(self.prompts if answered else self.keys)).encode(), digest_size=8).hexdigest()
 
 
 class Reader:

@@ -1,6 +1,7 @@
 """Evaluation of a policy beside its reference on held-out prompts.
 
-Both answer the same prompts; differences are taken prompt by prompt, and intervals are bootstrapped over prompts.
+Both answer the same prompts; differences are taken prompt by prompt, and intervals are bootstrapped over prompts, or over
+groups of them (`TextRow.together`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.functions import call_function, columns_of, load_function
 from pe_rlhf_jax.training.rewards import Rewards
 from pe_rlhf_jax.training.rollouts import respond, response_tokens, texts
-from pe_rlhf_jax.training.statistics import bootstrap_ci, distinct_n
+from pe_rlhf_jax.training.statistics import bootstrap_ci, distinct_n, members
 from pe_rlhf_jax.types import PyTree, Rollout
 
 STAGE = "evaluate"
@@ -105,7 +106,9 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
     gain = np.asarray(after.scores) - np.asarray(before.scores)
     # Equal numbers may have a standard deviation of 1e-17, and one number has none.
     spread = float(np.std(before.scores, ddof=1)) if np.ptp(before.scores) else 0.0
-    interval = bootstrap_ci(gain, resamples)
+    groups = [prompt.group for prompt in prompts]
+    rl["groups"] = len(members(len(prompts), groups))
+    interval = bootstrap_ci(gain, resamples, groups)
     rl |= {
         "reward_before": float(np.mean(before.scores)),
         "reward_after": float(np.mean(after.scores)),
@@ -128,7 +131,7 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
             "before": float(np.mean(judged[0])),
             "after": float(np.mean(judged[1])),
             "delta": float(np.mean(delta)),
-            "ci": bootstrap_ci(delta, resamples),
+            "ci": bootstrap_ci(delta, resamples, groups),
         }
         for sample, a, b in zip(samples, *judged, strict=True):
             sample |= {"judge_reference": a, "judge_policy": b}

@@ -22,6 +22,7 @@ from pe_rlhf_jax.sharding import row_multiple
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.shared_rows import pair_in_one_row
 from pe_rlhf_jax.training.statistics import (
+    Groups,
     accuracy_by,
     area_under_curve,
     bootstrap_auc_ci,
@@ -29,6 +30,7 @@ from pe_rlhf_jax.training.statistics import (
     bootstrap_pairs_auc_ci,
     calibration,
     label_calibration,
+    members,
     pairwise_right,
 )
 from pe_rlhf_jax.types import LabelBatch, PreferenceBatch, PyTree
@@ -96,12 +98,13 @@ class Pairs:
 
     def figures(self, rows: Sequence[PreferenceExample], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
         chosen, rejected = scores
-        right = pairwise_right(chosen, rejected)
+        right, groups = pairwise_right(chosen, rejected), _groups(rows)
         margins = np.asarray([pair.margin for pair in rows])
         return {
             "accuracy": float(np.mean(right)),
-            "ci": bootstrap_ci(right, resamples),
+            "ci": bootstrap_ci(right, resamples, groups),
             "pairs": len(rows),
+            "groups": len(members(len(rows), groups)),
             "loss": self.quick(rows, *scores)["loss"],
             "calibration": calibration(chosen, rejected),
             "by_margin": accuracy_by(margins, right) if np.any(margins) else [],
@@ -146,8 +149,9 @@ class Labels:
     def figures(self, rows: Sequence[LabelExample], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
         labels = _labels(rows)
         right = (np.sign(scores[0] * (2 * labels - 1)) + 1) / 2
-        lengths = [len(row.tokens) for row in rows]
-        return _figures_of_labels(scores[0], labels, right, lengths, bootstrap_auc_ci(scores[0], labels, resamples), resamples)
+        groups, lengths = _groups(rows), [len(row.tokens) for row in rows]
+        interval = bootstrap_auc_ci(scores[0], labels, resamples, groups)
+        return _figures_of_labels(scores[0], labels, right, lengths, groups, interval, resamples)
 
 
 class PairsAsLabels(Pairs):
@@ -173,9 +177,9 @@ class PairsAsLabels(Pairs):
         chosen, rejected = scores
         both, labels = np.concatenate(scores), np.repeat([1.0, 0.0], len(rows))
         right = ((np.sign(chosen) - np.sign(rejected)) / 2 + 1) / 2  # of a pair: its sides go together
-        lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in rows]
-        interval = bootstrap_pairs_auc_ci(chosen, rejected, resamples)
-        figures = _figures_of_labels(both, labels, right, lengths, interval, resamples)
+        groups, lengths = _groups(rows), [max(len(pair.chosen), len(pair.rejected)) for pair in rows]
+        interval = bootstrap_pairs_auc_ci(chosen, rejected, resamples, groups)
+        figures = _figures_of_labels(both, labels, right, lengths, groups, interval, resamples)
         return figures | {"pairwise_accuracy": float(np.mean(pairwise_right(chosen, rejected)))}
 
 
@@ -189,15 +193,22 @@ def _quick_of_labels(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def _figures_of_labels(
-    scores: np.ndarray, labels: np.ndarray, right: np.ndarray, lengths: Sequence[int], auc_ci: list[float], resamples: int
+    scores: np.ndarray,
+    labels: np.ndarray,
+    right: np.ndarray,
+    lengths: Sequence[int],
+    groups: Groups,
+    auc_ci: list[float],
+    resamples: int,
 ) -> dict[str, Any]:
-    """`right` and `lengths` are of what is resampled: of rows, or of pairs whose sides are the rows."""
+    """`right`, `lengths` and `groups` are of what is resampled: of rows, or of pairs whose sides are the rows."""
     return {
         "accuracy": float(np.mean(right)),
-        "ci": bootstrap_ci(right, resamples),
+        "ci": bootstrap_ci(right, resamples, groups),
         "auc": area_under_curve(scores, labels),
         "auc_ci": auc_ci,
         "rows": len(labels),
+        "groups": len(members(len(right), groups)),
         "positive_share": float(np.mean(labels)),
         "loss": _quick_of_labels(scores, labels)["loss"],
         "calibration": label_calibration(scores, labels),
@@ -255,6 +266,10 @@ def _in_batches(context: Context, rows: Sequence[Any], of: Any) -> tuple[np.ndar
         parts.append([np.asarray(x)[: len(part)] for x in fetch(of(part, size))])
     places = np.argsort(order)
     return tuple(np.concatenate(column)[places] for column in zip(*parts, strict=True))
+
+
+def _groups(rows: Sequence[PreferenceExample | LabelExample]) -> Groups:
+    return [row.group for row in rows]
 
 
 def _labels(rows: Sequence[LabelExample]) -> np.ndarray:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+Groups = Sequence[str | None]
+"""The group of each row (or pair): rows of a group are not independent of each other. A row whose group is None stands alone."""
 
-def bootstrap_ci(values: np.ndarray, resamples: int, seed: int = 0) -> list[float]:
-    """95% percentile bootstrap interval of the mean (Efron 1979)."""
-    generator = np.random.default_rng(seed)
+
+def bootstrap_ci(values: np.ndarray, resamples: int, groups: Groups | None = None) -> list[float]:
+    """95% percentile bootstrap interval of the mean (Efron 1979); with groups, whole ones are drawn (Davison and Hinkley 1997, 3.8)."""
     values = np.asarray(values, np.float64)
-    means = [float(np.mean(generator.choice(values, len(values)))) for _ in range(resamples)]
-    return [float(bound) for bound in np.quantile(means, [0.025, 0.975])]
+    return _interval([float(np.mean(values[rows])) for rows in _resampled(members(len(values), groups), resamples)])
+
+
+def members(count: int, groups: Groups | None) -> list[np.ndarray]:
+    """The rows of each group, by first row. Where all rows are of one group, each stands alone: what is drawn then tells of that group
+    only, but a single group tells nothing of others.
+    """
+    found: dict[str | int, list[int]] = {}
+    for row, group in enumerate([None] * count if groups is None else groups):
+        found.setdefault(row if group is None else group, []).append(row)
+    return [np.array(rows) for rows in (found.values() if len(found) > 1 else [[row] for row in range(count)])]
 
 
 def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
@@ -54,32 +65,37 @@ def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((np.sum(ranks[labels]) - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def bootstrap_auc_ci(scores: np.ndarray, labels: np.ndarray, resamples: int) -> list[float]:
-    """95% percentile bootstrap interval of `area_under_curve`; classes are resampled apart, so that neither goes missing."""
+def bootstrap_auc_ci(scores: np.ndarray, labels: np.ndarray, resamples: int, groups: Groups | None = None) -> list[float]:
+    """95% percentile bootstrap interval of `area_under_curve`; rows or groups are drawn as for `bootstrap_ci`.
+
+    Groups of positive rows, of negative ones and of both are drawn apart, so that no class goes missing.
+    """
     labels = np.asarray(labels) == 1
-    groups = [group for group in (np.flatnonzero(labels), np.flatnonzero(~labels)) if len(group)]
+    whole = members(len(labels), groups)
+    share = np.array([np.mean(labels[rows]) for rows in whole])
+    strata = [np.flatnonzero(share == 1), np.flatnonzero(share == 0), np.flatnonzero((share > 0) & (share < 1))]
+    drawn = _resampled(whole, resamples, [stratum for stratum in strata if len(stratum)])
+    return _interval([area_under_curve(scores[rows], labels[rows]) for rows in drawn])
 
-    def draw(generator: np.random.Generator) -> np.ndarray:
-        return np.concatenate([generator.choice(group, len(group)) for group in groups])
 
-    return _auc_interval(scores, labels, resamples, draw)
-
-
-def bootstrap_pairs_auc_ci(chosen: np.ndarray, rejected: np.ndarray, resamples: int) -> list[float]:
-    """The same of both sides of pairs, labelled 1 and 0; pairs are resampled, because their sides go together."""
+def bootstrap_pairs_auc_ci(chosen: np.ndarray, rejected: np.ndarray, resamples: int, groups: Groups | None = None) -> list[float]:
+    """The same of both sides of pairs, labelled 1 and 0; pairs are drawn, because their sides go together, or groups of pairs."""
     count = len(chosen)
-
-    def draw(generator: np.random.Generator) -> np.ndarray:
-        pairs = generator.choice(count, count)
-        return np.concatenate([pairs, count + pairs])
-
-    return _auc_interval(np.concatenate([chosen, rejected]), np.repeat([1, 0], count), resamples, draw)
+    scores, labels = np.concatenate([chosen, rejected]), np.repeat([1, 0], count)
+    drawn = (np.concatenate([pairs, count + pairs]) for pairs in _resampled(members(count, groups), resamples))
+    return _interval([area_under_curve(scores[rows], labels[rows]) for rows in drawn])
 
 
-def _auc_interval(scores: np.ndarray, labels: np.ndarray, resamples: int, draw: Callable[[np.random.Generator], np.ndarray]) -> list[float]:
+def _resampled(whole: list[np.ndarray], resamples: int, strata: Sequence[np.ndarray] | None = None) -> Iterator[np.ndarray]:
+    """The rows of as many groups as there are, of each stratum as many as it has, drawn with replacement."""
     generator = np.random.default_rng(0)
-    areas = [area_under_curve(scores[rows], labels[rows]) for rows in (draw(generator) for _ in range(resamples))]
-    return [float(bound) for bound in np.quantile(areas, [0.025, 0.975])]
+    for _ in range(resamples):
+        drawn = np.concatenate([generator.choice(stratum, len(stratum)) for stratum in strata or [np.arange(len(whole))]])
+        yield np.concatenate([whole[group] for group in drawn])
+
+
+def _interval(figures: Sequence[float]) -> list[float]:
+    return [float(bound) for bound in np.quantile(figures, [0.025, 0.975])]
 
 
 def accuracy_by(values: np.ndarray, right: np.ndarray, bins: int = 4) -> list[dict[str, Any]]:

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from tiny_data import make_tokenizer
+from tiny_images import encoded, pixels
 
 from pe_rlhf_jax.config import DataConfig
 from pe_rlhf_jax.data.encoder import Encoder
-from pe_rlhf_jax.data.formats import Reader
+from pe_rlhf_jax.data.formats import Reader, Text, TextRow
+from pe_rlhf_jax.data.images import find
 from pe_rlhf_jax.data.sources import DataError, Row, Skipped
 
 TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
@@ -73,6 +75,34 @@ def test_groups_are_read_where_the_configuration_names_them(tokenizer):
             Reader(tokenizer, Skipped(), "topic").prompts([Row({"prompt": "a", "topic": value}, "y.jsonl:7")])
     with pytest.raises(DataError, match="found `prompt`"):
         Reader(tokenizer, Skipped(), "topic").prompts([Row({"prompt": "a"}, "y.jsonl:7")])
+
+
+def test_rows_go_together_by_group_or_by_what_they_share():
+    """Intervals draw them together; a hash stands for a text, and the value of `data.group_by` for itself."""
+    answered = [{"prompt": prompt, "completion": text, "label": 1} for prompt, text in (("P", " a"), ("Q", " a"), ("P", " b"))]
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " c"} for row in answered]
+    for kind, rows in (("label", answered), ("preference", pairs), ("prompts", answered)):
+        first, second, third = (example.group for example in examples(kind, *rows))
+        assert first == third != second and len(first) == 16, kind
+    wholes = [{"chosen": "x", "rejected": "y"}, {"chosen": "x", "rejected": "z"}, {"chosen": "y", "rejected": "x"}]
+    first, second, third = (example.group for example in examples("preference", *wholes))
+    assert first == third != second
+    rows = [Row({**row, "topic": f"t{i % 2}"}, f"x.jsonl:{i}") for i, row in enumerate(answered)]
+    encoder = Encoder(DataConfig(), make_tokenizer(), Skipped())
+    for kind in ("label", "prompts"):
+        grouped = getattr(encoder, kind)(getattr(Reader(make_tokenizer(), Skipped(), "topic"), kind)(rows))
+        assert [example.group for example in grouped] == ["t0", "t1", "t0"]
+
+
+def test_prompts_about_one_picture_go_together_and_answers_by_their_prompt_too():
+    cat, dog = (find(encoded(pixels(seed=seed)), None, "image") for seed in (1, 2))
+
+    def row(prompt, picture, *answers):
+        return TextRow("x.jsonl:1", tuple(Text(prompt, answer) for answer in answers or [""]), pictures=(picture,)).together
+
+    assert row("P", cat) == row("Q", cat) != row("P", dog)
+    assert row("P", cat, " a") == row("P", cat, " b") != row("Q", cat, " a")
+    assert row("P", cat, " a", " b") != row("P", dog, " a", " b")
 
 
 def test_prompts_keep_text_and_columns(tokenizer):

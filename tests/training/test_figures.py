@@ -71,6 +71,19 @@ def test_before_is_the_reference_and_after_the_policy(make_context, monkeypatch)
     assert evaluate._figures(config, PROMPTS, {"reference": before, "policy": after}, thumbnails=[])["judge"]["delta"] == pytest.approx(2.0)
 
 
+def test_intervals_draw_prompts_of_a_group_together(make_context, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_function", lambda spec: lambda prompts, completions, topic: list(map(float, completions)))
+    config = make_context(evaluate={"bootstrap": 300, "judge": "somewhere:judge"}).config
+    groups, scores = ["x", "y", "x"], np.array([1.0, 4.0, 2.0])
+    prompts = [dataclasses.replace(prompt, group=group) for prompt, group in zip(PROMPTS, groups, strict=True)]
+    parts = {"tokens": [[1]] * 3, "ended": [1.0] * 3, "terms": {}, "kl": [0.0] * 3}
+    before = SimpleNamespace(**parts, texts=["0"] * 3, scores=[0.0, 0.0, 0.0])
+    after = SimpleNamespace(**parts, texts=["1", "4", "2"], scores=scores.tolist())
+    found = evaluate._figures(config, prompts, {"reference": before, "policy": after}, thumbnails=[])
+    assert found["rl"]["gain_ci"] == found["judge"]["ci"] == bootstrap_ci(scores, 300, groups) != bootstrap_ci(scores, 300)
+    assert found["rl"]["groups"] == 2
+
+
 @pytest.mark.parametrize("reward", [0.0, 0.1])  # numpy's standard deviation of 0.1 three times is 1.7e-17
 def test_a_reference_whose_rewards_are_all_the_same_has_no_unit(make_context, reward):
     """A reward of right or wrong that the reference never earns, and then the policy does."""

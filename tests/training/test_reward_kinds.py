@@ -102,6 +102,20 @@ def test_bins_of_calibration_and_accuracy():
     assert long == {"low": 5.0, "high": 7.0, "accuracy": 1.0, "count": 2}
 
 
+@pytest.mark.parametrize("kind", ["pairs", "labels", "pairs-as-labels"])
+def test_intervals_draw_rows_of_a_group_together(kind):
+    """Copies of rows in their groups leave intervals as they are."""
+    words, rng = np.array([5, END], np.int32), np.random.default_rng(0)
+    sides = 1 if kind == "labels" else 2
+    scores = rng.normal(size=(sides, 20)).astype(np.float32)
+    make = (lambda i: LabelExample(words, float(i % 2))) if kind == "labels" else (lambda i: PreferenceExample(words, words[::-1]))
+    rows = [dataclasses.replace(make(i), group=f"prompt {i}") for i in range(20)]
+    one, many = (KINDS[kind].figures(rows * copies, 200, *np.tile(scores, copies)) for copies in (1, 5))
+    assert one["groups"] == many["groups"] == 20
+    for name in ("ci",) if kind == "pairs" else ("ci", "auc_ci"):
+        assert many[name] == pytest.approx(one[name]) and one[name][0] < one[name][1]
+
+
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_model_of_labels_learns_them(labelled, tuning):
     context = labelled(tuning=tuning, steps=40, batch_size=8, evaluate_every=40, optimizer={"learning_rate": 1e-2})
