@@ -86,14 +86,14 @@ def _reward_model(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile 
         count = number(summary, "reward_model", "rows") or 0
         above = interval[0] > 0.5 if interval else auc > 0.5
         reading = (
-            f"On {count:,.0f} held-out rows: the share of (good, bad) pairs in which the good one scores higher; guessing reaches 0.5. "
-            f"{accuracy or 0:.1%} of the rows are on the right side of 0."
+            f"On {count:,.0f} held-out rows{_chose(summary)}: the share of (good, bad) pairs in which the good one scores higher; "
+            f"guessing reaches 0.5. {accuracy or 0:.1%} of the rows are on the right side of 0."
         )
         return Tile("Reward model AUC", f"{auc:.3f}", _show(interval, ".3f"), reading, "good" if above else "bad")
     if accuracy is not None:
         interval = _interval(summary["reward_model"])
         pairs = number(summary, "reward_model", "pairs")
-        where = f"On {pairs:,.0f} held-out pairs" if pairs else "On held-out pairs"
+        where = f"On {pairs:,.0f} held-out pairs{_chose(summary)}" if pairs else "On held-out pairs"
         above = interval[0] > 0.5 if interval else accuracy > 0.5
         verdict = "guessing would reach 50%." if above else "that is not clearly better than guessing (50%)."
         reading = f"{where} it prefers the side that people preferred in {accuracy:.0%} of cases; {verdict}"
@@ -103,6 +103,11 @@ def _reward_model(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile 
         return None
     reading = "Latest evaluation during training, on the pairs kept for it; the final measurement is still to come."
     return Tile(label, f"{found[-1]:.1%}", "during training", reading)
+
+
+def _chose(summary: Mapping[str, Any]) -> str:
+    count = number(summary, "reward_model", "selected_on")
+    return f" ({count:,.0f} of them also chose the checkpoint)" if count else ""
 
 
 def _kl(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile | None:

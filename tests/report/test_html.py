@@ -211,6 +211,14 @@ def test_an_accuracy_that_may_be_guessing_is_called_so():
     assert tile.tone == "bad" and "not clearly better than guessing" in tile.reading
 
 
+def test_rows_that_chose_the_checkpoint_are_said():
+    for figures, rows in (({"accuracy": 0.8, "pairs": 512}, "pairs"), ({"accuracy": 0.8, "auc": 0.9, "rows": 512}, "rows")):
+        (tile,) = headline.tiles({"reward_model": {**figures, "selected_on": 128}}, {})
+        assert f"On 512 held-out {rows} (128 of them also chose the checkpoint)" in tile.reading
+        (tile,) = headline.tiles({"reward_model": {**figures, "selected_on": 0}}, {})
+        assert "checkpoint" not in tile.reading
+
+
 def test_smoothing_keeps_constants_and_does_not_lag():
     np.testing.assert_allclose(charts.smoothed(np.full(50, 2.5)), 2.5)
     line = np.arange(200.0)

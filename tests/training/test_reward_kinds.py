@@ -116,6 +116,17 @@ def test_intervals_draw_rows_of_a_group_together(kind):
         assert many[name] == pytest.approx(one[name]) and one[name][0] < one[name][1]
 
 
+def test_rows_that_chose_the_checkpoint_are_counted(labelled):
+    """With one evaluation there was nothing to choose."""
+    for fields, chose in (({"evaluate_every": 20}, 10), ({"evaluate_every": 39}, 10), ({"evaluate_every": 40}, 0)):
+        context = labelled(steps=40, evaluation_pairs=10, **fields)
+        role = stirred(reward.init(context, Role()).trainable)
+        assert reward.evaluate(context, role)["selected_on"] == chose
+    fewer = context.config.model_copy(update={"reward": context.config.reward.model_copy(update={"evaluate_every": 20})})
+    fewer = fewer.model_copy(update={"evaluate": fewer.evaluate.model_copy(update={"pairs": 6})})
+    assert reward.evaluate(dataclasses.replace(context, config=fewer), role)["selected_on"] == 6
+
+
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_model_of_labels_learns_them(labelled, tuning):
     context = labelled(tuning=tuning, steps=40, batch_size=8, evaluate_every=40, optimizer={"learning_rate": 1e-2})
