@@ -70,7 +70,8 @@ def finish(context: Context, sft: Role, state: TrainState) -> tuple[Role, dict[s
     figures = {"best_step": int(state.step), "skipped_updates": int(state.skipped)}
     if config.kind != "pairs":
         return trained, figures
-    pairs = context.split("preference").train[: config.evaluation_pairs]
+    train = context.split("preference").train
+    pairs = train[:: max(1, len(train) // config.evaluation_pairs)][: config.evaluation_pairs]  # neighbours often belong together
     mean = float(np.mean(np.concatenate(kind_of(config).scores(context, whole(context, sft, trained), pairs))))
     head = {**trained.head, "bias": trained.head["bias"] - mean}
     return trained.replace(head=head), figures | {"bias": -mean}
