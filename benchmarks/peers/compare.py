@@ -7,7 +7,8 @@
 
 Every measurement is a process of its own: one that warmed up takes `--steps` steps, whose median counts. In a turn, each work is done by
 one after the other, so that other load on the machine meets all, and a ratio is taken within a turn. What the work is says `work.py`, and
-how a peer's differs the docstring of its script. `--log` keeps each record as it comes; records that it has already count as done.
+how a peer's differs the docstring of its script. Nobody recomputes activations without `--recompute`: none of these works needs it to
+fit, and it takes time; as a default, TRL (but for its PPO, which cannot) and this project do, tunix does not. `--log` keeps each record as it comes; records that it has already count as done.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed in a process")
     parser.add_argument("--threads", type=int, help="logical processors that each may use; all by default")
-    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing for everyone; TRL's default, not ours")
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing, TRL's default and ours")
     parser.add_argument("--log", type=Path, help="JSON lines; continued")
     a = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: a.threads])  # processes inherit it
@@ -86,7 +87,7 @@ def main() -> None:
     records: list[Record] = [record for record in kept if record["recompute"] == a.recompute]
     for turn in range(a.turns):
         for what in a.what:
-            who_does = [who for who, python in pythons.items() if python and what in DOES[who]]
+            who_does = [who for who, python in pythons.items() if python and what in DOES[who] and not (who == "tunix" and a.recompute)]
             for who in who_does[turn % len(who_does) :] + who_does[: turn % len(who_does)] if len(who_does) > 1 else ():
                 if any((r["turn"], r["what"], r["who"]) == (turn, what, who) for r in records):
                     continue

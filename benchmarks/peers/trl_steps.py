@@ -5,13 +5,14 @@
 
 1.12.0 is the last release with PPO. How its work differs from ours:
 
-- Gradient checkpointing is TRL's default; it is off here, unless --recompute, as recomputing only costs time and memory is no problem.
-  PPO never turns it on, whatever is asked.
-- PPO: policy and reference are one backbone, the value and the reward model have one each (ours: all four share one). The value model
-  is given an adapter and a head by us; TRL's own example tunes it fully. No clipping of the gradient's norm. Its models compute the
-  logits and keep the hidden states of every position, of the prompt as well.
-- RLOO samples with the prompt read once for each response, and computes old, reference and new log-probabilities likewise.
-- A step of PPO is timed from the end of the one before, of the others from `on_step_begin` to `on_step_end`, without reading data.
+- PPO: policy and reference are one backbone, value and reward model have one each (ours: all four share one). TRL's own example tunes
+  the value model fully; here it has an adapter and a head like ours. Old log-probabilities are those of sampling, for which the logits
+  of all steps are kept; ours are computed again. Its models compute the logits of the prompt as well, and keep all hidden states. The
+  gradient's norm is not clipped. Gradient checkpointing never comes on, whatever is asked: --recompute changes nothing.
+- RLOO reads a prompt once for each of its responses, in sampling and for all log-probabilities; ours once for all, where that pays.
+- Gradient checkpointing, TRL's default, is off without --recompute: it would only take time.
+- A step of PPO is timed from the end of the one before, of the others from `on_step_begin` to `on_step_end`, without reading data; ours
+  with all that the stage does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Steps of tunix's own PPO learner, JAX on a CPU: one line of JSON.
 
     python3 -m venv VENV && VENV/bin/pip install -r benchmarks/peers/requirements-tunix.txt
-    VENV/bin/python benchmarks/peers/tunix_steps.py --what ppo_function [--steps 3] [--recompute]
+    VENV/bin/python benchmarks/peers/tunix_steps.py --what ppo_function [--steps 3]
 
 tunix trains no reward model and has no RLOO. How its PPO differs from ours:
 
@@ -10,6 +10,8 @@ tunix trains no reward model and has no RLOO. How its PPO differs from ours:
 - The value model is made by tunix's `create_critic_model` of an untied Llama, since it replaces `lm_head`, and takes and ignores an
   argument that tunix's Llama does not know and its scoring passes. Its head would stay as it is beside adapters; it is declared one.
 - Sampling makes one decode step more than there are tokens, and the same random numbers at every step. Layers are not scanned.
+- Nothing is recomputed in the backward pass; `RematConfig.DECODER` fails in tunix's sampler ("Cannot mutate Param from a different trace
+  level").
 - The reward array has the integer type of tokens, so rewards are cut to whole numbers; the work is the same.
 """
 
@@ -26,7 +28,7 @@ import qwix
 import work
 from flax import nnx
 from tunix.models.llama3 import model as llama
-from tunix.rl import rl_cluster, utils
+from tunix.rl import reshard, rl_cluster, utils
 from tunix.rl.ppo import ppo_learner
 from tunix.rl.rollout import base_rollout
 
@@ -38,8 +40,8 @@ class Llama(llama.Llama3):
         return super().__call__(*arguments, **named)
 
 
-def backbone(a: argparse.Namespace, tied: bool) -> Llama:
-    """With random weights; tunix's own has layers of zeros."""
+def backbone(mesh: jax.sharding.Mesh, tied: bool) -> Llama:
+    """With random weights; tunix's own has layers of zeros. Roles share it only if it lies on their mesh before it has an adapter."""
     shape = work.SHAPE
     config = llama.ModelConfig(
         num_layers=shape["num_hidden_layers"],
@@ -52,23 +54,22 @@ def backbone(a: argparse.Namespace, tied: bool) -> Llama:
         rope_theta=int(shape["rope_theta"]),
         norm_eps=shape["rms_norm_eps"],
         weight_tying=tied,
-        remat_config=llama.RematConfig.DECODER if a.recompute else llama.RematConfig.NONE,
     )
     model = Llama(config, rngs=nnx.Rngs(0))
     draw = np.random.default_rng(0)
     state = nnx.state(model, nnx.Param)
     random = jax.tree.map(lambda x: x if x.ndim == 1 else 0.02 * jax.numpy.asarray(draw.standard_normal(x.shape, np.float32)), state)
     nnx.update(model, random)
-    return model
+    return reshard.reshard_model_to_mesh(model, mesh)
 
 
 def adapted(model: Llama) -> Any:
     provider = qwix.LoraProvider(module_path=f".*({'|'.join(work.LINEAR)})", rank=work.RANK, alpha=work.ALPHA)
-    return qwix.apply_lora_to_model(model, provider, **model.get_model_input())
+    return qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(0), **model.get_model_input())
 
 
-def value_model(a: argparse.Namespace) -> Any:
-    model = adapted(utils.create_critic_model(backbone(a, tied=False)))
+def value_model(mesh: jax.sharding.Mesh) -> Any:
+    model = adapted(utils.create_critic_model(backbone(mesh, tied=False)))
     model.lm_head.kernel = nnx.LoRAParam(model.lm_head.kernel[...])
     return model
 
@@ -78,6 +79,8 @@ def trained(model: Any) -> int:
 
 
 def ppo(a: argparse.Namespace) -> work.Done:
+    if a.recompute:
+        raise SystemExit("tunix does not sample from a model that recomputes; leave --recompute out")
     mesh, role = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp")), rl_cluster.Role
     endless = 10**6
     training = rl_cluster.RLTrainingConfig(
@@ -100,8 +103,8 @@ def ppo(a: argparse.Namespace) -> work.Done:
         return work.reward(prompts, completions)
 
     with mesh:
-        reference = backbone(a, tied=True)
-        actor, critic = adapted(reference), value_model(a)
+        reference = backbone(mesh, tied=True)
+        actor, critic = adapted(reference), value_model(mesh)
         cluster = rl_cluster.RLCluster(
             actor=actor,
             critic=critic,

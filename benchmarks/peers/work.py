@@ -129,7 +129,7 @@ def main(who: str, package: str, runs: dict[str, Callable[[argparse.Namespace], 
     parser = argparse.ArgumentParser()
     parser.add_argument("--what", required=True, choices=runs)
     parser.add_argument("--steps", type=int, default=3, help="timed ones")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them, which compile")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them, which compile; tunix compiles in its second one as well")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing: recompute each layer's activations")
     a = parser.parse_args()
     a.total = a.steps + a.warmup
