@@ -8,7 +8,8 @@
 Every measurement is a process of its own: one that warmed up takes `--steps` steps, whose median counts. In a turn, each work is done by
 one after the other, so that other load on the machine meets all, and a ratio is taken within a turn. What the work is says `work.py`, and
 how a peer's differs the docstring of its script. Nobody recomputes activations without `--recompute`: none of these works needs it to
-fit, and it takes time; as a default, TRL (but for its PPO, which cannot) and this project do, tunix does not. `--log` keeps each record as it comes; records that it has already count as done.
+fit, and it takes time. As a default, this project does and TRL does (but for its PPO, which cannot), and tunix does not. `--log` keeps
+each record as it comes; records that it has already count as done.
 """
 
 from __future__ import annotations
