@@ -2,8 +2,9 @@
 
     python benchmarks/peers/our_steps.py --what reward_lora [--steps 3] [--recompute]
 
-A step is what the stage does for one: it makes the batch, computes, and fetches and counts its metrics. Which works a peer shares, and how
-its own differs, stands in its script.
+A step is what the stage does for one: it makes the batch, computes, and fetches and counts its metrics. In PPO the reward model is an
+adapter as well, on the backbone of the others and not merged into it. Full tuning keeps the backbone that it began from, as a run does.
+What a peer's work has otherwise stands in its script.
 """
 
 from __future__ import annotations
