@@ -135,10 +135,10 @@ def _evaluate(context: Context, stage: str, learning: Call, compile: Compile) ->
 
     A forward pass over as many rows as an update computes needs less memory than the update, and rows that are not pairs are never more.
     """
-    config = context.config.reward
-    if stage != reward.STAGE or context.evaluated_at_once(stage) <= (config.micro_batch_size or config.batch_size):
+    config, size = context.config.reward, context.evaluated_at_once("reward")
+    if stage != reward.STAGE or size <= (config.micro_batch_size or config.batch_size):
         return
-    size, (backbone, rest) = context.evaluated_at_once(stage), learning.arguments["frozen"]
+    backbone, rest = learning.arguments["frozen"]
     pairs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), learning.arguments["batch"])
     role = learning.arguments["training state"].trainable.join(rest)
     arguments = {"reward model": role, "backbone": backbone, "batch": rows(context, pairs)}
