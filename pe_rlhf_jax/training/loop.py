@@ -41,12 +41,21 @@ def updates(
     rate = learning_rate(config.optimizer, config.steps)
     lengths = [example.length for example in as_read(examples)] if context.config.data.group_by_length else None
     order, key = BatchOrder(len(examples), config.batch_size, context.config.run.seed, lengths), context.key(stage)
-    for index in range(int(state.step), config.steps):
-        began = time.perf_counter()
+
+    def made(index: int) -> tuple[PyTree, PyTree]:
+        """The batch of a step, and the same on the devices."""
         rows = [examples[i] for i in order(index)]
         batch = collate(rows)
-        state, metrics = step(state, frozen, context.rows(batch, rows), jax.random.fold_in(key, index))
+        return batch, context.rows(batch, rows)
+
+    ahead = made(int(state.step))
+    for index in range(int(state.step), config.steps):
+        began = time.perf_counter()
+        batch, placed = ahead
+        state, metrics = step(state, frozen, placed, jax.random.fold_in(key, index))
         state = state.replace(step=state.step + 1)
+        if index + 1 < config.steps:
+            ahead = made(index + 1)  # while the device computes
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         stop_if_not_finite(state, context.config.run.max_nonfinite, stage)
         seconds = time.perf_counter() - began

@@ -94,6 +94,22 @@ def test_every_update_has_a_key_of_its_own(make_context, monkeypatch):
     assert len(keys) == len(set(keys)) == 5
 
 
+def test_the_next_batch_is_made_while_the_device_computes(make_context, monkeypatch):
+    context, events = make_context(sft={"steps": 3, "evaluate_every": 9}), []
+
+    def step(state, frozen, batch, key):
+        events.append("step")
+        return state, {"loss": 0.0}
+
+    rows, fetch = loop.BatchOrder.__call__, jax.device_get
+    monkeypatch.setattr(loop, "make_step", lambda *_: step)
+    monkeypatch.setattr(loop.BatchOrder, "__call__", lambda self, at: events.append(f"rows {at}") or rows(self, at))
+    monkeypatch.setattr(jax, "device_get", lambda tree: events.append("metrics") or fetch(tree))
+    monkeypatch.setattr(sft, "evaluate", lambda *_: 0.0)
+    list(sft.run(context, sft.init(context)))
+    assert events == ["rows 0", "step", "rows 1", "metrics", "step", "rows 2", "metrics", "step", "metrics"]
+
+
 @pytest.mark.parametrize("start_from", ["base", "sft"])
 def test_where_the_reward_model_starts(make_context, role, start_from):
     context = make_context(reward={"start_from": start_from})
