@@ -54,10 +54,9 @@ class ComposedModel:
         self._names |= {LLAVA_TOWER + name: (encoder, name) for name in encoder.names}
         self.names = (*self._names, *self._projector)
         self.placeholder = int(text.config["vocab_size"])
-        inside = {key: value for key, value in text.config.items() if value is not None}
         self.config: dict[str, Any] = {
             "model_type": "llava",
-            "text_config": {**inside, "vocab_size": self.placeholder + 1},
+            "text_config": {**text.config, "vocab_size": self.placeholder + 1},
             "vision_config": encoder.config,
             "image_token_index": self.placeholder,
             "image_seq_length": tokens,

@@ -91,7 +91,7 @@ class GGUFFile:
         self.config: dict[str, Any] = {}  # read before it is known
         factors = self.read(_ROPE_FACTORS) if _ROPE_FACTORS in self._tensors else None
         self.config = hf_config(meta, int(embedding.shape[-1]), tied, factors)
-        ends = [self.config["eos_token_id"], *(meta.optional(f"tokenizer.ggml.{key}_token_id", int) for key in ("eot", "eom"))]
+        ends = [self.config.get("eos_token_id"), *(meta.optional(f"tokenizer.ggml.{key}_token_id", int) for key in ("eot", "eom"))]
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(end for end in ends if end is not None))
         # The factors of rotary frequencies are in the configuration.
         self.names = tuple(name for name in self._tensors if name != _ROPE_FACTORS)

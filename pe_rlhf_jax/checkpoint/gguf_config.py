@@ -53,7 +53,8 @@ class Metadata:
 
 
 def hf_config(meta: Metadata, vocab_size: int, tied: bool, rope_factors: Float[np.ndarray, " half"] | None) -> dict[str, Any]:
-    """The configuration. `rope_factors` divide the rotary frequencies (Llama 3 stores its scaling so).
+    """The configuration, without keys of which the file says nothing. `rope_factors` divide the rotary frequencies (Llama 3 stores its
+    scaling so).
 
     Raises:
         WeightsError: a value is missing, malformed, or of a model that is not supported.
@@ -87,8 +88,10 @@ def hf_config(meta: Metadata, vocab_size: int, tied: bool, rope_factors: Float[n
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id", int, -1, missing=None),
     }
     if meta.architecture in ("gemma2", "gemma3"):
-        return config | _gemma(meta, hidden, heads, head_dim)
-    return config | {"sliding_window": meta.get("*.attention.sliding_window", int, 0) or None}
+        config |= _gemma(meta, hidden, heads, head_dim)
+    else:
+        config |= {"sliding_window": meta.get("*.attention.sliding_window", int, 0) or None}
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def _layers(meta: Metadata) -> int:

@@ -196,7 +196,8 @@ def _leaf(params: PyTree, weight: Weight) -> Any:
 
 
 def _config(backbone: Backbone, dtype: str, head: PyTree | None) -> dict[str, Any]:
-    found = {key: value for key, value in backbone.reader.config.items() if value is not None and _DEFAULTS.get(key) != value}
+    # With its nulls: where transformers has a default, as Mistral's window, they say that there is none.
+    found = {key: value for key, value in backbone.reader.config.items() if (key, value) not in _DEFAULTS.items()}
     found["pad_token_id"] = backbone.tokenizer.pad_token_id
     architecture = backbone.family.class_prefix + ("ForCausalLM" if backbone.config.vision is None else "ForConditionalGeneration")
     if head is not None:

@@ -104,7 +104,7 @@ def test_other_tensor_types_and_architectures_are_refused_by_name(tmp_path):
 def test_rope_factors_of_one_change_nothing_and_others_are_refused(tmp_path):
     write_gguf(tmp_path / "m.gguf", hf_tensors(), extra={"rope_freqs.weight": (np.ones(8, np.float32), Quant.F32)})
     file = GGUFFile(tmp_path / "m.gguf")
-    assert file.config["rope_scaling"] is None
+    assert "rope_scaling" not in file.config
     assert "rope_freqs.weight" not in file.names
     write_gguf(tmp_path / "m.gguf", hf_tensors(), extra={"rope_freqs.weight": (np.full(8, 8.0, np.float32), Quant.F32)})
     with pytest.raises(WeightsError, match=r"rope_freqs.weight is not Llama 3's scaling"):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_adapters_of_families import FAMILIES, adapter
-from tiny_families import Tiny
+from tiny_families import CASES, Tiny
 from tiny_gguf import hf_tensors, write_gguf
 
 from pe_rlhf_jax.checkpoint.card import Training
@@ -96,6 +96,14 @@ def test_a_merged_folder_is_a_source_like_any_other(tmp_path):
     assert generation == {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 4}
     readme = (tmp_path / "merged" / "README.md").read_text()
     assert backbone.sha256 in readme and "| seed | 3 |" in readme
+
+
+def test_a_null_that_takes_a_default_away_stays(tmp_path, tokenizer):
+    """Without it, a Mistral that has no window would be read with one of 4096 tokens, by transformers and by us."""
+    tiny = Tiny("mistral", {**CASES["mistral"], "sliding_window": None})
+    export_merged(tmp_path / "merged", backbone_of(tiny, tokenizer), None, CONFIG)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["sliding_window"] is None and tiny.family.config_from_hf(config).sliding_window is None
 
 
 def test_numbers_that_do_not_fit_are_an_error_and_nothing_is_left(tmp_path, tokenizer):
