@@ -23,11 +23,11 @@ from pe_rlhf_jax.files import is_remote, write_atomically
 RENEWED_S, STALE_S = 10.0, 40.0  # how often a note in an object store is renewed, and how long an unchanged one is waited for
 
 MAY_CHANGE = re.compile(
-    r"run\.(stages|tensorboard|wandb_project|host_timeout_s|compilation_cache)|(evaluate|export|mesh)\..*"
-    r"|(sft|reward|rl)\.micro_batch_size|model\.(remat|logprob_chunk)|data\.image_cache_gib"
+    r"run\.(name|folder|stages|checkpoint_every|max_nonfinite|tensorboard|wandb_project|host_timeout_s|compilation_cache)"
+    r"|(evaluate|export|mesh)\..*|(sft|reward|rl)\.micro_batch_size|model\.(any_backbone|remat|logprob_chunk)|data\.image_cache_gib"
 )
-"""Fields that may differ when a run is continued: which part of it is done now, what is written beside it, what is done with the trained
-models, and where and in which portions it is computed, which changes results by rounding only."""
+"""Fields that may differ when a run is continued: which part of it is done now, what is written beside it and how often, what is let
+through, what is done with the trained models, and where and in which portions it is computed, which changes results by rounding only."""
 
 
 @contextlib.contextmanager
@@ -164,11 +164,20 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _check_configuration(folder: Path, config: Config) -> None:
+    """Raises ConfigError if what has been trained there was trained with another configuration."""
     if not (folder / "config.yaml").is_file():
         if (folder / "checkpoints").exists():  # such as what a kill left while it was moved aside in an object store
             raise ConfigError(f"{folder} has checkpoints and no config.yaml; move it away with --restart, or give another run.name")
         return
-    lines = [line for line in configuration.differences(read_config(folder), config) if not MAY_CHANGE.fullmatch(line.partition(":")[0])]
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.exists():
+        return
+    untouched = tuple(f"{stage}." for stage in ("sft", "reward", "rl") if not (checkpoints / stage).exists())
+    lines = [
+        line
+        for line in configuration.differences(read_config(folder), config)
+        if not MAY_CHANGE.fullmatch(line.partition(":")[0]) and not line.startswith(untouched)
+    ]
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)
         raise ConfigError(

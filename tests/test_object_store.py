@@ -64,6 +64,7 @@ def test_a_folder_is_made_continued_moved_aside_and_left_unlocked(config, bucket
         with run_folder.opened(config, restart=False) as folder:
             assert str(folder) == "gs://bucket/runs/one" and run_folder.read_config(folder) == config
     run_folder.write_summary(folder, {"name": "one"})
+    (folder / "checkpoints" / "sft" / "0" / "meta.json").write_text("{}")
     other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 1})})
     with pytest.raises(ConfigError, match=r"run\.seed: 0 -> 1"), run_folder.opened(other, restart=False):
         pass
@@ -72,7 +73,8 @@ def test_a_folder_is_made_continued_moved_aside_and_left_unlocked(config, bucket
     aside = path_of("gs://bucket/runs/one.old-1")
     assert json.loads((aside / "summary.json").read_text()) == {"name": "one"}
     assert sorted(bucket.store) == [
-        f"/bucket/runs/{name}" for name in ("one.old-1/config.yaml", "one.old-1/summary.json", "one/config.yaml")
+        f"/bucket/runs/{name}"
+        for name in ("one.old-1/checkpoints/sft/0/meta.json", "one.old-1/config.yaml", "one.old-1/summary.json", "one/config.yaml")
     ]
 
 
@@ -163,6 +165,47 @@ def test_checkpoints_are_kept_found_and_checked():
         store.meta("sft", 1)
     path_of("gs://bucket/runs/one/checkpoints/sft/3/meta.json").write_text("{}")
     assert Store(path_of("gs://bucket/runs/one/checkpoints")).meta("sft")["step"] == 2
+
+
+@pytest.mark.parametrize("stage", ["first", "again"])
+def test_a_checkpoint_is_there_when_it_is_whole(bucket, monkeypatch, stage):
+    """The store fails, or the process is killed, at each of its requests in turn."""
+    places, left = path_of("gs://bucket/runs/one/checkpoints"), [0]
+
+    def counted(name):
+        original = getattr(Bucket, name)
+
+        def request(self, *arguments, **named):
+            left[0] -= 1
+            if left[0] < 0:
+                raise error
+            return original(self, *arguments, **named)
+
+        monkeypatch.setattr(Bucket, name, request)
+
+    for name in ("_open", "rm_file", "cp_file"):
+        counted(name)
+    for error in (ConnectionError("503"), KeyboardInterrupt()):
+        for requests in range(100):
+            bucket.store.clear()
+            kept, left[0] = Store(places), 1000
+            if stage == "again":
+                kept.save("sft", 5, {}, {"old": True})
+            left[0] = requests
+            try:
+                Store(places).save("sft", 5, {}, {"old": False})
+            except (CheckpointError, KeyboardInterrupt):
+                done = False
+            else:
+                done = True
+            left[0] = 1000
+            again = Store(places)
+            assert again.latest("sft") is None or again.meta("sft") == {"old": False} or (stage == "again" and again.meta("sft")["old"])
+            assert not done or again.meta("sft") == {"old": False}
+            again.save("sft", 6, {}, {})  # nothing that was left behind is in the way
+            if done:
+                break
+        assert done and 2 <= requests < 99
 
 
 def test_an_export_replaces_the_one_before(tiny, bucket):

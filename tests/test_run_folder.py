@@ -29,17 +29,21 @@ def test_only_what_changes_no_result_may_differ(config):
     def changed(section, **fields):
         return config.model_copy(update={section: getattr(config, section).model_copy(update=fields)})
 
-    with run_folder.opened(config, restart=False) as folder:
+    with run_folder.opened(changed("run", seed=1), restart=False) as folder:
         pass
+    with run_folder.opened(config, restart=False):  # nothing has been trained with the other
+        for stage in ("sft", "rl"):
+            (folder / "checkpoints" / stage).mkdir(parents=True)
     with run_folder.opened(changed("run", stages=["export"], tensorboard=False), restart=False):
         pass
     may = [("mesh", {"fsdp": 8}), ("export", {"merged": True}), ("evaluate", {"judge": "a:b"}), ("rl", {"micro_batch_size": 1})]
-    for section, fields in [*may, ("model", {"remat": "full"})]:
+    may += [("run", {"checkpoint_every": 3, "max_nonfinite": 2}), ("model", {"remat": "full", "any_backbone": True})]
+    for section, fields in [*may, ("reward", {"steps": 3})]:  # the reward model's training has not begun
         with run_folder.opened(changed(section, **fields), restart=False) as folder:
             assert run_folder.read_config(folder) == changed(section, **fields)
     with run_folder.opened(config, restart=False):
         pass
-    for section, fields in [("run", {"seed": 1}), ("rl", {"kl_coef": 0.5}), ("run", {"checkpoint_every": 3})]:
+    for section, fields in [("run", {"seed": 1}), ("rl", {"kl_coef": 0.5}), ("sft", {"steps": 3})]:
         [(name, value)] = fields.items()
         with (
             pytest.raises(ConfigError, match=rf"{section}\.{name}: .* -> {value}\n.*--restart"),
@@ -47,6 +51,9 @@ def test_only_what_changes_no_result_may_differ(config):
         ):
             pass
     assert run_folder.read_config(folder).rl == config.rl  # a refused one is not written
+    os.rename(folder, elsewhere := folder.parent / "two")
+    with run_folder.opened(changed("run", folder=f"{folder.parent}/.", name="two"), restart=False) as folder:
+        assert folder.samefile(elsewhere)
 
 
 @pytest.mark.parametrize("restart", [False, True])

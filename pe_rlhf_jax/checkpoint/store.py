@@ -3,8 +3,8 @@
 Layout: `checkpoints/<stage>/<step>/` holds `state/` (the arrays, written by Orbax), `meta.json` (everything else) and
 `SHA256SUMS` (every other file's hash; `sha256sum -c SHA256SUMS` checks it by hand). A checkpoint is made under a hidden name
 and gets its own by one rename, so a kill at any instant leaves the old or the new one. Reading checks the hashes first: a file
-that a disk, a copy or a power cut damaged is never restored. Object stores (`gs://`) have no atomic rename of folders; there,
-the hashes tell a half-moved checkpoint from a whole one.
+that a disk, a copy or a power cut damaged is never restored. Object stores (`gs://`) have no rename of folders; there,
+`SHA256SUMS` is written last, and a folder without it is no checkpoint. Saved again, a step is gone there until it is whole.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Store:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = epath.Path(folder if is_remote(folder) else Path(folder).absolute())
+        self._remote = is_remote(self.folder)
         self._arrays = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())  # the synchronous one: no threads stay behind
         self._damaged: set[tuple[str, int]] = set()
         self._leftovers_removed = False
@@ -68,7 +69,7 @@ class Store:
             CheckpointError: nothing was written (a full disk, say); the checkpoints that were there are untouched.
         """
         parent = self.folder / stage
-        unfinished = parent / f"{SAVING}{step}"
+        unfinished = parent / (str(step) if self._remote else f"{SAVING}{step}")
         leaves = _named_leaves(state)
         content = {"meta": meta, "metric": metric if metric is not None and math.isfinite(metric) else None}
         try:
@@ -77,14 +78,13 @@ class Store:
                 self._arrays.save(unfinished / "state", args=ocp.args.PyTreeSave(leaves))
             hosts.once(lambda: self._finish(parent, step, unfinished, content))
         except Exception as error:
+            if hosts.first():
+                _remove(unfinished)
             raise CheckpointError(
                 f"could not save step {step} of stage {stage!r} under {parent}: {error}\n"
                 f"The checkpoints already there ({_listed(self._steps(stage))}) are untouched. Make room or give access, then "
                 "start again."
             ) from error
-        finally:
-            if hosts.first():
-                _remove(unfinished)
         hosts.once(lambda: self._tidy(stage, step))
 
     def _begin(self, unfinished: epath.Path, leaves: dict[str, Any]) -> None:
@@ -92,6 +92,8 @@ class Store:
         if not self._leftovers_removed:
             self._remove_leftovers()
             self._leftovers_removed = True
+        if self._remote:  # where it has its name from the beginning, and an old one may be in its place
+            _remove(unfinished)
         unfinished.mkdir(parents=True, exist_ok=True)
         _check_space(unfinished, leaves)
 
@@ -100,16 +102,15 @@ class Store:
         target, replaced = parent / str(step), parent / f"{REPLACED}{step}"
         (unfinished / "meta.json").write_text(json.dumps(content, indent=1))
         (unfinished / MANIFEST).write_text(_manifest(unfinished))
+        if self._remote:
+            return
         # On the disk before it gets its name, and the name before older ones are deleted: a power cut finds one of them whole.
-        local = not is_remote(unfinished)
-        if local:
-            sync_tree(Path(unfinished))
+        sync_tree(Path(unfinished))
         if target.exists():
             _remove(replaced)
             target.rename(replaced)
         unfinished.rename(target)
-        if local:
-            sync(Path(parent))
+        sync(Path(parent))
 
     def _tidy(self, stage: str, step: int) -> None:
         """Deletes what the checkpoint of this step makes needless."""
@@ -151,7 +152,10 @@ class Store:
 
     def _steps(self, stage: str) -> list[int]:
         folder = self.folder / stage
-        names = [child.name.removeprefix(REPLACED) for child in folder.iterdir()] if folder.exists() else []
+        children = list(folder.iterdir()) if folder.exists() else []
+        if self._remote:
+            return sorted(int(child.name) for child in children if child.name.isdecimal() and (child / MANIFEST).exists())
+        names = [child.name.removeprefix(REPLACED) for child in children]
         return sorted({int(name) for name in names if name.isdecimal()})
 
     def _find(self, stage: str, step: int | None) -> tuple[int, dict[str, Any]]:
@@ -221,7 +225,10 @@ class Store:
             return
         for child in [child for stage in self.folder.iterdir() if stage.is_dir() for child in stage.iterdir()]:
             finished = child.parent / child.name.removeprefix(REPLACED)
-            if child.name.startswith(REPLACED) and not finished.exists():
+            if self._remote:
+                if child.name.isdecimal() and not (child / MANIFEST).exists():
+                    _remove(child)
+            elif child.name.startswith(REPLACED) and not finished.exists():
                 child.rename(finished)
             elif child.name.startswith((SAVING, REPLACED)):
                 _remove(child)
@@ -313,8 +320,13 @@ def _files(folder: epath.Path, prefix: str = "") -> Iterator[tuple[str, epath.Pa
 
 
 def _remove(folder: epath.Path) -> None:
-    """Delete a folder if it is there; one that resists is only reported, since no good checkpoint depends on it."""
+    """Delete a folder if it is there; one that resists is only reported, since no good checkpoint depends on it.
+
+    In an object store, where files go one by one, that which says that it is a checkpoint goes first.
+    """
     try:
+        if is_remote(folder):
+            (folder / MANIFEST).unlink(missing_ok=True)
         if folder.exists():
             folder.rmtree()
     except Exception as error:  # clients of object stores have errors of their own

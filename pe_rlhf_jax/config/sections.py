@@ -242,6 +242,8 @@ class RewardConfig(Section):
         for name, kind in (("use_margin", "pairs"), ("center_rewards_coefficient", "pairs"), ("balance_classes", "labels")):
             if getattr(self, name) and self.kind != kind:
                 raise ValueError(f"reward.{name} belongs to reward.kind {kind} and would do nothing with {self.kind}; leave it out")
+        if self.adapter is not None and self.start_from == "sft":
+            raise ValueError("reward.adapter and reward.start_from sft both say where the adapter starts; leave one of them out")
         return self
 
 

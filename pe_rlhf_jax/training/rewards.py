@@ -51,12 +51,13 @@ class RewardStatistics(flax.struct.PyTreeNode):
         return cls(zeros[0][0], zeros[1][0], zeros[2][0])
 
     def with_batch(self, scores: Float[Array, " B"]) -> RewardStatistics:
-        """The statistics after another batch."""
+        """The statistics after another batch; a batch with a number that is not finite leaves them as they are."""
         n = self.count + len(scores)
         mean = jnp.mean(scores)
         delta = mean - self.mean
         squares = self.squares + jnp.sum(jnp.square(scores - mean)) + delta**2 * self.count * len(scores) / n
-        return RewardStatistics(n, self.mean + delta * len(scores) / n, squares)
+        found = RewardStatistics(n, self.mean + delta * len(scores) / n, squares)
+        return jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(squares), new, old), found, self)
 
     def scaled(self, scores: Float[Array, " B"]) -> Float[Array, " B"]:
         """Scores minus the mean, over the standard deviation; scores that never varied only lose their mean."""

@@ -91,7 +91,8 @@ def stop_if_not_finite(state: TrainState, limit: int, stage: str) -> None:
     if in_a_row >= limit:
         raise NonFiniteError(
             f"{stage}: {in_a_row} updates in a row had a non-finite loss or gradient and were skipped (run.max_nonfinite is {limit}). "
-            "The last checkpoint is good. Try a lower learning rate, gradient clipping, or model.dtype float32."
+            "The last checkpoint is good. A lower learning rate, gradient clipping or model.dtype float32 may help; that is another run, "
+            "with a run.name of its own."
         )
 
 

@@ -95,6 +95,8 @@ def test_running_scale_equals_numpys(make_context):
         used, statistics = for_learning(config, jnp.asarray(batch), statistics)
         seen = np.concatenate(batches[: i + 1]).astype(np.float64)
         np.testing.assert_allclose(used, np.clip((batch - seen.mean()) / seen.std(), -1.5, 1.5), rtol=1e-4, atol=1e-5)
+    _, after = for_learning(config, jnp.array([1.0, jnp.nan]), statistics)
+    assert after == statistics  # one bad batch is not remembered for ever
     same, _ = for_learning(config, jnp.full(4, 2.5), RewardStatistics.new())
     np.testing.assert_array_equal(same, 0.0)  # nothing ever varied: no division by zero
 
