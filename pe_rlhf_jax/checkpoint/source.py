@@ -75,7 +75,10 @@ def resolve(config: ModelConfig) -> Backbone:
         decoder = family.config_from_hf(reader.config)
     except UnsupportedModelError as error:
         raise WeightsError(f"{config.source} ({reader.path}): {error}") from error
-    tokenizer = _tokenizer(published) if composed is None else composed.extend(_tokenizer(published))
+    if composed is None:
+        tokenizer = _tokenizer(published, decoder.vocab_size)
+    else:
+        tokenizer = composed.extend(_tokenizer(published, composed.placeholder))
     eos_token_ids = end_token_ids(tokenizer, reader.eos_token_ids)
     largest = max(*tokenizer.get_vocab().values(), *eos_token_ids)
     if largest >= decoder.vocab_size:
@@ -110,10 +113,10 @@ def _open(config: ModelConfig) -> GGUFFile | SafetensorsFolder:
     )
 
 
-def _tokenizer(reader: GGUFFile | SafetensorsFolder) -> PreTrainedTokenizerFast:
+def _tokenizer(reader: GGUFFile | SafetensorsFolder, vocab_size: int) -> PreTrainedTokenizerFast:
     if isinstance(reader, GGUFFile):
         return tokenizer_from_gguf(reader)
-    return tokenizer_from_folder(reader.path, reader.eos_token_ids)
+    return tokenizer_from_folder(reader.path, vocab_size, reader.eos_token_ids)
 
 
 def _license(reader: GGUFFile | SafetensorsFolder) -> str | None:

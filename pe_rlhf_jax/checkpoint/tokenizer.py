@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pe_rlhf_jax.checkpoint.gguf import GGUFFile
@@ -25,23 +27,47 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
     return _finished(build_tokenizer(file), file.eos_token_ids, file.path)
 
 
-def tokenizer_from_folder(folder: Path, eos_token_ids: Iterable[int] = ()) -> PreTrainedTokenizerFast:
+def tokenizer_from_folder(folder: Path, vocab_size: int, eos_token_ids: Iterable[int] = ()) -> PreTrainedTokenizerFast:
     """The folder's own tokenizer (code in the folder is never run), with a pad token that ends nothing.
 
-    `eos_token_ids` are the end tokens that the model declares.
+    Args:
+        vocab_size: the model's; added tokens beyond it are left out.
+        eos_token_ids: the end tokens that the model declares.
 
     Raises:
         WeightsError: the tokenizer is missing, damaged, or only exists as slow Python code.
     """
+    # For classes of its own, transformers 5 keeps of tokenizer.json little more than vocabulary and merges: SmolLM2's digits, each of them
+    # a token, would not be split.
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
+        template = folder / "chat_template.json"  # where processors had it before they wrote chat_template.jinja
+        if isinstance(tokenizer, PreTrainedTokenizerFast) and tokenizer.chat_template is None and template.is_file():
+            tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
     except Exception as error:  # transformers raises many kinds for files that are missing or damaged
         raise WeightsError(
             f"{folder}: cannot read the tokenizer ({type(error).__name__}: {error}); expected tokenizer.json and tokenizer_config.json"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise WeightsError(f"{folder}: expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
-    return _finished(tokenizer, eos_token_ids, folder)
+    return _finished(_within(tokenizer, vocab_size), eos_token_ids, folder)
+
+
+def _within(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Without added tokens of which the model has no embedding: Gemma 3's text models have one for pictures."""
+    vocabulary = tokenizer.get_vocab()
+    if max(vocabulary.values()) < vocab_size:
+        return tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+    named = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+        **{name: token for name, token in named.items() if token is not None and vocabulary[token] < vocab_size},
+    )
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerFast, declared: Iterable[int] = ()) -> tuple[int, ...]:

@@ -126,7 +126,7 @@ def test_decoding_never_cleans_up_spaces(tokenizer):
 
 def test_saved_to_a_folder_it_is_the_same_tokenizer(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "folder")
-    again = tokenizer_from_folder(tmp_path / "folder", (2,))
+    again = tokenizer_from_folder(tmp_path / "folder", len(TOKENS), (2,))
     assert [again(t).input_ids for t in TEXTS] == [tokenizer(t).input_ids for t in TEXTS]
     assert (again.pad_token_id, again.eos_token_id, again.chat_template) == (4, 2, tokenizer.chat_template)
     assert again.clean_up_tokenization_spaces is False
@@ -137,20 +137,60 @@ def test_a_folders_pad_and_end_tokens_are_checked_too(tokenizer, tmp_path):
     config = tmp_path / "folder" / "tokenizer_config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps({**values, "pad_token": "<|im_end|>", "clean_up_tokenization_spaces": True}))
-    again = tokenizer_from_folder(tmp_path / "folder", (2,))
+    again = tokenizer_from_folder(tmp_path / "folder", len(TOKENS), (2,))
     assert again.pad_token == "<empty_output>" and again.clean_up_tokenization_spaces is False
     config.write_text(json.dumps({k: v for k, v in values.items() if k != "eos_token"}))
-    assert tokenizer_from_folder(tmp_path / "folder", (0,)).eos_token == "<|endoftext|>"
+    assert tokenizer_from_folder(tmp_path / "folder", len(TOKENS), (0,)).eos_token == "<|endoftext|>"
     with pytest.raises(WeightsError, match="names an end token"):
-        tokenizer_from_folder(tmp_path / "folder")
+        tokenizer_from_folder(tmp_path / "folder", len(TOKENS))
+
+
+@pytest.mark.parametrize("declared", ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_folders_file_is_read_as_it_stands_whatever_class_it_names(tokenizer, tmp_path, declared):
+    """The published SmolLM2 says GPT2Tokenizer, which splits neither digits nor line breaks as its file does."""
+    tokenizer.save_pretrained(tmp_path / "folder")
+    config = tmp_path / "folder" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tokenizer_class": declared}))
+    (tmp_path / "folder" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    again = tokenizer_from_folder(tmp_path / "folder", len(TOKENS), (2,))
+    assert [again(t).input_ids for t in TEXTS] == [tokenizer(t).input_ids for t in TEXTS]
+    again.save_pretrained(tmp_path / "once more")
+    contents = [json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("folder", "once more")]
+    assert all(contents[0][part] == contents[1][part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
+
+
+def test_added_tokens_beyond_the_model_are_left_out(tokenizer, tmp_path):
+    """As Gemma 3's text models have one for pictures, named in the configuration too."""
+    before, template = [tokenizer(t).input_ids for t in TEXTS], tokenizer.chat_template
+    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    assert tokenizer("<picture>").input_ids == [len(TOKENS)]
+    tokenizer.save_pretrained(tmp_path / "folder")
+    config = tmp_path / "folder" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "image_token": "<picture>"}))
+    again = tokenizer_from_folder(tmp_path / "folder", len(TOKENS), (2,))
+    assert [again(t).input_ids for t in TEXTS] == before and max(again("a <picture>").input_ids) < len(TOKENS)
+    assert (again.pad_token_id, again.eos_token_id, again.bos_token_id) == (4, 2, 1) and again.chat_template == template
+    assert again("<|im_start|>").input_ids == [1] and 1 in again.all_special_ids
+
+
+def test_a_template_that_processors_kept_in_a_file_of_its_own(tokenizer, tmp_path):
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    tokenizer.save_pretrained(tmp_path / "folder")
+    file = tmp_path / "folder" / "chat_template.json"
+    file.write_text(json.dumps({"chat_template": template}))
+    again = tokenizer_from_folder(tmp_path / "folder", len(TOKENS), (2,))
+    assert again.chat_template == template and 0 in end_token_ids(again)
+    file.write_text("{")
+    with pytest.raises(WeightsError, match="cannot read the tokenizer"):
+        tokenizer_from_folder(tmp_path / "folder", len(TOKENS), (2,))
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(WeightsError, match=r"(?s)cannot read the tokenizer.*expected tokenizer.json"):
-        tokenizer_from_folder(tmp_path)
+        tokenizer_from_folder(tmp_path, len(TOKENS))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(WeightsError, match="cannot read the tokenizer"):
-        tokenizer_from_folder(tmp_path)
+        tokenizer_from_folder(tmp_path, len(TOKENS))
 
 
 @pytest.mark.parametrize(
