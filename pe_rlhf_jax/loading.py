@@ -41,7 +41,7 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     where = f"{jax.device_count()} {jax.default_backend()}" + (f" of {jax.process_count()} processes" if hosts.several() else "")
     progress.note(f"{backbone.source}: {count(params) / 1e6:.1f}M parameters, {held}, on {where}")
     vision = vision_of(backbone)
-    loaded = data.load(config.data, backbone.tokenizer, needs=needs, vision=vision)
+    loaded = data.load(config.data, backbone.tokenizer, needs=needs, vision=vision, end_tokens=backbone.eos_token_ids)
     if hosts.several():
         hosts.same({"backbone (model.source)": backbone.sha256.encode(), "data": _rows_of(loaded)})
     for note in loaded.notes:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from pe_rlhf_jax.checkpoint.onnx import PREPROCESSOR, ONNXEncoder
 from pe_rlhf_jax.checkpoint.weights import WeightReader, WeightsError
 from pe_rlhf_jax.models.families.seeing import LLAVA_PROJECTOR, LLAVA_TEXT, LLAVA_TOWER
+from pe_rlhf_jax.models.families.seeing import TEXT as TEXT_FAMILIES
 
 PLACEHOLDER = "<image>"
 SPREAD = {"linear_1": 0.02, "linear_2": 0.002}
@@ -34,10 +35,14 @@ class ComposedModel:
         image_size: sides of a picture in pixels; positions of the encoder are interpolated to it.
 
     Raises:
-        WeightsError: the encoder's patches do not fit into pictures of that size, or LLaVA's files cannot tell it.
+        WeightsError: the text model's family cannot stand in a LLaVA; the encoder's patches do not fit into pictures of that size, or
+            LLaVA's files cannot tell it.
     """
 
     def __init__(self, text: WeightReader, encoder: ONNXEncoder, image_size: int):
+        if text.config.get("model_type") not in TEXT_FAMILIES:
+            names = ", ".join(TEXT_FAMILIES)
+            raise WeightsError(f"model.vision: expected a text model of type {names}, found {text.config.get('model_type')!r}")
         self.text, self.encoder = text, encoder
         self.path, self.files, self.eos_token_ids = text.path, (*text.files, *encoder.files), text.eos_token_ids
         patch, width = int(encoder.config["patch_size"]), int(encoder.config["hidden_size"])
@@ -97,10 +102,11 @@ class ComposedModel:
         return np.concatenate([tensor, mean.astype(tensor.dtype)])
 
     def _word(self) -> Shaped[np.ndarray, " D"]:
-        """What all embeddings have in common, as large as one of them."""
+        """What all embeddings have in common, as large as one of them where the text model reads it."""
+        scale = TEXT_FAMILIES[self.text.config["model_type"]].config_from_hf(self.text.config).embedding_scale or 1.0
         embeddings = np.asarray(self.text.read("model.embed_tokens.weight"), np.float32)
         mean = np.mean(embeddings, axis=0)
-        return mean * np.sqrt(np.mean(np.square(embeddings)) / np.mean(np.square(mean)))
+        return scale * mean * np.sqrt(np.mean(np.square(embeddings)) / np.mean(np.square(mean)))
 
     def extend(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         """The text model's tokenizer with the placeholder.

@@ -25,6 +25,7 @@ from pe_rlhf_jax.types import PyTree
 
 _READERS = min(4, os.cpu_count() or 1)
 """Layers that are read at the same time."""
+_HEAD = r"(lm_head|embed_out)\.weight"
 
 
 class WeightsError(ValueError):
@@ -67,13 +68,26 @@ def load_params(
     `store(path, leaf)` may keep something else in a leaf's place, such as its quantized form, before the next one is read.
 
     Raises:
-        WeightsError: tensors are missing, unknown, of another shape, unreadable, or not finite.
+        WeightsError: tensors are missing, unknown, of another shape, unreadable, or not finite; a head that should be the embedding is not.
     """
     leaves = leaf_shapes(config)
     table = family.weights(config)
     _check_table(table, leaves, family.model_type)
     file_names = account(reader, family, config, [(weight, leaves[weight.leaf]) for weight in table])
+    embedding = next(file_names[weight.name] for weight in table if weight.leaf == ("embed",))
+    for name in reader.names:
+        if re.fullmatch(_HEAD, family.canonical(name)) and name not in file_names.values():
+            _check_tied(reader, name, embedding)
     return _read(reader, table, leaves, file_names, config.num_layers, dtype, shardings, store)
+
+
+def _check_tied(reader: WeightReader, head: str, embedding: str) -> None:
+    """Trainers may untie a head and leave the configuration as it was; transformers then uses the head that it finds."""
+    if reader.shape(head) != reader.shape(embedding) or not np.array_equal(reader.read(head), reader.read(embedding)):
+        raise WeightsError(
+            f"{reader.path}: {head} is not {embedding}, to which the configuration ties it; if it was trained, set tie_word_embeddings to "
+            "false in config.json"
+        )
 
 
 def load_tower(reader: WeightReader, config: TowerConfig, dtype: Any, shardings: PyTree | None = None) -> PyTree:

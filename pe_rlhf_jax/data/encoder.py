@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from pe_rlhf_jax.config import DataConfig
 from pe_rlhf_jax.data.formats import LabelExample, PreferenceExample, PromptExample, SFTExample, Text, TextRow, Tokens
 from pe_rlhf_jax.data.sources import DataError, Skipped
-from pe_rlhf_jax.data.turns import Vision
+from pe_rlhf_jax.data.turns import Template, Vision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -20,9 +21,16 @@ Sides = tuple[Tokens, Tokens]
 
 
 class Encoder:
-    """Makes tokens of `TextRow`s and applies the length limits."""
+    """Makes tokens of `TextRow`s and applies the length limits. `end_tokens` end responses besides the tokenizer's own."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerFast, skipped: Skipped, vision: Vision | None = None):
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        skipped: Skipped,
+        vision: Vision | None = None,
+        end_tokens: Collection[int] = (),
+    ):
         if tokenizer.eos_token_id is None:
             raise DataError("the model's tokenizer has no end token, so responses cannot be ended")
         self.config = config
@@ -32,6 +40,10 @@ class Encoder:
         # Models that were trained with a start token need it; a chat template writes its own.
         start = tokenizer.bos_token_id
         self.start = [start] if start is not None and tokenizer("x")["input_ids"][:1] == [start] else []
+        end = Template(tokenizer, vision).end_of_turn(end_tokens)
+        self.end_of_turn = tokenizer.eos_token_id if end is None else end
+        # Such tokenizers begin every text with a space: with its own, a response that follows its prompt would have two.
+        self.adds_space = bool(re.match("[\u2581\u0120]", tokenizer.tokenize("x")[0]))
 
     @property
     def _begins_after_pictures(self) -> bool:
@@ -110,16 +122,21 @@ class Encoder:
         return text._replace(prompt=self.vision.write(text.prompt, row.pictures, self.tokenizer.bos_token or ""))
 
     def _tokens(self, texts: Sequence[Text]) -> list[Sides]:
-        prompts, responses = self._ids([t.prompt for t in texts]), self._ids([t.response for t in texts])
+        prompts, responses = self._ids([t.prompt for t in texts]), self._ids([self._behind(t) for t in texts])
         pairs = []
         for text, prompt, response in zip(texts, prompts, responses, strict=True):
             first = prompt if text.prompt else response
             if self.start and first[:1] != self.start and not (text.prompt and self._begins_after_pictures):
                 first[:0] = self.start
-            if text.response and response[-1:] != [self.tokenizer.eos_token_id]:
-                response.append(self.tokenizer.eos_token_id)
+            end = self.end_of_turn if text.turn else self.tokenizer.eos_token_id
+            if text.response and response[-1:] != [end]:
+                response.append(end)
             pairs.append((np.asarray(prompt, np.int32), np.asarray(response, np.int32)))
         return pairs
+
+    def _behind(self, text: Text) -> str:
+        """The response as it is written behind its prompt."""
+        return text.response.removeprefix(" ") if self.adds_space and text.prompt else text.response
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []

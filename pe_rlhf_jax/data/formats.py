@@ -3,7 +3,8 @@
 Conventions (those of TRL): `prompt` + `completion`, or `messages`, for SFT, and with `label` for judged responses; `prompt` + `chosen` +
 `rejected` (+ `margin`); `chosen` + `rejected` alone, each a whole text; `prompt` alone. A text is a plain string, used as it stands, or
 a list of turns `{"role", "content"}`, which goes through the tokenizer's chat template. Tokens of prompt and response are made apart and
-joined, because that is how a policy meets its own response; a response ends with one end token. Pictures, under `images` or `image` or
+joined, because that is how a policy meets its own response; a response ends with one end token: the tokenizer's, or in a conversation that
+with which the chat template ends a turn. Pictures, under `images` or `image` or
 among the parts of a turn, belong to the prompt; `turns` says how they are written there.
 """
 
@@ -125,6 +126,8 @@ class Text(NamedTuple):
 
     prompt: str
     response: str
+    turn: bool = False
+    """Whether the response is an assistant's turn, which ends as the chat template ends one."""
 
 
 class Seen(NamedTuple):
@@ -228,8 +231,8 @@ class Reader:
             if row.pictures:
                 raise DataError(f"{row.place}: {_SEES_NOTHING}")
             return row
-        for prompt, _ in row.texts:
-            self.vision.write(prompt, row.pictures)
+        for text in row.texts:
+            self.vision.write(text.prompt, row.pictures)
         return row
 
     def _sft(self, row: Row) -> TextRow:
@@ -304,7 +307,7 @@ class Reader:
             raise BadRow(f"expected a turn before the assistant's in `{key}`, found none")
         if last.pictures:
             raise BadRow(f"expected the last turn of `{key}` to be text, found a picture: responses have none")
-        return Seen(Text(self._render(prompt_key, prompt), last.text), _pictures(prompt))
+        return Seen(Text(self._render(prompt_key, prompt), last.text, turn=True), _pictures(prompt))
 
     def _render(self, key: str, given: list[Turn]) -> str:
         if given[-1].role == "assistant":

@@ -46,13 +46,21 @@ class Data:
     """Is told of rows whose pictures turn out to be damaged when they are first needed."""
 
 
-def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Collection[Kind], vision: Vision | None = None) -> Data:
+def load(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    needs: Collection[Kind],
+    vision: Vision | None = None,
+    end_tokens: Collection[int] = (),
+) -> Data:
     """Reads, checks, splits and tokenizes.
 
     Args:
         tokenizer: the model's; its chat template serves rows with turns.
         needs: the kinds that the run's stages use; nothing else is read.
         vision: what the model asks of pictures; None: it takes none, and rows that have some are refused.
+        end_tokens: those that end responses, besides the tokenizer's own.
 
     Raises:
         DataError: a kind has no source, a file or row cannot be used, or nothing is left to train on or to hold out.
@@ -69,7 +77,7 @@ def load(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, needs: Colle
         if kind not in needs:
             continue
         skipped = Skipped(config.on_error, config.too_long)
-        encoder = Encoder(config, tokenizer, skipped, vision)
+        encoder = Encoder(config, tokenizer, skipped, vision, end_tokens)
         files: FilesConfig | None = getattr(config, kind)
         if files is not None:
             parse = getattr(Reader(tokenizer, skipped, config.group_by, vision), kind)

@@ -7,8 +7,10 @@ row's pictures belong, they begin the first user turn. These are TRL's conventio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,10 @@ from pe_rlhf_jax.image_prompt import ImagePrompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+TODAY = date(2024, 7, 26)
+"""What templates are told that ask for the date (`strftime_now`): Llama 3's own default. With today's, the same rows would be other data
+tomorrow, divided otherwise into training and held-out ones.
+"""
 PLACEHOLDER = "<image>"
 """Stands for a picture in a plain text, whatever the model's own placeholder is."""
 
@@ -130,6 +136,7 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vision: Vision | None):
         self.tokenizer = tokenizer
         self.vision = vision
+        self._text = _dated(str(tokenizer.get_chat_template())) if tokenizer.chat_template else None
         # Templates of models that see take parts and may drop a plain text without a word; those of others take texts only.
         self._takes_parts = vision is not None and bool(tokenizer.chat_template) and self._shows_parts()
 
@@ -142,8 +149,21 @@ class Template:
         except jinja2.TemplateError as error:
             raise BadRow(f"the model's chat template refuses the turns of `{key}`: {error}") from error
 
-    def _apply(self, messages: list[dict[str, Any]]) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    def end_of_turn(self, end_tokens: Collection[int]) -> int | None:
+        """Which of the tokens that end responses the template ends an assistant's turn with; None where there is none."""
+        asked, said = Turn("user", ("Who?",)), "I am."
+        if self._text is None:
+            return None
+        try:
+            shown = self._apply([{"role": "user", "content": self._content(asked)}, {"role": "assistant", "content": said}], False)
+        except Exception:  # as below
+            return None
+        rest = self.tokenizer(shown.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+        return next((token for token in rest if token in end_tokens), None)
+
+    def _apply(self, messages: list[dict[str, Any]], respond: bool = True) -> str:
+        settings: dict[str, Any] = {"chat_template": self._text, "tokenize": False, "add_generation_prompt": respond}
+        return str(self.tokenizer.apply_chat_template(messages, **settings))
 
     def _content(self, turn: Turn) -> str | list[dict[str, str]]:
         if self._takes_parts:
@@ -160,6 +180,10 @@ class Template:
         except Exception:  # whatever a template does to a list where it expects a text
             return False
         return probe in shown and "'type'" not in shown and '"type"' not in shown
+
+
+def _dated(template: str) -> str:
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda found: repr(TODAY.strftime(found[2])), template)
 
 
 def _several(key: str, value: Any) -> list[Any]:

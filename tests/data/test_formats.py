@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from tiny_data import make_tokenizer
 from tiny_images import encoded, pixels
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from pe_rlhf_jax.config import DataConfig
 from pe_rlhf_jax.data.encoder import Encoder
@@ -39,6 +41,41 @@ def test_turns_are_what_the_template_makes_of_the_conversation(tokenizer, row):
     whole = tokenizer.apply_chat_template([*TURNS, ANSWER], tokenize=True, return_dict=False)
     assert [*example.prompt, *example.response] == whole
     assert tokenizer.decode(example.response) == "Hello ☺<|end|>"
+
+
+def test_turns_end_as_the_template_ends_them_and_texts_as_the_tokenizer_does():
+    """Gemma's turns end with <end_of_turn>, its texts with <eos>: a policy that answers turns ends with the former."""
+    tokenizer = make_tokenizer()
+    turn, text = tokenizer.eos_token_id, tokenizer.bos_token_id
+    tokenizer.eos_token = tokenizer.bos_token
+    rows = [Row({"messages": [*TURNS, ANSWER]}, "x.jsonl:1"), Row({"prompt": "Q", "completion": " A"}, "x.jsonl:2")]
+    read = Reader(tokenizer, Skipped()).sft(rows)
+    ends = [example.response[-1] for example in Encoder(DataConfig(), tokenizer, Skipped(), end_tokens=(text, turn)).sft(read)]
+    assert ends == [turn, text]
+    assert Encoder(DataConfig(), tokenizer, Skipped(), end_tokens=(text,)).sft(read)[0].response[-1] == text  # where no sample ends so
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    assert Encoder(DataConfig(), tokenizer, Skipped(), end_tokens=(text, turn)).sft(read)[0].response[-1] == text
+
+
+def test_a_response_is_written_behind_its_prompt_also_where_texts_begin_with_a_space_of_their_own():
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "\u2581", "Q", "A", ":"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["</s>"])
+    llama = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    for tokenizer in (llama, make_tokenizer()):
+        [row] = examples("sft", {"prompt": "Q:", "completion": " A"}, tokenizer=tokenizer)
+        joint = tokenizer("Q: A", add_special_tokens=False)["input_ids"]
+        assert [*row.prompt, *row.response] == [*joint, tokenizer.eos_token_id]
+    [pair] = examples("preference", {"chosen": " A", "rejected": " Q"}, tokenizer=llama)  # whole texts are verbatim
+    assert llama.convert_ids_to_tokens(pair.chosen) == ["\u2581", "\u2581", "A", "</s>"]
+
+
+def test_templates_are_told_the_same_date_every_day():
+    template = "{{ strftime_now('%d %b %Y') }} {% for turn in messages %}{{ turn.content }}{% endfor %}"
+    [prompt] = examples("prompts", {"prompt": TURNS}, tokenizer=make_tokenizer(template))
+    assert prompt.text.startswith("26 Jul 2024 Be kind.")
 
 
 def test_preference_forms_agree(tokenizer):

@@ -52,7 +52,7 @@ def test_prompt_and_response_make_the_sentence(reviews):
     train, validation = movie_reviews.rows(config, "sft", movie_reviews.sentences(config))
     assert len(train) + len(validation) == 300 and 10 <= len(validation) <= 50
     for row in train + validation:
-        [(prompt, response)] = row.texts
+        [(prompt, response, _)] = row.texts
         assert len(prompt.removeprefix(movie_reviews.PROMPT).split()) == 3 and not prompt.endswith(" ") and response.startswith(" ")
         assert prompt + response == movie_reviews.PROMPT + row.columns["original"]
 
@@ -83,7 +83,7 @@ def test_pairs(reviews):
     used = [{text for row in half for text in row.texts} for half in (train, validation)]
     assert used[0].isdisjoint(used[1])
     for row in train + validation:
-        chosen, rejected = (ratings["".join(text).removeprefix(movie_reviews.PROMPT)] for text in row.texts)
+        chosen, rejected = (ratings[(text.prompt + text.response).removeprefix(movie_reviews.PROMPT)] for text in row.texts)
         assert row.margin == chosen - rejected >= 1.5
     assert len({row.texts for row in train}) == 260
     counts = Counter(text for row in train for text in row.texts)
