@@ -52,6 +52,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def passing(error: BaseException | None) -> bool:
+    """Whether it was caused by a network or a store that may be there again in a while, rather than by what was asked of them."""
+    if error is None:
+        return False
+    if type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google", "requests", "urllib3"):  # clients of gs://
+        code = getattr(error, "code", None)
+        return not isinstance(code, int) or code == 429 or code >= 500
+    return isinstance(error, ConnectionError | TimeoutError) or passing(error.__cause__)
+
+
 def sync_tree(path: Path) -> None:
     """Waits until a file, or a folder with everything in it, is on the disk: a rename must not get there before what it names."""
     for child in sorted(path.iterdir()) if path.is_dir() else ():

@@ -43,7 +43,8 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     vision = vision_of(backbone)
     loaded = data.load(config.data, backbone.tokenizer, needs=needs, vision=vision, end_tokens=backbone.eos_token_ids)
     if hosts.several():
-        hosts.same({"backbone (model.source)": backbone.sha256.encode(), "data": _rows_of(loaded)})
+        rows = b"".join(rows_of(split) for split in (loaded.sft, loaded.preference, loaded.label, loaded.prompts))
+        hosts.same({"backbone (model.source)": backbone.sha256.encode(), "data": rows})
     for note in loaded.notes:
         progress.note(f"data: {note}")
     base, reward_base = (adapted(config, folder, backbone, decoder, params) for folder in (config.model.adapter, config.reward.adapter))
@@ -111,16 +112,15 @@ def needed(config: Config) -> set[Kind]:
     return needs
 
 
-def _rows_of(loaded: data.Data) -> bytes:
+def rows_of(split: data.Split | None) -> bytes:
     """What tells two sets of loaded rows apart."""
     digest = hashlib.sha256()
-    for split in (loaded.sft, loaded.preference, loaded.label, loaded.prompts):
-        for row in [*data.as_read(split.train), *data.as_read(split.validation)] if split else ():
-            for name, value in vars(row).items():
-                if name == "pictures":  # their files may be copies, at other places and of other times
-                    value = [(picture.label, picture.height, picture.width) for picture in value]
-                if name != "place":
-                    digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    for row in [*data.as_read(split.train), *data.as_read(split.validation)] if split else ():
+        for name, value in vars(row).items():
+            if name == "pictures":  # their files may be copies, at other places and of other times
+                value = [(picture.label, picture.height, picture.width) for picture in value]
+            if name != "place":
+                digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.digest()
 
 

@@ -7,8 +7,8 @@
 
 On several hosts the same command runs on each; `hosts` says how they find each other.
 
-Exit codes: 0 done; 1 a plan that does not fit, another process of the run was lost, or an error that nobody foresaw, with its traceback;
-2 an error that the message explains; 75 stopped by SIGTERM or Ctrl-C with everything saved.
+Exit codes: 0 done; 1 a plan that does not fit, another process of the run was lost, the store of its folder is out of reach, or an error
+that nobody foresaw, with its traceback; 2 an error that the message explains; 75 stopped by SIGTERM or Ctrl-C with everything saved.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pe_rlhf_jax.checkpoint.weights import WeightsError
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data import DataError
 from pe_rlhf_jax.devices import skip_missing_tpu
-from pe_rlhf_jax.files import path_of
+from pe_rlhf_jax.files import passing, path_of
 from pe_rlhf_jax.package import PackageError, cache_folder
 from pe_rlhf_jax.plan import command as planning
 from pe_rlhf_jax.report import html, samples
@@ -154,9 +154,11 @@ def cli(argv: Sequence[str] | None = None) -> int:
         code = STOPPED
     except (Exception, KeyboardInterrupt) as error:
         lost, full = hosts.several() and hosts.is_loss(error), _out_of_memory(error)
-        code = 2 if (isinstance(error, errors) or full) and not lost else 1
-        if lost or code == 2:
+        away = isinstance(error, CheckpointError | ConfigError) and passing(error)
+        code = 2 if (isinstance(error, errors) or full) and not (lost or away) else 1
+        if lost or away or code == 2:
             text = f"{hosts.LOST}\n{error}" if lost else FULL.format(str(error).partition("\n")[0]) if full else str(error)
+            text += "\nThe same command goes on once the store can be reached again." if away and not lost else ""
             console.print(f"error: {text}", markup=False, style="red", soft_wrap=True)  # a path stays in one piece
         elif hosts.several():
             traceback.print_exc()

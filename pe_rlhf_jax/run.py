@@ -18,7 +18,7 @@ from pe_rlhf_jax.checkpoint import card, export, merged
 from pe_rlhf_jax.checkpoint.peft_layout import WHOLE
 from pe_rlhf_jax.checkpoint.store import Store
 from pe_rlhf_jax.config import Config, ConfigError
-from pe_rlhf_jax.loading import load, needed
+from pe_rlhf_jax.loading import load, needed, rows_of
 from pe_rlhf_jax.models.quantization import count
 from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes
 from pe_rlhf_jax.report import headline, health, html, samples
@@ -163,12 +163,15 @@ class Run:
         """
         if self._finished(stage):
             return
-        total, every = getattr(self.config, stage).steps, self.config.run.checkpoint_every
+        total, every, rows = getattr(self.config, stage).steps, self.config.run.checkpoint_every, self._rows(stage)
         if self.store.latest(stage) is None:
             state, meta = init(), self._meta()
         else:
             state, meta = self.store.restore(stage, self.outcomes.like(init))
             self.outcomes.check(meta)
+            if meta.get("rows", rows) != rows:
+                self.progress.warn(f"{stage} began with other rows of data: from here on it learns from these, in another order")
+        meta["rows"] = rows
         start = int(state.step)
         hosts.once(lambda: self.log.rewind(stage, start))
         before, began = meta["elapsed_s"], time.perf_counter()
@@ -199,6 +202,11 @@ class Run:
         outcome, figures = finish(state)
         meta |= {"elapsed_s": before + time.perf_counter() - began, "peak_memory_gib": self._peak(meta), "figures": figures}
         self.store.save(ROLE_OF[stage], int(state.step), outcome, meta)
+
+    def _rows(self, stage: str) -> str:
+        """What tells the rows that a stage learns from apart from others."""
+        kinds = {sft.STAGE: "sft", reward.STAGE: reward.kind_of(self.config.reward).data, rl.STAGE: "prompts"}
+        return rows_of(getattr(self.context.data, kinds[stage])).hex()
 
     def _stalled(self, stage: str, select: str | None, patience: int | None) -> bool:
         if select is None or patience is None:

@@ -16,9 +16,9 @@ from processes import finish, start
 
 from pe_rlhf_jax import hosts
 from pe_rlhf_jax.config import ConfigError
-from pe_rlhf_jax.data import Data, SFTExample, Split
+from pe_rlhf_jax.data import SFTExample, Split
 from pe_rlhf_jax.data.images import Picture
-from pe_rlhf_jax.loading import _rows_of
+from pe_rlhf_jax.loading import rows_of
 
 SCRIPT = """
 import itertools, json, os, signal, sys
@@ -219,7 +219,7 @@ def test_rows_are_told_apart_by_what_is_learned_and_not_by_where_they_lie():
     def of(label: str, place: str, *tokens: int) -> bytes:
         picture = Picture(key=place, label=label, name=place, height=2, width=3, content=b"")
         row = SFTExample(np.arange(3), np.asarray(tokens), (picture,), place)
-        return _rows_of(Data(sft=Split([row], []), preference=None, prompts=None, notes=[]))
+        return rows_of(Split([row], []))
 
     assert of("a.png", "here", 1, 2) == of("a.png", "there", 1, 2)
     assert len({of("a.png", "here", 1, 2), of("b.png", "here", 1, 2), of("a.png", "here", 1, 3)}) == 3

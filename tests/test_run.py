@@ -14,8 +14,9 @@ from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import main
-from pe_rlhf_jax.checkpoint.store import Store
+from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.config import ConfigError
+from pe_rlhf_jax.data import Split
 from pe_rlhf_jax.loading import needed
 from pe_rlhf_jax.report.metrics import MetricsLog
 from pe_rlhf_jax.report.progress import Progress
@@ -30,14 +31,16 @@ class Counting:
 
     def __init__(self, folder, every: int = 100, accuracies: dict[int, float] | None = None, patience: int | None = None):
         self.folder, self.accuracies, self.patience, self.seen = folder, accuracies or {}, patience, []
+        self.data, self.said = "one", io.StringIO()
         self.config = configuration.parse(f"{{model: {{source: x}}, run: {{checkpoint_every: {every}}}, reward: {{steps: {STEPS}}}}}")
 
     def start(self, stop_at: int | None = None, kill_at: int | None = None):
         """Runs the stage; returns what it left, or None where it was stopped or killed after a step."""
         run = object.__new__(Run)
-        run.config, run.folder, run.progress = self.config, self.folder, Progress(Console(file=io.StringIO()))
+        run.config, run.folder, run.progress = self.config, self.folder, Progress(Console(file=self.said))
         run.store, run.log = Store(self.folder / "checkpoints"), MetricsLog(self.folder, tensorboard=False)
         run.backbone = SimpleNamespace(source="x", sha256="0")
+        run.context = SimpleNamespace(data=SimpleNamespace(preference=Split([SimpleNamespace(text=self.data)], [])))
         run.outcomes = SimpleNamespace(like=lambda init: init(), check=lambda meta: None)
         stop = SimpleNamespace(received=None)
         run.stop = SimpleNamespace(asked=lambda: stop.received)
@@ -95,6 +98,14 @@ def test_a_stop_saves_the_step_that_is_done_and_the_next_start_goes_on_there(tmp
     assert run.start(stop_at=5) is None
     assert run.start() == 7
     assert run.seen == [0, 3, 5] and run.rows == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_other_rows_than_a_stage_began_with_are_said(tmp_path):
+    run = Counting(tmp_path)
+    for data, warned in (("one", 0), ("one", 0), ("two", 1), ("two", 1)):
+        run.data = data
+        run.start(stop_at=(run.saved or [0])[-1] + 1 if (tmp_path / "checkpoints").exists() else 1)
+        assert run.said.getvalue().count("reward began with other rows of data") == warned
 
 
 def test_after_a_kill_what_the_last_checkpoint_does_not_know_is_done_again(tmp_path):
@@ -162,6 +173,11 @@ def test_a_reward_model_that_rl_will_miss_is_missed_before_anything_is_trained(t
     run._check_order()
 
 
+def because(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -172,6 +188,18 @@ def test_a_reward_model_that_rl_will_miss_is_missed_before_anything_is_trained(t
         ),
         (MemoryError("numpy"), 2, "out of memory: numpy"),
         (ConfigError("expected this"), 2, "error: expected this"),
+        (because(CheckpointError("could not save"), ConnectionResetError("by peer")), 1, "(?s)could not save.*goes on once the store"),
+        (
+            because(ConfigError("cannot be used"), type("HttpError", (Exception,), {"__module__": "gcsfs.retry", "code": 503})()),
+            1,
+            "goes on",
+        ),
+        (
+            because(ConfigError("cannot be used"), type("HttpError", (Exception,), {"__module__": "gcsfs.retry", "code": 403})()),
+            2,
+            "be used\n",
+        ),
+        (because(CheckpointError("could not save"), OSError(28, "No space left on device")), 2, "could not save\n"),
         (Stopped("SIGTERM"), 75, "Stopped by SIGTERM"),
     ],
 )

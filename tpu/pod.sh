@@ -13,7 +13,7 @@
 #   tpu/pod.sh delete                       the slice; what only its disks hold is gone
 #
 # Before the command: --dry-run prints what would be called, --yes answers the question that `delete` and `keep` ask.
-# Also: POD_FILES (files and folders to copy, such as "data"), POD_PROJECT (gcloud's default otherwise), POD_RUNTIME (the VM's image),
+# Also: HF_TOKEN and WANDB_API_KEY (`setup` takes them along, into a file that only the VMs' user reads), POD_FILES (files and folders to copy, such as "data"), POD_PROJECT (gcloud's default otherwise), POD_RUNTIME (the VM's image),
 # POD_POLL (seconds between looks, 30).
 set -euo pipefail
 
@@ -201,7 +201,21 @@ setup() {
     # shellcheck disable=SC2086 # several, by blanks
     again tpus tpu-vm scp $POD_FILES "$POD_NAME:$REMOTE/" --recurse --worker=all
   fi
+  secrets
   on_hosts all "$(worker setup)"
+}
+
+secrets() {
+  local folder name
+  folder=$(mktemp -d)
+  (
+    umask 077
+    for name in HF_TOKEN WANDB_API_KEY; do
+      if [[ -n ${!name:-} ]]; then printf '%s=%q\n' "$name" "${!name}"; fi
+    done >"$folder/worker.env"
+  )
+  if [[ -s $folder/worker.env ]]; then again tpus tpu-vm scp "$folder/worker.env" "$POD_NAME:$REMOTE/" --worker=all; fi
+  rm -r "$folder"
 }
 
 run() {
@@ -220,7 +234,7 @@ remove() {
 }
 
 keep() {
-  local options=() now hosts failures=0
+  local options=() now hosts failures=0 started=0
   while (($#)) && [[ $1 != -- ]]; do
     options+=("$1")
     shift
@@ -257,10 +271,15 @@ keep() {
           running) sleep "$POLL" ;;
           "done 0") return ;;
           "done 2") fail "the run ended with an error: tpu/pod.sh watch shows it. The slice stays, and costs, until it is deleted" ;;
-          idle | "done 75") run "$@" ;;
+          idle | "done 75")
+            run "$@"
+            started=$SECONDS
+            ;;
           *)
+            if ((SECONDS - started > 600)); then failures=0; fi # it went well for a while
             ((++failures <= 3)) || fail "the run ended three times without saving (${hosts#done }): tpu/pod.sh watch shows its log"
             run "$@"
+            started=$SECONDS
             ;;
         esac
         ;;

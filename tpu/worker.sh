@@ -44,6 +44,12 @@ start() {
     return 2
   fi
   rm -f run.pid run.exit
+  if [[ -e worker.env ]]; then # tokens that pod.sh brought
+    set -a
+    # shellcheck disable=SC1091
+    . ./worker.env
+    set +a
+  fi
   # Without a TPU this fails, rather than training on the host's CPU. The shell around it lives on only to note the exit code.
   # shellcheck disable=SC2016 # expanded by the inner shell
   JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} setsid nohup bash -c '

@@ -24,6 +24,7 @@ mkdir -p .venv/bin
 cat >.venv/bin/pe-rlhf <<'EOT'
 #!/bin/bash
 printf '%s\\n' "$JAX_PLATFORMS" "$@" >>ran
+printf '%s' "${HF_TOKEN:-none}" >token
 trap 'exit 75' TERM
 until [[ -e finish ]]; do sleep 0.02; done
 code=$(cat finish)
@@ -32,6 +33,7 @@ exit "$code"
 EOT
 chmod +x .venv/bin/pe-rlhf
 """
+OWN = ("JAX_PLATFORMS", "WANDB_API_KEY")
 NONE = [1, "", "ERROR: (gcloud) NOT_FOUND: Resource 'rlhf' was not found"]
 READY = [0, "READY", ""]
 
@@ -49,7 +51,7 @@ class Pod:
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("POD_") and name != "JAX_PLATFORMS"},
+            **{name: value for name, value in os.environ.items() if not name.startswith(("POD_", "HF_")) and name not in OWN},
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "FAKE": str(folder),
             "POD_POLL": "0",
@@ -203,6 +205,18 @@ def test_the_hosts_are_set_up_run_stop_and_go_on(pod, tmp_path):
     pod.done("stop")
     for host in pod.hosts:
         assert (host / "pe_rlhf_jax" / "ran").read_text().splitlines() == ["tpu,cpu", *arguments] * 2
+        assert (host / "pe_rlhf_jax" / "token").read_text() == "none"
+
+
+def test_tokens_go_along_in_a_file_and_on_no_command_line(pod):
+    pod.answer({"queued-resources describe": [NONE], "tpu-vm describe": [READY]})
+    pod.done("setup", HF_TOKEN="hf_a $b")
+    pod.done("run", "--config", "c.yaml")
+    pod.done("stop")
+    for host in pod.hosts:
+        folder = host / "pe_rlhf_jax"
+        assert (folder / "token").read_text() == "hf_a $b" and (folder / "worker.env").stat().st_mode & 0o77 == 0
+    assert "hf_a" not in (pod.folder / "calls").read_text()
 
 
 def test_ssh_is_tried_again_and_then_given_up(pod):
