@@ -3,8 +3,10 @@
 The pictures are drawn, not photographed: each is 64 x 64 pixels with one coloured shape on a light ground (Victor Zhou, 2019; MIT licence).
 They come out of the wheel of the package easy-vqa; nothing of it is run.
 
-SFT, preferences and labels come from the training pictures alone, with `data.validation_share` of the pictures held out. Prompts are
-trained on the training questions; their validation rows are the official test split, which nothing else sees.
+SFT, preferences and labels come from the training pictures alone, with `data.validation_share` of the pictures held out. They learn from
+as many yes/no questions as others: three of four are such, most of which the question alone answers, and a fresh projector learned to show
+colours and shapes far sooner from the others. Prompts are trained on the training questions; their validation rows are the official test
+split, which nothing else sees.
 """
 
 from __future__ import annotations
@@ -69,14 +71,25 @@ def rows(config: DataConfig, kind: Kind, vision: Vision | None) -> Halves:
     data = _read()
     if kind == "prompts":
         return [_row(data, kind, question) for question in data.train], [_row(data, kind, question) for question in data.test]
-    halves: Halves = ([], [])
+    halves: tuple[list[Question], list[Question]] = ([], [])
     for question in data.train:
-        half = halves[hash_share(question.image) < config.validation_share]
-        if kind == "label":
-            half += [_row(data, kind, question, answer, label) for answer, label in ((question.answer, 1.0), (wrong(question), 0.0))]
-        else:
-            half.append(_row(data, kind, question))
-    return halves
+        halves[hash_share(question.image) < config.validation_share].append(question)
+    train, held_out = halves
+
+    def written(questions: Sequence[Question]) -> list[TextRow]:
+        if kind != "label":
+            return [_row(data, kind, question) for question in questions]
+        both = (((question.answer, 1.0), (wrong(question), 0.0)) for question in questions)
+        return [_row(data, kind, q, answer, label) for q, answers in zip(questions, both, strict=True) for answer, label in answers]
+
+    return written(_balanced(train)), written(held_out)
+
+
+def _balanced(questions: Sequence[Question]) -> list[Question]:
+    """As many yes/no questions as others, drawn by their hash, in the same order."""
+    closed = sorted((q for q in questions if q.answer in KINDS_OF_ANSWER[0]), key=lambda q: hash_share(q.place))
+    left_out = {q.place for q in closed[len(questions) - len(closed) :]}
+    return [q for q in questions if q.place not in left_out]
 
 
 def answer_accuracy(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:

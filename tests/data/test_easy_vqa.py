@@ -52,6 +52,23 @@ def test_splits_are_the_official_ones_and_pictures_are_held_out(data):
     assert len(loaded.label.train) == 2 * len(loaded.sft.train) and {e.label for e in loaded.label.train} == {0.0, 1.0}
 
 
+def test_training_has_as_many_yes_or_no_questions_as_others(monkeypatch):
+    given = files()
+    for split in ("train", "test"):
+        listed = f"easy_vqa/data/{split}/questions.json"
+        asked = [[text, "red" if i % 4 == 0 else "no", image] for i, (text, _, image) in enumerate(json.loads(given[listed]))]
+        given[listed] = json.dumps(asked).encode()
+    monkeypatch.setattr(easy_vqa, "_read", lambda: easy_vqa.parse(given))
+    loaded = load(DataConfig(source="easy-vqa", validation_share=0.3), make_tokenizer(), needs={"sft", "label", "prompts"}, vision=VISION)
+    answer_of = lambda row: loaded.prompts.train[int(row.place.split(":")[2]) - 1].columns["answer"]  # noqa: E731
+    answers = [answer_of(row) for row in loaded.sft.train]
+    assert answers.count("red") == answers.count("no") >= 15 and len(loaded.label.train) == 2 * len(answers)
+    assert [row.place for row in loaded.sft.train] == sorted((row.place for row in loaded.sft.train), key=lambda p: int(p.split(":")[2]))
+    assert Counter(row.columns["answer"] for row in loaded.prompts.train) == {"red": 30, "no": 90}
+    held_out = Counter(answer_of(row) for row in loaded.sft.validation)
+    assert held_out["no"] > 2 * held_out["red"] >= 10
+
+
 def test_rows_show_picture_question_and_answer(data):
     tokenizer = make_tokenizer()
     loaded = load(DataConfig(source="easy-vqa"), tokenizer, needs={"sft", "prompts"}, vision=VISION)
