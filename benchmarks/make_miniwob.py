@@ -13,6 +13,8 @@ Writes `screens.jsonl` and `images/*.png` (160 x 210 pixels): `task`, `seed`, `i
 left, top, right, bottom in pixels), `correct`, and as text `prompt`, `completion` (" click [i]"), which is also `chosen`, and `rejected`;
 `action` and `right_elements` serve `pe_rlhf_jax.data.ui_actions:action_match`. A row serves SFT, as a preference and as a prompt.
 `boxes.jsonl` has the same screens with prompts in which elements are boxes without words, so that only the picture says what they are.
+In a prompt an element's index stands behind it: the answer is what follows the words that the instruction names. Before them, and with the
+boxes beside, a small model learned to find it far more slowly.
 Screens without a right or without a wrong element, and screens that came before, are left out. Other seeds (--first-seed) make screens to
 hold out; --apart-from leaves out those of another folder, because some tasks draw few different screens. It takes about two seconds a
 screen on a 2-core machine.
@@ -202,14 +204,14 @@ def rows(task: str, seed: int, found: dict[str, Any]) -> dict[str, dict[str, Any
         "instruction": found["instruction"],
         "elements": elements,
         "correct": correct,
-        "prompt": _prompt(found["instruction"], [f"[{e['index']}] {e['words']} at {e['box']}" for e in elements]),
+        "prompt": _prompt(found["instruction"], [f"{e['words']} [{e['index']}]" for e in elements]),
         "completion": right_click,
         "chosen": right_click,
         "rejected": wrong_click,
         "action": right_click.strip(),
         "right_elements": correct,
     }
-    boxes = screen | {"prompt": _prompt(found["instruction"], [f"[{e['index']}] at {e['box']}" for e in elements])}
+    boxes = screen | {"prompt": _prompt(found["instruction"], [f"at {e['box']} [{e['index']}]" for e in elements])}
     return {"screens": screen, "boxes": boxes}
 
 

@@ -88,7 +88,7 @@ def test_screens_become_rows_that_the_pipeline_reads(chromium, tmp_path, tokeniz
     rows = [json.loads(line) for line in (folder / "screens.jsonl").read_text().splitlines()]
     assert [(row["seed"], row["correct"], row["chosen"]) for row in rows] == [(0, [0], " click [0]"), (1, [1], " click [1]")]
     assert rows[0]["elements"][0] == {"index": 0, "words": 'button "Ok"', "box": [2, 52, 31, 74]}
-    assert rows[0]["prompt"].startswith('Instruction: Click number 0.\nElements:\n[0] button "Ok" at [2, 52, 31, 74]\n[1] input_text at')
+    assert rows[0]["prompt"].startswith('Instruction: Click number 0.\nElements:\nbutton "Ok" [0]\ninput_text [1]\n')
     assert rows[0]["prompt"].endswith("\n<image>\nAction:")
     columns = {name: [row[name] for row in rows] for name in ("action", "right_elements")}
     assert action_match(["", ""], [row["chosen"] for row in rows], **columns) == [1, 1]
@@ -99,7 +99,7 @@ def test_screens_become_rows_that_the_pipeline_reads(chromium, tmp_path, tokeniz
         found = getattr(Reader(tokenizer, Skipped(), vision=vision), kind)(read(file, Skipped()))
         assert [(row.pictures[0].height, row.pictures[0].width) for row in found] == [(210, 160)] * 2
     boxes = [json.loads(line) for line in (folder / "boxes.jsonl").read_text().splitlines()]
-    assert boxes[0]["prompt"].startswith("Instruction: Click number 0.\nElements:\n[0] at [2, 52, 31, 74]\n[1] at")
+    assert boxes[0]["prompt"].startswith("Instruction: Click number 0.\nElements:\nat [2, 52, 31, 74] [0]\nat [40")
     assert [{**row, "prompt": ""} for row in boxes] == [{**row, "prompt": ""} for row in rows]
 
 
