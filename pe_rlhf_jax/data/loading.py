@@ -82,16 +82,18 @@ def load(
         if files is not None:
             parse = getattr(Reader(tokenizer, skipped, config.group_by, vision), kind)
             train, validation = _from_files(kind, files, parse, skipped, config.validation_share, notes)
+            validation = mixed(validation)
         elif config.source == "movie-reviews" and kind != "label":
             sentences = sentences or movie_reviews.sentences(config, encoder.fits)
             train, validation = movie_reviews.rows(config, kind, sentences)
         elif config.source == "easy-vqa":
             train, validation = easy_vqa.rows(config, kind, vision)
+            validation = mixed(validation)
         else:
             other = "" if kind == "label" else ", or set data.source: movie-reviews"
             raise DataError(f"this run needs data.{kind}; give data.{kind}.train a list of files{other}")
         encode: Callable[[Sequence[TextRow]], Sequence[Any]] = getattr(encoder, kind)
-        splits[kind] = Split(encode(train), encode(mixed(validation)))
+        splits[kind] = Split(encode(train), encode(validation))
         notes += [f"{note} (data.{kind})" if files else note for note in skipped.notes()]
         for name, examples in (("training", splits[kind].train), ("validation", splits[kind].validation)):
             if not examples:
