@@ -14,6 +14,7 @@ that nobody foresaw, with its traceback; 2 an error that the message explains; 7
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import signal
@@ -123,6 +124,9 @@ def cli(argv: Sequence[str] | None = None) -> int:
     )
     skip_missing_tpu()
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it has no sign for
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv.insert(0, "run")
     arguments = parser.parse_args(argv)
@@ -131,7 +135,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
     errors = (ConfigError, DataError, WeightsError, PackageError, CheckpointError, NonFiniteError, FunctionError, AdapterError, OSError)
     try:
         if arguments.command == "report":
-            run_folder.read_config(arguments.folder)
+            run_folder.config_file(arguments.folder)
             console.print(f"report: {html.build(arguments.folder)}", markup=False, soft_wrap=True)
         elif arguments.command == "plan":
             code = 0 if planning.run(arguments, console) else 1

@@ -94,12 +94,17 @@ def _taken(folder: Path) -> ConfigError:
     return ConfigError(f"{folder}: another process is running there; wait for it, or give another run.name")
 
 
-def read_config(folder: Path) -> Config:
-    """The configuration that a run folder was made with."""
+def config_file(folder: Path) -> Path:
+    """Where a run folder's configuration is. Raises ConfigError if it is no run folder."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no config.yaml")
-    return configuration.load(path)
+    return path
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration that a run folder was made with."""
+    return configuration.load(config_file(folder))
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

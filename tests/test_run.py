@@ -219,3 +219,13 @@ def test_an_error_that_nobody_foresaw_has_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(main, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main.cli(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_a_terminal_that_is_not_utf8_shows_what_it_can(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text("model: {source: x}")
+    written = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(main.sys, "stdout", written)
+    monkeypatch.setattr(main, "run", lambda config, restart, console, command: console.print("\u2713 d\u00e9j\u00e0"))
+    assert main.cli(["--config", str(tmp_path / "c.yaml")]) == 0
+    written.flush()
+    assert written.buffer.getvalue().decode("latin-1") == "? d\u00e9j\u00e0\n"

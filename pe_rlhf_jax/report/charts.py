@@ -88,7 +88,8 @@ def curves(
         return None
 
     def draw(axes: Axes) -> None:
-        for color, (label, steps, values) in zip(COLORS, lines, strict=False):
+        shown: list[Any] = []
+        for color, (_, steps, values) in zip(COLORS, lines, strict=False):
             few = len(values) < 12
             noisy = smooth and not few
             line = values if not noisy else np.exp(smoothed(np.log(values))) if log else smoothed(values)
@@ -96,7 +97,7 @@ def curves(
             if noisy:
                 axes.plot(steps[thin], values[thin], ".", color=color, alpha=0.3, markersize=5, markeredgewidth=0)
             axes.plot(steps[thin], line[thin], "o-" if few else "-", color=color, markersize=3)
-            axes.lines[-1].set_label(label)
+            shown.append(axes.lines[-1])
         axes.set_xlabel("step")
         axes.set_ylabel(ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -104,8 +105,8 @@ def curves(
             axes.set_yscale("log")
         if percent:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
-        if len(lines) > 1:
-            axes.legend(loc="best", handlelength=1.2)
+        if len(lines) > 1:  # labels of their own: matplotlib leaves out those that begin with _
+            axes.legend(shown, [label for label, *_ in lines[: len(shown)]], loc="best", handlelength=1.2)
 
     return _svg(title, draw)
 

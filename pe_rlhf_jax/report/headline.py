@@ -98,11 +98,15 @@ def _reward_model(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile 
         verdict = "guessing would reach 50%." if above else "that is not clearly better than guessing (50%)."
         reading = f"{where} it prefers the side that people preferred in {accuracy:.0%} of cases; {verdict}"
         return Tile(label, f"{accuracy:.1%}", _show(interval, ".1%"), reading, "good" if above else "bad")
-    found = [row["eval/accuracy"] for row in rows.get("reward", ()) if _is_number(row.get("eval/accuracy"))]
+    found = [(row["step"], row["eval/accuracy"]) for row in rows.get("reward", ()) if _is_number(row.get("eval/accuracy"))]
     if not found:
         return None
-    reading = "Latest evaluation during training, on the pairs kept for it; the final measurement is still to come."
-    return Tile(label, f"{found[-1]:.1%}", "during training", reading)
+    kept = dict(found).get(number(summary, "reward_model", "best_step"))
+    if kept is not None:
+        reading = "Of the checkpoint that was kept, on the held-out rows that chose it; the stage `evaluate` measures it on more."
+        return Tile(label, f"{kept:.1%}", "during training", reading)
+    reading = "Latest evaluation during training, on the held-out rows kept for it; the final measurement is still to come."
+    return Tile(label, f"{found[-1][1]:.1%}", "during training", reading)
 
 
 def _chose(summary: Mapping[str, Any]) -> str:

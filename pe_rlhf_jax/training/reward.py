@@ -86,8 +86,8 @@ def evaluate(context: Context, role: Role) -> dict[str, Any]:
     kind = kind_of(config)
     rows = context.split(kind.data).validation[: settings.pairs]
     figures = kind.figures(rows, settings.bootstrap, *kind.scores(context, role, rows))
-    several = config.evaluate_every < config.steps
-    return figures | {"selected_on": min(len(rows), config.evaluation_pairs) if several else 0}
+    several, each = config.evaluate_every < config.steps, figures.get("rows", len(rows)) // len(rows)
+    return figures | {"selected_on": each * min(len(rows), config.evaluation_pairs) if several else 0}
 
 
 def whole(context: Context, sft: Role, trained: Role) -> Role:

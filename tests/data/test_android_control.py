@@ -1,6 +1,7 @@
 """AndroidControl: small files in the original format, read as rows; actions as text, and how they are compared and made wrong."""
 
 import json
+import os
 import random
 from collections import Counter
 
@@ -59,12 +60,17 @@ TEXTS = [" click [1]", " scroll down", " open_app Mail", " input_text two words"
 PROMPT = "Goal: Do thing 1\nStep: Press send\nElements:\n" + "".join(f"[{i}] {text}\n" for i, text in enumerate(SHOWN)) + "Action:"
 
 
+def told(found):
+    """Rows with their pictures by name and identity."""
+    return [{**row, "image": (row["image"].label, row["image"].key)} for row in found]
+
+
 def test_steps_become_rows(folder):
     found, _ = rows(folder, "sft")
     assert [row["completion"] for row in found] == TEXTS * 3
     assert found[0]["prompt"] == PROMPT and [row["episode_id"] for row in found] == [1] * 5 + [2] * 5 + [3] * 5
     for row, (number, step) in zip(found, [(n, s) for n in (1, 2, 3) for s in range(5)], strict=True):
-        np.testing.assert_array_equal(np.asarray(PIL.Image.open(row["image"])), pixels(20, 10, seed=number * 100 + step))
+        np.testing.assert_array_equal(np.asarray(PIL.Image.open(row["image"].content)), pixels(20, 10, seed=number * 100 + step))
     prompts, _ = rows(folder, "prompts")
     assert prompts[0]["action"] == "click [1]" and prompts[0]["right_elements"] == [0, 1] and prompts[1]["right_elements"] == []
     assert [len(rows(folder, kind)[0]) for kind in ("label", "preference", "prompts")] == [30, 15, 15]
@@ -77,7 +83,7 @@ def test_steps_become_rows(folder):
 
 def test_labelled_rows_are_a_right_and_a_wrong_action_the_same_in_every_run(folder):
     found, _ = rows(folder, "label")
-    assert [row["label"] for row in found] == [1, 0] * 15 and found == rows(folder, "label")[0]
+    assert [row["label"] for row in found] == [1, 0] * 15 and told(found) == told(rows(folder, "label")[0])
     columns = {name: [row[name] for row in rows(folder, "prompts")[0] for _ in "rw"] for name in ("action", "right_elements")}
     assert action_match([""] * 30, [row["completion"] for row in found], **columns) == [1, 0] * 15
     pairs, _ = rows(folder, "preference")
@@ -96,11 +102,20 @@ def test_the_pipeline_reads_it_with_its_screenshots(folder):
 
 
 def test_files_are_unpacked_once(folder, cache, monkeypatch):
-    first = rows(folder, "sft")[0]
+    first = told(rows(folder, "sft")[0])
     made = sorted(path.name for path in (cache / "android-control").iterdir())
     assert len(made) == 2 and not any(name.startswith(".") for name in made)
     monkeypatch.setattr(android_control.tfrecord, "records", lambda path: pytest.fail("unpacked again"))
-    assert rows(folder, "sft")[0] == first
+    assert told(rows(folder, "sft")[0]) == first
+
+
+def test_a_screenshot_is_called_the_same_wherever_its_file_lies(folder, cache):
+    first = [row["image"].label for row in rows(folder, "sft")[0]]
+    assert first[:2] == ["android_control-00000-of-00002/0-0.png", "android_control-00000-of-00002/0-1.png"] and len(set(first)) == 15
+    for file in folder.iterdir():
+        os.utime(file, (1, 1))  # as a copy has another time
+    assert [row["image"].label for row in rows(folder, "sft")[0]] == first
+    assert len(list((cache / "android-control").iterdir())) == 4
 
 
 def test_an_interrupted_unpacking_leaves_nothing(folder, cache):

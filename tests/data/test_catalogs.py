@@ -109,13 +109,24 @@ class Picture:
         self.decode = decode
 
 
+class Several:
+    """Stands in for `datasets.List`."""
+
+    def __init__(self, feature):
+        self.feature = feature
+
+
 class Rows(list):
     """Stands in for `datasets.Dataset`."""
 
     features: dict | None = None
 
     def cast_column(self, key, feature):
-        return Rows({**row, key: {"bytes": b"as stored", "path": None}} if not feature.decode else row for row in self)
+        stored = {"bytes": b"as stored", "path": None}
+        assert not getattr(feature, "feature", feature).decode
+        cast = Rows({**row, key: [stored] if isinstance(feature, Several) else stored} for row in self)
+        cast.features = self.features
+        return cast
 
 
 class Datasets(SimpleNamespace):
@@ -130,7 +141,7 @@ class Datasets(SimpleNamespace):
             raise ValueError("Unknown split 'none'.\nmore")
         rows = Rows([{"prompt": "a", "turns": [{"role": "user", "content": "x"}]}, {"prompt": "b", "turns": None}])
         if named["split"] == "seen":
-            rows.features = {"prompt": None, "image": Picture()}
+            rows.features = {"prompt": None, "image": Picture(), "images": Several(Picture())}
         return rows
 
 
@@ -153,7 +164,8 @@ def test_hugging_face_names_are_taken_apart(monkeypatch):
 
 def test_hugging_face_pictures_are_not_decoded_when_rows_are_read(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", Datasets())
-    assert [row["image"] for row in values("hf:o/n:seen")] == [{"bytes": b"as stored", "path": None}] * 2
+    stored = {"bytes": b"as stored", "path": None}
+    assert [(row["image"], row["images"]) for row in values("hf:o/n:seen")] == [(stored, [stored])] * 2
 
 
 def test_hugging_face_without_its_package(monkeypatch):

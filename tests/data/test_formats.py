@@ -164,6 +164,7 @@ def test_start_token_comes_once_and_only_where_the_model_has_one():
 
 
 BAD_ROWS = [
+    ("prompts", {"prompt": "a", "completions": [1]}, "expected other keys than `completions`, which reward functions are given"),
     ("sft", {"completion": "b"}, "expected the key `prompt`, found `completion`"),
     ("sft", {"prompt": "a"}, "expected the key `completion`, found `prompt`"),
     ("sft", {}, "found no keys"),

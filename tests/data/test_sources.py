@@ -116,3 +116,10 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="pip install pyarrow"):
         list(read(tmp_path / "a.parquet", Skipped()))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz"])
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 133\n")
+    with pytest.raises(DataError, match=f"{name}: the file is a pointer of Git LFS, not the data; run `git lfs pull`"):
+        list(read(tmp_path / name, Skipped("skip")))

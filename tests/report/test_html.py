@@ -211,6 +211,14 @@ def test_an_accuracy_that_may_be_guessing_is_called_so():
     assert tile.tone == "bad" and "not clearly better than guessing" in tile.reading
 
 
+def test_a_reward_model_that_was_not_evaluated_has_the_figure_of_its_checkpoint():
+    rows = {"reward": [{"step": step, "eval/accuracy": accuracy} for step, accuracy in ((100, 0.74), (200, 0.61))]}
+    (tile,) = headline.tiles({}, rows)
+    assert tile.value == "61.0%" and "still to come" in tile.reading
+    (tile,) = headline.tiles({"reward_model": {"best_step": 100}}, rows)
+    assert tile.value == "74.0%" and "that was kept" in tile.reading
+
+
 def test_rows_that_chose_the_checkpoint_are_said():
     for figures, rows in (({"accuracy": 0.8, "pairs": 512}, "pairs"), ({"accuracy": 0.8, "auc": 0.9, "rows": 512}, "rows")):
         (tile,) = headline.tiles({"reward_model": {**figures, "selected_on": 128}}, {})
