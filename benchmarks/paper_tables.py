@@ -37,6 +37,7 @@ from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.checkpoint import source
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.data import PreferenceExample
+from pe_rlhf_jax.data.batches import padded
 from pe_rlhf_jax.models.roles import TOWER, Role, Tuning
 from pe_rlhf_jax.plan.programs import _images, abstract_context
 from pe_rlhf_jax.rollout.decode import Sampler
@@ -274,8 +275,7 @@ def _longest(context: Context) -> int:
 
 
 def _rounded(context: Context, length: int) -> int:
-    multiple = context.config.data.length_multiple
-    return -(-length // multiple) * multiple
+    return padded(length, context.config.data.length_multiple)
 
 
 def _tokens(context: Context, rows: int, length: int) -> tuple[jax.Array, jax.Array]:

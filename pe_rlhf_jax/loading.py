@@ -61,6 +61,8 @@ def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) ->
     A vision tower and its projector stay in floating point.
     """
     dtype, how = jnp.dtype(config.model.dtype_on(jax.default_backend())), config.model.quantization
+    if dtype == jnp.float32 and jax.default_backend() != "cpu":
+        jax.config.update("jax_default_matmul_precision", "highest")  # an accelerator would round factors to bfloat16, or to TF32
     decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat)
 
     def places(decoder: Decoder) -> PyTree:

@@ -84,7 +84,10 @@ class ModelConfig(Section):
         description="What the backward pass recomputes in each layer: nothing, everything, or all but the outputs of matrix products.",
     )
     logprob_chunk: int = Field(
-        1024, ge=1, description="Tokens whose logits exist at once when log-probabilities are computed; bounds memory."
+        1024,
+        ge=1,
+        description="Tokens, of all devices together, whose logits exist at once when log-probabilities are computed; bounds memory. On a "
+        "mesh each chunk gathers the output matrix: give some 100 tokens to a device.",
     )
 
     def dtype_on(self, platform: str) -> str:
@@ -184,7 +187,11 @@ class DataConfig(Section):
     validation_share: float = Field(
         0.1, gt=0, lt=1, description="Held-out share, by a hash of the prompt or group, where no file is given."
     )
-    length_multiple: int = Field(16, ge=1, description="Batches are padded to a multiple of this, so that few programs are compiled.")
+    length_multiple: int = Field(
+        16,
+        ge=1,
+        description="Batches are padded to a multiple of this, doubled wherever 16 of it are not enough: each length is compiled for once.",
+    )
     group_by_length: bool = Field(
         False,
         description="Batches of SFT and reward training hold rows of similar length, which saves padding.",

@@ -137,8 +137,17 @@ def _weight(examples: Sequence, filled: Sequence) -> HostArray:
     return (np.arange(len(filled)) < len(examples)).astype(np.float32)
 
 
+def padded(length: int, multiple: int) -> int:
+    """The length that rows of at most so many tokens are padded to: a multiple of `multiple`, which doubles wherever 16 of it are not
+    enough. So of lengths between n and 2n there are at most 16, for each of which programs are compiled; padding is at most an eighth.
+    """
+    while 16 * multiple < length:
+        multiple *= 2
+    return -(-length // multiple) * multiple
+
+
 def _rounded(rows: Sequence[np.ndarray], multiple: int) -> int:
-    return -(-max(len(row) for row in rows) // multiple) * multiple
+    return padded(max(len(row) for row in rows), multiple)
 
 
 def _pad(rows: Sequence[np.ndarray], pad_id: int, length: int) -> tuple[HostArray, HostArray]:

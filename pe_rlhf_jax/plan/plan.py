@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from pe_rlhf_jax.config import Config, ConfigError
+from pe_rlhf_jax.models import quantization
 from pe_rlhf_jax.models.architecture import DecoderConfig, matrices
 from pe_rlhf_jax.plan.chips import Chip
 from pe_rlhf_jax.plan.compiled import Program, compile_call, device_bytes
@@ -137,7 +136,7 @@ def plan(
         resident = {part: device_bytes(tree) for part, tree in stage_calls(context, stage, compile).items()}
         stages.append(StagePlan(stage, tuple(_timed(stage, p, resident, costs, context, topology) for p in programs), resident))
     mesh = {axis: int(size) for axis, size in context.mesh.shape.items()}
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(context.backbone))
+    parameters = quantization.count(context.backbone)
     return Plan(topology.name, topology.chip, mesh, dtype.name, parameters, tuple(stages), tuple(_notes(config, architecture, mesh)))
 
 
@@ -157,8 +156,9 @@ def _timed(stage: str, program: Program, resident: Mapping[str, int], costs: Cos
         memory = 0.0
         if program.name == "rollout":
             # A chip that holds a share of a matrix reads what it computes with: the whole matrix over its tensor axis.
-            backbone = program.parts["backbone"] * context.mesh.shape["fsdp"]
-            config = context.config.rl
+            config, size = context.config.rl, jnp.dtype(context.decoder.dtype).itemsize
+            read = program.parts["policy"] * size / 4 if config.tuning == "full" else program.parts["backbone"]
+            backbone = read * context.mesh.shape["fsdp"]
             tokens = config.sampling.max_new_tokens * config.batch_size / config.rows_at_once
             memory = tokens * (backbone + _cache(context)) / chip.hbm_rate
         n = program.repeats

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data import Data
+from pe_rlhf_jax.data.batches import padded
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import TOWER, Role
@@ -97,7 +98,8 @@ def roles(context: Context, backbone: PyTree) -> tuple[Role, Role | None]:
     inside = dataclasses.replace(context, backbone=backbone)
     stages, config = context.config.run.stages, context.config.rl
     reference = sft.init(inside).trainable if "sft" in stages else Role()
-    if "reward" not in stages and not config.uses_reward_stage and not config.value_from_reward:
+    named = any(term.model is not None for term in config.rewards)  # of another run: counted as one of this run's shape
+    if "reward" not in stages and not named and not config.value_from_reward:
         return reference, None
     return reference, reward.whole(inside, reference, reward.init(inside, reference).trainable)
 
@@ -314,8 +316,7 @@ def _text_width(context: Context) -> int:
 
 
 def _rounded(context: Context, length: int) -> int:
-    multiple = context.config.data.length_multiple
-    return -(-length // multiple) * multiple
+    return padded(length, context.config.data.length_multiple)
 
 
 def _key() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import yaml
@@ -12,6 +13,7 @@ from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.plan.plan import STAGES, Plan, plan
 from pe_rlhf_jax.plan.topology import Topology
+from pe_rlhf_jax.training import reward, rl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,26 +67,29 @@ def candidates(config: Config, c: DecoderConfig, devices: int, fits: bool) -> It
     of full tuning, and shared roles. A configuration that fits is only tried on other meshes.
     """
     stages = [stage for stage in STAGES if stage in config.run.stages]
-    smaller = tuple(f"{stage}.micro_batch_size={size}" for stage in stages if (size := _smaller(config, stage)) is not None)
     meshes = [(f"mesh.data={d}", f"mesh.fsdp={f}", f"mesh.tensor={t}") for d, f, t in _meshes(config, c, devices, stages)]
     if fits:
         yield from meshes
         return
     bases = [(), *meshes[:1]]  # its own mesh, and the most sharded one
+    smaller = {mesh: [_smaller(config, stages, _row_groups(config, mesh, devices), part) for part in (2, 4)] for mesh in bases}
     for mesh in bases:
+        halves, quarters = smaller[mesh]
         if mesh:
             yield mesh
-        if smaller:
-            yield (*mesh, *smaller)
+        if halves:
+            yield (*mesh, *halves)
         if config.model.remat != "full":
-            yield (*mesh, "model.remat=full", *smaller)
+            yield (*mesh, "model.remat=full", *halves)
+        if quarters and quarters != halves:
+            yield (*mesh, *quarters, *(["model.remat=full"] if config.model.remat != "full" else []))
     yield from meshes[1:3]
     lora = tuple(f"{stage}.tuning=lora" for stage in stages if getattr(config, stage).tuning == "full")
     shared = ("rl.roles=shared",) if "rl" in stages and config.rl.roles == "separate" else ()
     if lora or shared:
         for mesh in bases:
             yield (*mesh, *lora, *shared)
-            yield (*mesh, *lora, *shared, *smaller)
+            yield (*mesh, *lora, *shared, *smaller[mesh][0])
 
 
 def _meshes(config: Config, c: DecoderConfig, devices: int, stages: Sequence[str]) -> list[tuple[int, int, int]]:
@@ -101,8 +106,21 @@ def _meshes(config: Config, c: DecoderConfig, devices: int, stages: Sequence[str
     return sorted((mesh for mesh in found if mesh != mine), key=lambda mesh: (mesh[0], mesh[2]))
 
 
-def _smaller(config: Config, stage: str) -> int | None:
-    """Half of the rows that are computed at once."""
-    section = getattr(config, stage)
-    size = section.micro_batch_size or section.batch_size
-    return size // 2 if size % 2 == 0 else None
+def _row_groups(config: Config, mesh: tuple[str, ...], devices: int) -> int:
+    """Into how many parts a mesh, given as overrides or in the configuration, splits rows."""
+    if mesh:
+        return math.prod(int(axis.partition("=")[2]) for axis in mesh[:2])
+    return devices // config.mesh.tensor if config.mesh.tensor > 0 else config.mesh.data * config.mesh.fsdp
+
+
+def _smaller(config: Config, stages: Sequence[str], groups: int, part: int) -> tuple[str, ...]:
+    """So small a part of the rows that are computed at once, in each stage where that divides its updates and the mesh it."""
+    found = []
+    for stage in stages:
+        section = getattr(config, stage)
+        rows = section.batch_size // (rl._mini_batches(config.rl) if stage == rl.STAGE else 1)
+        size = (section.micro_batch_size or rows) // part
+        sides = 2 if stage == reward.STAGE and config.reward.kind != "labels" else 1
+        if size and rows % size == 0 and sides * size % groups == 0:
+            found.append(f"{stage}.micro_batch_size={size}")
+    return tuple(found)

@@ -62,7 +62,8 @@ class RewardStatistics(flax.struct.PyTreeNode):
     def scaled(self, scores: Float[Array, " B"]) -> Float[Array, " B"]:
         """Scores minus the mean, over the standard deviation; scores that never varied only lose their mean."""
         variance = self.squares / jnp.maximum(self.count, 1.0)
-        return (scores - self.mean) * jnp.where(variance > 0, jax.lax.rsqrt(variance), 1.0)
+        varied = variance > 1e-12 * (variance + jnp.square(self.mean))  # more than the mean was rounded by
+        return (scores - self.mean) * jnp.where(varied, jax.lax.rsqrt(variance), 1.0)
 
 
 class Scores(NamedTuple):

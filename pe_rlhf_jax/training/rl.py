@@ -21,7 +21,7 @@ import optax
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.algorithms import kl, ppo, reinforce
-from pe_rlhf_jax.algorithms.masked import masked_mean
+from pe_rlhf_jax.algorithms.masked import masked_mean, select
 from pe_rlhf_jax.config import ConfigError, RLConfig
 from pe_rlhf_jax.data import BatchOrder, pad_prompts
 from pe_rlhf_jax.hosts import fetch
@@ -171,7 +171,8 @@ def _loss(context: Context):
             policy_loss, statistics = ppo.policy_loss(logprobs, rows.old_logprobs, rows.advantages, mask, config.cliprange, total)
         whole_loss = policy_loss
         if config.algorithm == "grpo":
-            penalty = masked_mean(kl.kl_per_token(logprobs, rows.ref_logprobs, "k3"), mask, total)
+            # What stands behind a response's end may be far apart, and the exponential of it infinite.
+            penalty = masked_mean(kl.kl_per_token(select(logprobs, mask), select(rows.ref_logprobs, mask), "k3"), mask, total)
             statistics["loss/kl_avg"] = penalty
             whole_loss += frozen.kl_coef * penalty
         if config.algorithm == "ppo":

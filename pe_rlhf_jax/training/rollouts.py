@@ -52,21 +52,33 @@ def _sampler(context: Context, sampling: SamplingConfig, answers: int = 1) -> Sa
     return Sampler(context.decoder, sampling, context.end_tokens, context.pad_token, answers)
 
 
+def _variables(sampler: Sampler, policy: Role, backbone: PyTree) -> PyTree:
+    """The policy's, its matrices in the type in which they are computed: those of full tuning are float32, which every step would read."""
+    variables, dtype = policy.variables(backbone), sampler.decoder.dtype
+    if policy.params is None:
+        return variables
+
+    def narrow(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if path[-1].key in ("kernel", "embed", "lm_head") else leaf
+
+    return {**variables, "params": jax.tree_util.tree_map_with_path(narrow, variables["params"])}
+
+
 @jax.jit(static_argnums=0)
 def _respond(sampler: Sampler, policy: Role, backbone: PyTree, prompts: PromptBatch, key: jax.Array) -> Rollout:
-    return generate(sampler, policy.variables(backbone), prompts, key)
+    return generate(sampler, _variables(sampler, policy, backbone), prompts, key)
 
 
 @jax.jit(static_argnums=0)
 def _begin(sampler: Sampler, policy: Role, backbone: PyTree, prompts: PromptBatch) -> DecodeState:
-    return begin(sampler, policy.variables(backbone), prompts, sampler.sampling.max_new_tokens)
+    return begin(sampler, _variables(sampler, policy, backbone), prompts, sampler.sampling.max_new_tokens)
 
 
 @jax.jit(static_argnums=0, donate_argnames="state")
 def _advance(
     sampler: Sampler, policy: Role, backbone: PyTree, prompts: PromptBatch, key: jax.Array, state: DecodeState
 ) -> tuple[DecodeState, Rollout]:
-    state = advance(sampler, policy.variables(backbone), key, state, WATCHED)
+    state = advance(sampler, _variables(sampler, policy, backbone), key, state, WATCHED)
     return state, so_far(sampler, prompts, state)
 
 

@@ -109,6 +109,14 @@ def test_candidates_divide_heads_and_batches(tiny):
         assert changed(config, one) != config
 
 
+def test_a_stage_that_cannot_be_halved_leaves_the_others_their_halves(tiny):
+    text = "{model: {source: x, remat: full}, sft: {batch_size: 8}, reward: {batch_size: 8}, rl: {batch_size: 64, num_mini_batches: 4}}"
+    tried = list(candidates(configuration.parse(text, ["mesh.fsdp=8"]), tiny.config, 8, fits=False))
+    assert tried[0] == ("reward.micro_batch_size=4", "rl.micro_batch_size=8")  # pairs are two rows; 4 of 8 rows are no multiple of 8
+    for one in tried:
+        changed(configuration.parse(text, ["mesh.fsdp=8"]), one)
+
+
 def test_heads_that_the_mesh_does_not_divide_are_named(tiny):
     config = configuration.parse(CONFIG)
     notes = _notes(config, dataclasses.replace(tiny.config, num_kv_heads=1, vocab_size=32), {"data": 1, "fsdp": 1, "tensor": 4})

@@ -194,6 +194,8 @@ def test_roles_without_a_reward_stage_need_no_reward_model(tiny):
     abstract = abstract_context(context.config, tiny.config, jnp.dtype("float32"), jax.devices()[:1])
     assert jax.eval_shape(lambda params: programs.roles(abstract, params), abstract.backbone) == (Role(), None)
     assert "score" not in planned(context, "rl")
+    named = {**fields["rl"], "rewards": [{"model": "runs/another"}], "algorithm": "grpo", "batch_size": 4, "group_size": 4}
+    assert "score" in planned(tiny_context(tiny, **{**fields, "rl": named}), "rl")  # another run's model: planned in this one's shape
 
 
 @pytest.mark.usefixtures("quick_compile")

@@ -148,3 +148,25 @@ def test_one_program_serves_every_call_and_stop_strings_cut_the_same(tiny):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     assert np.asarray(found.response_mask)[row].sum() == 7
     assert not np.array_equal(found.response, other.response)
+
+
+def test_weights_of_full_tuning_are_sampled_from_in_the_type_that_they_are_computed_in(tiny):
+    """Float32 as the optimizer keeps them, every decode step would read twice the bytes."""
+    context = tiny_context(tiny)
+    decoder = dataclasses.replace(context.decoder, dtype=jnp.bfloat16)
+    sampler = Sampler(decoder, SamplingConfig(max_new_tokens=LENGTH), (0,), PAD)
+    policy = Role(params=jax.tree.map(lambda x: x.astype(jnp.float32), tiny.params))
+    matrix = tiny.params["layers"]["mlp"]["up_proj"]["kernel"].shape
+    jaxpr = jax.make_jaxpr(rollouts._respond, static_argnums=0)(sampler, policy, tiny.params, PROMPTS, jax.random.key(0))
+
+    def loops(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "while":
+                yield [variable.aval for variable in equation.invars]
+            for value in equation.params.values():
+                for inner in value if isinstance(value, (tuple, list)) else [value]:
+                    if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                        yield from loops(inner)
+
+    read = [aval for avals in loops(jaxpr.jaxpr) for aval in avals if aval.shape == matrix]
+    assert read and {aval.dtype for aval in read} == {jnp.dtype(jnp.bfloat16)}

@@ -147,6 +147,26 @@ def test_the_loss_is_what_its_definition_says(make_context, roles, algorithm):
     assert clipped or algorithm == "reinforce"
 
 
+def test_what_stands_behind_a_responses_end_never_reaches_the_gradient(make_context, roles):
+    """Reference log-probabilities there so far from the policy's that the exponential of their difference is infinite."""
+    context = make_context(rl={"algorithm": "grpo", "batch_size": 8, "group_size": 4, "sampling": {"max_new_tokens": 8}})
+    _, experience, _ = scored(context, roles)
+    mask = experience.rollout.response_mask & (np.arange(8) < 5)
+    experience = experience.replace(rollout=experience.rollout.replace(response_mask=mask))
+    frozen = rl.Frozen(context.backbone, {"policy": Role()}, jnp.float32(KL))
+
+    def gradient(ref):
+        given = experience.replace(ref_logprobs=ref)
+        return jax.grad(lambda policy: rl._loss(context)({"policy": policy}, frozen, given, rl._tokens(given), jax.random.key(0))[0])(
+            roles["policy"]
+        )
+
+    plain = gradient(experience.ref_logprobs)
+    far = gradient(jnp.where(mask, experience.ref_logprobs, 100.0))
+    jax.tree.map(np.testing.assert_array_equal, far, plain)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(plain))
+
+
 def test_every_epoch_visits_every_episode_in_an_order_of_its_own(monkeypatch):
     config = RLConfig(batch_size=8, num_ppo_epochs=3, num_mini_batches=2)
     taken, keys = [], []
