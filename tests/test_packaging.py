@@ -158,7 +158,8 @@ def test_the_example_configurations_are_valid():
 
 
 def test_the_example_rows_are_valid():
-    tokenizer = SimpleNamespace(chat_template="given", apply_chat_template=lambda turns, **_: turns[-1]["content"])
+    given = {"chat_template": "given", "get_chat_template": lambda: "given"}
+    tokenizer = SimpleNamespace(**given, apply_chat_template=lambda turns, **_: turns[-1]["content"])
     reader = Reader(tokenizer, Skipped(on_error="error"))  # type: ignore[arg-type]
     (text,) = blocks("README.md", "jsonl")
     kinds = []

@@ -168,7 +168,7 @@ def test_what_goes_into_one_row():
     assert pair_in_one_row(config, SMOLLM2, 8, 256 + 2 * 64, 256 + 64)
     assert not pair_in_one_row(config, SMOLLM2, 8, 2 * 256, 256)
     assert longest_pair(config, SMOLLM2, 8) == longest_pair(fewer, SMOLLM2, 4) == (1, 1024)
-    assert longest_pair(fewer, SMOLLM2, 8) == longest_pair(config, table, 8) == (2, 752)
+    assert longest_pair(fewer, SMOLLM2, 8) == longest_pair(config, table, 8) == (2, 768)
     assert answers_for(SMOLLM2, 32, 256, 64, 8, 1) == 8
     assert answers_for(SMOLLM2, 32, 256, 256, 8, 1) == 2  # attention over the others' answers would cost more than the prompt
     assert answers_for(SMOLLM2, 32, 256, 64, 8, 8) == 4
