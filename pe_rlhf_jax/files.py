@@ -53,12 +53,17 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def passing(error: BaseException | None) -> bool:
-    """Whether it was caused by a network or a store that may be there again in a while, rather than by what was asked of them."""
+    """Whether it was caused by a store or a network that may be there again in a while, rather than by what was asked of them."""
     if error is None:
         return False
     if type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google", "requests", "urllib3"):  # clients of gs://
-        code = getattr(error, "code", None)
-        return not isinstance(code, int) or code == 429 or code >= 500
+        told = (getattr(error, name, None) for name in ("code", "status", "status_code"))
+        code = next(
+            (code for code in [*told, getattr(getattr(error, "response", None), "status_code", None)] if isinstance(code, int)), None
+        )
+        if code is None:
+            return "Credentials" not in type(error).__name__
+        return code in (408, 429) or code >= 500
     return isinstance(error, ConnectionError | TimeoutError) or passing(error.__cause__)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pe_rlhf_jax.config import ConfigError
+from pe_rlhf_jax.files import passing
 from pe_rlhf_jax.types import PyTree
 
 T = TypeVar("T")
@@ -106,7 +107,7 @@ def once(f: Callable[[], T]) -> T:
     if first():
         _alone += 1
         try:
-            outcome: tuple[bool, Any] = (True, f())
+            outcome: Any = (True, f())
         except Exception as error:
             outcome = (False, error)
         finally:
@@ -115,21 +116,28 @@ def once(f: Callable[[], T]) -> T:
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(sent))))
     room = 1 << max(size - 1, 255).bit_length()  # few sizes, few programs
     received = multihost_utils.broadcast_one_to_all(np.frombuffer(sent.ljust(room, b"\0"), np.uint8))
-    good, value = outcome if first() else pickle.loads(np.asarray(received, np.uint8).tobytes()[:size])
+    if not first():
+        *outcome, away = pickle.loads(np.asarray(received, np.uint8).tobytes()[:size])
+        if away:  # what caused an exception does not travel, and says with which code to end
+            outcome[1].__cause__ = ConnectionError("of the first process")
+    good, value = outcome
     if not good:
         raise value
     return value
 
 
 def _packed(outcome: tuple[bool, Any]) -> bytes:
+    """The outcome, and of a failure whether it may pass."""
+    good, value = outcome
+    away = not good and passing(value)
     try:
-        packed = pickle.dumps(outcome)
+        packed = pickle.dumps((good, value, away))
         pickle.loads(packed)  # an exception may pickle and not come back
         return packed
     except Exception:
-        if outcome[0]:
+        if good:
             raise
-        return pickle.dumps((False, RuntimeError(f"on the first process: {type(outcome[1]).__name__}: {outcome[1]}")))
+        return pickle.dumps((False, RuntimeError(f"on the first process: {type(value).__name__}: {value}"), away))
 
 
 def largest(value: float) -> float:

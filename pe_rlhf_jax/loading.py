@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from pathlib import Path
 
 import jax
@@ -118,10 +119,13 @@ def rows_of(split: data.Split | None) -> bytes:
     """What tells two sets of loaded rows apart."""
     digest = hashlib.sha256()
     for row in [*data.as_read(split.train), *data.as_read(split.validation)] if split else ():
-        for name, value in vars(row).items():
-            if name == "pictures":  # their files may be copies, at other places and of other times
+        for field in dataclasses.fields(row):
+            value = getattr(row, field.name)
+            if field.name == "pictures":  # their files may be copies, at other places and of other times
                 value = [(picture.label, picture.height, picture.width) for picture in value]
-            if name != "place":
+            elif field.name == "columns":  # a catalog's objects may be shown by where they lie in memory
+                value = json.dumps(value, sort_keys=True, default=lambda x: type(x).__name__)
+            if field.name != "place":
                 digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.digest()
 

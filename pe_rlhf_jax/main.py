@@ -158,7 +158,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
         code = STOPPED
     except (Exception, KeyboardInterrupt) as error:
         lost, full = hosts.several() and hosts.is_loss(error), _out_of_memory(error)
-        away = isinstance(error, CheckpointError | ConfigError) and passing(error)
+        away = passing(error)
         code = 2 if (isinstance(error, errors) or full) and not (lost or away) else 1
         if lost or away or code == 2:
             text = f"{hosts.LOST}\n{error}" if lost else FULL.format(str(error).partition("\n")[0]) if full else str(error)

@@ -194,10 +194,12 @@ def test_an_exception_that_cannot_travel_keeps_its_text():
 
     import pickle
 
-    good, error = pickle.loads(hosts._packed((False, Local("what was wrong"))))
-    assert not good and "Local: what was wrong" in str(error)
-    good, error = pickle.loads(hosts._packed((False, ConfigError("this field"))))
-    assert isinstance(error, ConfigError) and str(error) == "this field"
+    good, error, away = pickle.loads(hosts._packed((False, Local("what was wrong"))))
+    assert not good and not away and "Local: what was wrong" in str(error)
+    caused = ConfigError("this field")
+    caused.__cause__ = ConnectionResetError("by peer")
+    good, error, away = pickle.loads(hosts._packed((False, caused)))
+    assert away and isinstance(error, ConfigError) and str(error) == "this field"
 
 
 @pytest.mark.parametrize(("tasks", "expected"), [("2", {"local_device_ids": [0, 1, 2, 3]}), ("8", {})])

@@ -17,7 +17,7 @@ from pe_rlhf_jax import run_folder
 from pe_rlhf_jax.checkpoint.export import export_policy
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.config import ConfigError, LoRAConfig
-from pe_rlhf_jax.files import path_of
+from pe_rlhf_jax.files import passing, path_of
 from pe_rlhf_jax.report import html, metrics, samples
 from pe_rlhf_jax.report.metrics import MetricsLog
 
@@ -165,6 +165,18 @@ def test_checkpoints_are_kept_found_and_checked():
         store.meta("sft", 1)
     path_of("gs://bucket/runs/one/checkpoints/sft/3/meta.json").write_text("{}")
     assert Store(path_of("gs://bucket/runs/one/checkpoints")).meta("sft")["step"] == 2
+
+
+def test_a_store_out_of_reach_is_what_a_failed_save_says(monkeypatch):
+    def away(*_, **__):
+        raise ConnectionResetError("by peer")
+
+    store = Store(path_of("gs://bucket/runs/one/checkpoints"))
+    for name in ("exists", "isdir", "ls", "info", "_open"):
+        monkeypatch.setattr(Bucket, name, away)
+    with pytest.raises(CheckpointError, match=r"could not save step 1.*by peer\n.*already there \(unknown\)") as error:
+        store.save("sft", 1, {}, {})
+    assert passing(error.value)
 
 
 @pytest.mark.parametrize("stage", ["first", "again"])

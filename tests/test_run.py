@@ -8,6 +8,7 @@ import re
 from types import SimpleNamespace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
 from rich.console import Console
@@ -16,7 +17,7 @@ from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import main
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.config import ConfigError
-from pe_rlhf_jax.data import Split
+from pe_rlhf_jax.data import PromptExample, Split
 from pe_rlhf_jax.loading import needed
 from pe_rlhf_jax.report.metrics import MetricsLog
 from pe_rlhf_jax.report.progress import Progress
@@ -40,7 +41,7 @@ class Counting:
         run.config, run.folder, run.progress = self.config, self.folder, Progress(Console(file=self.said))
         run.store, run.log = Store(self.folder / "checkpoints"), MetricsLog(self.folder, tensorboard=False)
         run.backbone = SimpleNamespace(source="x", sha256="0")
-        run.context = SimpleNamespace(data=SimpleNamespace(preference=Split([SimpleNamespace(text=self.data)], [])))
+        run.context = SimpleNamespace(data=SimpleNamespace(preference=Split([PromptExample(np.arange(1), self.data, {})], [])))
         run.outcomes = SimpleNamespace(like=lambda init: init(), check=lambda meta: None)
         stop = SimpleNamespace(received=None)
         run.stop = SimpleNamespace(asked=lambda: stop.received)
@@ -199,6 +200,7 @@ def because(error: Exception, cause: Exception) -> Exception:
             2,
             "be used\n",
         ),
+        (ConnectionResetError("by peer"), 1, "goes on once the store"),
         (because(CheckpointError("could not save"), OSError(28, "No space left on device")), 2, "could not save\n"),
         (Stopped("SIGTERM"), 75, "Stopped by SIGTERM"),
     ],

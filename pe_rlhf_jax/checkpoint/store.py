@@ -72,7 +72,9 @@ class Store:
         unfinished = parent / (str(step) if self._remote else f"{SAVING}{step}")
         leaves = _named_leaves(state)
         content = {"meta": meta, "metric": metric if metric is not None and math.isfinite(metric) else None}
+        there = "unknown"
         try:
+            there = hosts.once(lambda: _listed(self._steps(stage)))
             hosts.once(lambda: self._begin(unfinished, leaves))
             if leaves:
                 self._arrays.save(unfinished / "state", args=ocp.args.PyTreeSave(leaves))
@@ -82,8 +84,7 @@ class Store:
                 _remove(unfinished)
             raise CheckpointError(
                 f"could not save step {step} of stage {stage!r} under {parent}: {error}\n"
-                f"The checkpoints already there ({_listed(self._steps(stage))}) are untouched. Make room or give access, then "
-                "start again."
+                f"The checkpoints already there ({there}) are untouched. Make room or give access, then start again."
             ) from error
         hosts.once(lambda: self._tidy(stage, step))
 

@@ -62,10 +62,12 @@ def _within(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> PreTrainedTo
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
     named = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    settings = {name: getattr(tokenizer, name) for name in ("model_max_length", "padding_side", "truncation_side")}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         chat_template=tokenizer.chat_template,
         clean_up_tokenization_spaces=False,
+        **settings,
         **{name: token for name, token in named.items() if token is not None and vocabulary[token] < vocab_size},
     )
 

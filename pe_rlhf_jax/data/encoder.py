@@ -45,7 +45,7 @@ class Encoder:
         end = Template(tokenizer, vision).end_of_turn(end_tokens)
         self.end_of_turn = tokenizer.eos_token_id if end is None else end
         # Such tokenizers begin every text with a space: with its own, a response that follows its prompt would have two.
-        self.adds_space = bool(re.match("[\u2581\u0120]", tokenizer.tokenize("x")[0]))
+        self.adds_space = bool(re.match("[\u2581\u0120]", "".join(tokenizer.tokenize("x"))))
 
     @property
     def _begins_after_pictures(self) -> bool:

@@ -136,13 +136,13 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, vision: Vision | None):
         self.tokenizer = tokenizer
         self.vision = vision
-        self._text = _dated(str(tokenizer.get_chat_template())) if tokenizer.chat_template else None
+        self._text = _text_of(tokenizer)
         # Templates of models that see take parts and may drop a plain text without a word; those of others take texts only.
-        self._takes_parts = vision is not None and bool(tokenizer.chat_template) and self._shows_parts()
+        self._takes_parts = vision is not None and self._text is not None and self._shows_parts()
 
     def __call__(self, key: str, given: Sequence[Turn]) -> str:
         """The turns as text, ready for a response. Raises BadRow if the template refuses them, DataError if there is none."""
-        if not self.tokenizer.chat_template:
+        if self._text is None:
             raise DataError("the data has chat turns, but the model's tokenizer has no chat template; give `prompt` as plain text instead")
         try:
             return self._apply([{"role": turn.role, "content": self._content(turn)} for turn in given])
@@ -182,7 +182,14 @@ class Template:
         return probe in shown and "'type'" not in shown and '"type"' not in shown
 
 
-def _dated(template: str) -> str:
+def _text_of(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The template, told its date; None where there is none, or several of which none is the default."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        template = str(tokenizer.get_chat_template())
+    except ValueError:
+        return None
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda found: repr(TODAY.strftime(found[2])), template)
 
 

@@ -48,14 +48,20 @@ def updates(
         batch = collate(rows)
         return batch, context.rows(batch, rows)
 
-    ahead = made(int(state.step))
-    for index in range(int(state.step), config.steps):
+    first = int(state.step)
+    ahead: Any = made(first) if first < config.steps else None
+    for index in range(first, config.steps):
         began = time.perf_counter()
+        if isinstance(ahead, Exception):
+            raise ahead
         batch, placed = ahead
         state, metrics = step(state, frozen, placed, jax.random.fold_in(key, index))
         state = state.replace(step=state.step + 1)
-        if index + 1 < config.steps:
-            ahead = made(index + 1)  # while the device computes
+        if index + 1 < config.steps:  # while the device computes
+            try:
+                ahead = made(index + 1)
+            except Exception as error:  # such as a damaged picture: raised at its own step, when this one is saved
+                ahead = error
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         stop_if_not_finite(state, context.config.run.max_nonfinite, stage)
         seconds = time.perf_counter() - began

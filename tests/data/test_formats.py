@@ -246,6 +246,15 @@ def test_truncated_prompts_keep_their_end_and_are_counted():
     assert list(first.tokens) == [started.bos_token_id, *examples("prompts", {"prompt": "45"}, tokenizer=started)[0].tokens[1:]]
 
 
+def test_templates_without_a_default_are_none_where_they_are_not_needed():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"tool_use": "x", "rag": "y"}
+    [row] = examples("sft", {"prompt": "Q", "completion": " A"}, tokenizer=tokenizer)
+    assert tokenizer.decode(row.response) == " A<|end|>"
+    with pytest.raises(DataError, match="has no chat template"):
+        examples("prompts", {"prompt": TURNS}, tokenizer=tokenizer)
+
+
 def test_turns_without_a_template():
     with pytest.raises(DataError, match="no chat template"):
         examples("prompts", {"prompt": TURNS}, tokenizer=make_tokenizer(chat_template=None), skipped=Skipped(on_error="skip"))

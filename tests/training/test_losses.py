@@ -110,6 +110,28 @@ def test_the_next_batch_is_made_while_the_device_computes(make_context, monkeypa
     assert events == ["rows 0", "step", "rows 1", "metrics", "step", "rows 2", "metrics", "step", "metrics"]
 
 
+def test_a_batch_that_cannot_be_made_fails_at_its_own_step(make_context, monkeypatch):
+    """Not at the one before, which is done and to be saved; nor where the stage has no step left."""
+    context = make_context(sft={"steps": 3, "evaluate_every": 9})
+    rows = loop.BatchOrder.__call__
+
+    def order(self, at):
+        if at >= 2:
+            raise ValueError(f"no batch {at}")
+        return rows(self, at)
+
+    monkeypatch.setattr(loop, "make_step", lambda *_: lambda state, *_: (state, {"loss": 0.0}))
+    monkeypatch.setattr(loop.BatchOrder, "__call__", order)
+    monkeypatch.setattr(sft, "evaluate", lambda *_: 0.0)
+    seen = []
+    with pytest.raises(ValueError, match="no batch 2"):
+        for state, _ in sft.run(context, sft.init(context)):
+            seen.append(int(state.step))
+    assert seen == [1, 2]
+    state = sft.init(context)
+    assert list(sft.run(context, state.replace(step=state.step + 3))) == []
+
+
 @pytest.mark.parametrize("start_from", ["base", "sft"])
 def test_where_the_reward_model_starts(make_context, role, start_from):
     context = make_context(reward={"start_from": start_from})
