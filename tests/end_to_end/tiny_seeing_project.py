@@ -29,7 +29,7 @@ def seeing_project(folder: Path) -> dict:
         for answer in (row["answer"], names[(names.index(row["answer"]) + 1 + i % 2) % 3])
     ]
     files = {name: jsonl(folder / f"{name}.jsonl", rows) for name, rows in (("sft", sft), ("label", labels), ("prompts", rows))}
-    rates = {"sft": 1e-2, "reward": 1e-2, "rl": 1e-2}
+    rates = {"sft": 1e-2, "reward": 1e-2, "rl": 3e-3}
     return {
         "run": {"checkpoint_every": 4, "tensorboard": False, "compilation_cache": False},
         "model": {"source": str(write_model(folder / "llava")), "remat": "none"},

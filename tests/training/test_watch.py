@@ -62,7 +62,7 @@ def answerer(tiny, make_context):
     made = object.__new__(Answerer)  # without a run folder
 
     class Tokenizer:
-        decode = staticmethod(context.tokenizer.decode)
+        decode, tokenize = staticmethod(context.tokenizer.decode), list
         bos_token_id, eos_token_id, chat_template = None, 1, None
 
         def __call__(self, texts, add_special_tokens=True):
