@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "package": {"files"},
     "protobuf": set(),
     "types": {"config"},
-    "hosts": {"config", "types"},
+    "hosts": {"config", "files", "types"},
     "sharding": {"config", "types"},
     "data": {"config", "files", "image_prompt", "package", "protobuf", "types"},
     "models": GROUND,
