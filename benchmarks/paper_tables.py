@@ -37,9 +37,8 @@ from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.checkpoint import source
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.data import PreferenceExample
-from pe_rlhf_jax.data.batches import padded
 from pe_rlhf_jax.models.roles import TOWER, Role, Tuning
-from pe_rlhf_jax.plan.programs import _images, abstract_context
+from pe_rlhf_jax.plan.programs import _images, _rounded, abstract_context
 from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.training import reward, rl
@@ -272,10 +271,6 @@ def _seeing(context: Context, batch: PyTree) -> PyTree:
 
 def _longest(context: Context) -> int:
     return _rounded(context, context.config.data.max_prompt_length + context.config.data.max_response_length)
-
-
-def _rounded(context: Context, length: int) -> int:
-    return padded(length, context.config.data.length_multiple)
 
 
 def _tokens(context: Context, rows: int, length: int) -> tuple[jax.Array, jax.Array]:
