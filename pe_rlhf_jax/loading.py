@@ -64,7 +64,10 @@ def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) ->
     dtype, how = jnp.dtype(config.model.dtype_on(jax.default_backend())), config.model.quantization
     if dtype == jnp.float32 and jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", "highest")  # an accelerator would round factors to bfloat16, or to TF32
-    decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat)
+    decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat, config.model.attention_block)
+
+    if "lora" in config.tunings().values():
+        jax.eval_shape(decoder.init_lora, jax.random.key(0))  # raises where no adapter fits, before anything is read
 
     def places(decoder: Decoder) -> PyTree:
         return shardings(jax.eval_shape(decoder.init_params, jax.random.key(0)), mesh)

@@ -83,6 +83,12 @@ class ModelConfig(Section):
         "full",
         description="What the backward pass recomputes in each layer: nothing, everything, or all but the outputs of matrix products.",
     )
+    attention_block: int | None = Field(
+        1024,
+        ge=1,
+        description="In longer rows, so many tokens at a time compute their attention to the row, so that memory grows with the row, not "
+        "with its square; null: all at once.",
+    )
     logprob_chunk: int = Field(
         1024,
         ge=1,
@@ -265,7 +271,7 @@ class EvaluateConfig(Section):
         description="Independent judge `module:function`, called as f(prompts, completions, **columns) -> list of float; training never "
         "sees it.",
     )
-    samples: int = Field(8, ge=0, description="Before/after samples shown and kept.")
+    samples: int = Field(8, ge=0, description="Answers before and after that the terminal shows; samples/evaluation.jsonl has all.")
     bootstrap: int = Field(2000, ge=100, description="Resamples behind each 95% confidence interval.")
 
 
@@ -316,7 +322,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_backbone_where_shared(self) -> Config:
-        full = [name for name, tuning in self._tunings().items() if tuning == "full"]
+        full = [name for name, tuning in self.tunings().items() if tuning == "full"]
         if full and self.rl.roles == "shared" and "rl" in self.run.stages:
             raise ValueError(
                 f"rl.roles shared keeps one backbone in memory, but {', '.join(full)} full makes another; set rl.roles: separate"
@@ -325,7 +331,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _quantized_is_frozen(self) -> Config:
-        full = [name for name, tuning in self._tunings().items() if tuning == "full"]
+        full = [name for name, tuning in self.tunings().items() if tuning == "full"]
         if full and self.model.quantization is not None:
             raise ValueError(
                 f"model.quantization {self.model.quantization}: a quantized backbone cannot be trained, but {', '.join(full)} is full; "
@@ -333,7 +339,8 @@ class Config(Section):
             )
         return self
 
-    def _tunings(self) -> dict[str, str]:
+    def tunings(self) -> dict[str, str]:
+        """How what the run's stages train is tuned, by the field that says so."""
         tunings: dict[str, str] = {
             "rl.tuning": self.rl.tuning,
             "rl.value_tuning": self.rl.tuning_of("value") if self.rl.has_critic else "lora",

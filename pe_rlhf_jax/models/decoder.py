@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.config import ConfigError, LoRAConfig
 from pe_rlhf_jax.models.architecture import DecoderConfig
-from pe_rlhf_jax.models.layers import HEADS, MLP, Attention, KVCache, Rotation, make_norm, softcap
+from pe_rlhf_jax.models.attention import softcap
+from pe_rlhf_jax.models.layers import HEADS, MLP, Attention, KVCache, Rotation, make_norm
 from pe_rlhf_jax.models.lora import MODULES
 from pe_rlhf_jax.models.rope import RopeScaling, rope_angles
-from pe_rlhf_jax.models.visibility import Visible, visible, with_blocks
+from pe_rlhf_jax.models.visibility import Visible, positions, visible, with_blocks
 from pe_rlhf_jax.models.vision import VisionTower, tower_features
 from pe_rlhf_jax.models.vlm import Projector, blocks, condense, insert, placeholders
 from pe_rlhf_jax.sharding import BATCH, constrain
@@ -48,6 +49,7 @@ class Layer(nn.Module):
     dtype: Any
     param_dtype: Any
     remat: str
+    attention_block: int | None
 
     @nn.compact
     def __call__(self, carry, layer: PerLayer, rotation: Rotation | None, seen: Visible, start, deterministic):
@@ -64,13 +66,14 @@ class Layer(nn.Module):
         if layer.window is not None:
             seen = seen.within(layer.window)
         attention_class = Attention
-        if self.remat == "full":
+        if self.remat == "full" and (self.attention_block is None or x.shape[1] <= self.attention_block):
             # What attention keeps for its own backward pass, scores first of all, is not to lie beside what the MLP's needs: it is computed
             # again once that is through, from queries, keys and values, which is little beside the projections.
             keep = jax.checkpoint_policies.save_only_these_names(HEADS)
             attention_class = nn.remat(Attention, policy=keep, static_argnums=(7,))
-        attention, mlp = attention_class(c, **common, name="attention"), MLP(c, **common, name="mlp")
-        y, cache = attention(norm("attention_norm", x), rotation, seen.mask, cache, layer.index, start, deterministic)
+        attention = attention_class(c, **common, block=self.attention_block, name="attention")
+        mlp = MLP(c, **common, name="mlp")
+        y, cache = attention(norm("attention_norm", x), rotation, seen, cache, layer.index, start, deterministic)
         if c.post_norms:
             y = norm("attention_post_norm", y)
         read, x = x, x + y
@@ -84,7 +87,7 @@ class Decoder(nn.Module):
     """Hidden states of a sequence; `unembed` turns them into logits.
 
     `lora` says where adapters may sit; they act when the collection `lora` is among the variables. `remat` names what the backward
-    pass recomputes: `none`, `full`, or `dots` (all but the results of matrix products).
+    pass recomputes: `none`, `full`, or `dots` (all but the results of matrix products). `attention_block` is `attend`'s.
     """
 
     config: DecoderConfig
@@ -92,6 +95,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "full"
+    attention_block: int | None = None
 
     @nn.compact
     def __call__(
@@ -121,7 +125,7 @@ class Decoder(nn.Module):
             what = "a model without a vision tower" if c.vision is None else "no `prompt`, which says where its placeholders are"
             raise ValueError(f"expected features of pictures only for a model that sees, together with `prompt`; found {what}")
         if positions_BT is None:
-            positions_BT = positions(mask_BS)[:, : tokens_BT.shape[1]] if branches is None else seen.queries
+            positions_BT = positions(mask_BS)[:, : tokens_BT.shape[1]] if branches is None else seen.queries.place
         embedding = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.param_dtype)
         x = constrain(embedding[tokens_BT].astype(self.dtype), BATCH, None, None)
         if c.embedding_scale is not None:
@@ -133,7 +137,7 @@ class Decoder(nn.Module):
             x = self._insert(x, features, placeholder_BT)
             block_BT = None if prompt is None or placeholder_BT is None else blocks(c.vision, prompt, placeholder_BT)
             if block_BT is not None:
-                seen = with_blocks(seen, mask_BS, start, block_BT, c.vision.blocks_beyond_windows)
+                seen = with_blocks(seen, start, block_BT, c.vision.blocks_beyond_windows)
         layer_class = Layer
         if self.remat != "none":
             layer_class = nn.remat(Layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(6,))
@@ -143,7 +147,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "lora": True, "dropout": True},
             in_axes=(0, *[nn.broadcast] * 4),
             length=c.num_layers,
-        )(c, self.lora, self.dtype, self.param_dtype, self.remat, name="layers")
+        )(c, self.lora, self.dtype, self.param_dtype, self.remat, self.attention_block, name="layers")
         rotation, kinds = rotations(c, positions_BT)
         window = None
         windows = [c.sliding_window if c.is_windowed(i) else None for i in range(c.num_layers)]
@@ -213,9 +217,9 @@ class Decoder(nn.Module):
         """A fresh adapter: it changes nothing until it is trained. The backbone's own initialisation is not computed."""
         if "lora" not in jax.eval_shape(self._init, key):
             wanted = "None" if self.lora is None else repr(self.lora.target_modules)
-            raise ValueError(f"no adapter to make: lora.target_modules = {wanted} fits no module; modules are {', '.join(MODULES)}")
+            raise ConfigError(f"no adapter to make: lora.target_modules = {wanted} fits no module; modules are {', '.join(MODULES)}")
         if self.lora is not None and self.lora.modules_to_save and self.config.vision is None:
-            raise ValueError(f"lora.modules_to_save = {list(self.lora.modules_to_save)}: a model for text has no projector to train")
+            raise ConfigError(f"lora.modules_to_save = {list(self.lora.modules_to_save)}: a model for text has no projector to train")
         return jax.jit(lambda k: self._init(k)["lora"])(key)
 
     def init_params(self, key: jax.Array) -> PyTree:
@@ -225,11 +229,6 @@ class Decoder(nn.Module):
     def _init(self, key: jax.Array) -> PyTree:
         tokens = jnp.zeros((1, 1), jnp.int32)
         return self.init({"params": key, "lora": key}, tokens, tokens == 0)
-
-
-def positions(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of each real token among the row's real tokens; 0 at leading padding."""
-    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
 
 
 def rotations(c: DecoderConfig, positions_BT: Int[Array, "B T"]) -> tuple[Rotation | None, Int[Array, " L"] | None]:

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.architecture import DecoderConfig, TowerConfig
+from pe_rlhf_jax.models.attention import attend
 from pe_rlhf_jax.models.lora import Linear, is_target, parameter
 from pe_rlhf_jax.models.rope import rotate
+from pe_rlhf_jax.models.visibility import Visible
 from pe_rlhf_jax.sharding import BATCH, constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -97,29 +99,6 @@ def make_norm(config: DecoderConfig | TowerConfig, dtype: Any, param_dtype: Any,
     return RMSNorm(config.rms_norm_eps, dtype, param_dtype, config.norm_offset, name=name)
 
 
-def softcap(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:
-    """cap * tanh(x / cap): about x where that is small, and within +-cap. None leaves x as it is."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def capped_attention(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
-    mask: Bool[Array, "B 1 T S"] | None,
-    scale: float,
-    cap: float,
-) -> Float[Array, "B T H h"]:
-    """Attention with soft-capped scores (Gemma 2), which `jax.nn.dot_product_attention` has no argument for; softmax in float32."""
-    q_BTKGh = rearrange(q, "B T (K G) h -> B T K G h", K=k.shape[2])
-    scores = jnp.einsum("BTKGh,BSKh->BKGTS", q_BTKGh, k, preferred_element_type=jnp.float32) * scale
-    scores = softcap(scores, cap)
-    if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    out = jnp.einsum("BKGTS,BSKh->BTKGh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return rearrange(out, "B T K G h -> B T (K G) h")
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and an optional key-value cache."""
 
@@ -129,13 +108,15 @@ class Attention(nn.Module):
     param_dtype: Any
     prefix: str = ""
     """What `lora.target_modules` has before the names of the linear layers: `vision.` in a tower."""
+    block: int | None = None
+    """See `attend`."""
 
     @nn.compact
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
         rotation: Rotation | None,
-        mask: Bool[Array, "B 1 T S"] | None,
+        seen: Visible | None,
         cache: KVCache | None,
         layer: Int[Array, ""],
         start: Int[Array, ""] | int,
@@ -168,12 +149,10 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice(cache.k_LBSKh, k[None].astype(cache.k_LBSKh.dtype), at),
                 jax.lax.dynamic_update_slice(cache.v_LBSKh, v[None].astype(cache.v_LBSKh.dtype), at),
             )
-            k = jax.lax.dynamic_index_in_dim(cache.k_LBSKh, layer, 0, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(cache.v_LBSKh, layer, 0, keepdims=False)
-        if c.attention_softcap is None:
-            out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=c.attention_scale)
-        else:
-            out = capped_attention(q, k, v, mask, c.attention_scale or c.head_dim**-0.5, c.attention_softcap)
+            if seen is None or not seen.whole:
+                k = jax.lax.dynamic_index_in_dim(cache.k_LBSKh, layer, 0, keepdims=False)
+                v = jax.lax.dynamic_index_in_dim(cache.v_LBSKh, layer, 0, keepdims=False)
+        out = attend(q, k, v, seen, c.attention_scale or c.head_dim**-0.5, c.attention_softcap, self.block)
         out = rearrange(out, "B T H h -> B T (H h)")
         return linear("o_proj", x_BTD.shape[-1], c.o_bias)(out, deterministic), cache
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import qwix
 from jaxtyping import Array, Float
 
-from pe_rlhf_jax.config import Quantization
+from pe_rlhf_jax.config import ConfigError, Quantization
 from pe_rlhf_jax.types import PyTree
 
 BLOCK = 64
@@ -51,14 +51,14 @@ class QuantizedMatrix(flax.struct.PyTreeNode):
 def quantize(kernel: Float[Array, "d_in d_out"], how: Quantization) -> QuantizedMatrix:
     """A matrix in few bits; its scales have the matrix's dtype. Where 64 does not divide `d_in`, blocks are as long as a common divisor.
 
-    Raises ValueError for an odd `d_out` in the 4-bit formats.
+    Raises ConfigError for an odd `d_out` in the 4-bit formats.
     """
     d_in, d_out = kernel.shape
     if how == "int8":
         stored = qwix.quantize(kernel, how, channelwise_axes=(1,))
         return QuantizedMatrix(stored.qvalue, stored.scale, how)
     if d_out % 2:
-        raise ValueError(f"{how} needs matrices with an even number of outputs, found one of {d_in} x {d_out}; use int8")
+        raise ConfigError(f"{how} needs matrices with an even number of outputs, found one of {d_in} x {d_out}; use int8")
     stored = qwix.quantize(kernel, how, channelwise_axes=(1,), tiled_axes={0: math.gcd(d_in, BLOCK)})
     return QuantizedMatrix(jax.lax.bitcast_convert_type(stored.qvalue.reshape(d_in, d_out // 2, 2), jnp.uint8), stored.scale, how)
 

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pe_rlhf_jax.config import LoRAConfig
+from pe_rlhf_jax.config import ConfigError, LoRAConfig
 from pe_rlhf_jax.models.lora import merge
 from pe_rlhf_jax.types import PyTree
 
@@ -51,14 +51,14 @@ class Role(flax.struct.PyTreeNode):
         """A copy of this role as a start for training: with an adapter (its own or `fresh_lora`), or with merged float32 parameters.
 
         Raises:
-            ValueError: full tuning leaves the vision tower as it is, so it cannot start from an adapter on it.
+            ConfigError: full tuning leaves the vision tower as it is, so it cannot start from an adapter on it.
         """
         head = jax.tree.map(jnp.copy, self.head)
         if tuning == "lora":
             lora = jax.tree.map(jnp.copy, fresh_lora if self.lora is None else self.lora)
             return Role(lora=lora, head=head, params=self.params)
         if self.lora is not None and TOWER in self.lora:
-            raise ValueError("full tuning cannot start from an adapter on the vision tower: it is the backbone's; use tuning: lora")
+            raise ConfigError("full tuning cannot start from an adapter on the vision tower: it is the backbone's; use tuning: lora")
         source = backbone if self.params is None else self.params
         tuned = {name: tree for name, tree in source.items() if name != TOWER}
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tuned)

@@ -4,12 +4,13 @@ XLA's own cost analysis counts the body of a scan once, so it is of no use for s
 [a, b] is 2 n a b; everything else (norms, softmax, rotations) is left out, as usual (Kaplan et al. 2020, PaLM appendix B). Letters: N
 matrix parameters of the layers, L layers, H heads of h, V vocabulary, D hidden, S keys that a token's query meets.
 
-    forward, one token     2 N + 4 L S H h                attention over the whole square, which is what is computed
+    forward, one token     2 N + 4 L S H h                attention over what is computed: the whole square, or of a long row in
+                                                          blocks (`model.attention_block`) 5/8 of it
     logits, one token      2 V D
     adapters, one token    2 A                            A their parameters; kept apart, since they are trained where N is not
     backward               as much again for inputs, and as much again for what is trained
     recomputation          the forward pass again, but for its last matrix, whose product nobody needs, and attention once more
-                           (`remat: full`); attention alone (`dots`); and always the logits
+                           (`remat: full`); attention alone (`dots`); a block's scores; and always the logits
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.models.architecture import DecoderConfig, matrices
+from pe_rlhf_jax.models.attention import keys_met
 from pe_rlhf_jax.models.lora import is_target
 from pe_rlhf_jax.training import reward, rl, sft
 from pe_rlhf_jax.training.shared_rows import answers_for, longest_pair
@@ -38,9 +40,14 @@ class Costs:
         """Scores and sums of one token over `keys` keys."""
         return 4 * self.c.num_layers * keys * self.c.num_heads * self.c.head_dim
 
+    def own_attention(self, tokens: int) -> float:
+        """Scores and sums of one token over its own row of so many."""
+        ordered = self.c.vision is None or self.c.vision.attention == "causal"
+        return self.attention(keys_met(tokens, self.config.model.attention_block, ordered))
+
     def forward(self, rows: int, tokens: int, logits: int = 0, adapter: bool = True) -> float:
         """One pass over rows of `tokens` tokens, with logits at `logits` of them each."""
-        token = self.layers + self.attention(tokens) + (self.adapter if adapter else 0)
+        token = self.layers + self.own_attention(tokens) + (self.adapter if adapter else 0)
         return rows * (tokens * token + logits * self.head)
 
     def encode(self, pictures: int) -> float:
@@ -55,10 +62,10 @@ class Costs:
     def update(self, rows: int, tokens: int, logits: int, tuning: str) -> float:
         """Forward, recomputation, and backward for inputs (both of attention's products have two) and for what is trained."""
         remat, full = self.config.model.remat, tuning == "full"
-        again = remat == "full"
-        token = (
-            (2 + again + full) * self.layers - again * self.last + (3 + {"none": 0, "dots": 1, "full": 2}[remat]) * self.attention(tokens)
-        )
+        block = self.config.model.attention_block
+        again, blocks = remat == "full", block is not None and tokens > block
+        attentions = 3 + ({"none": 0.5, "dots": 1.5, "full": 1.5} if blocks else {"none": 0, "dots": 1, "full": 2})[remat]
+        token = (2 + again + full) * self.layers - again * self.last + attentions * self.own_attention(tokens)
         token += 0.0 if full else (3 + again) * self.adapter
         return rows * (tokens * token + logits * (4 if full else 3) * self.head)
 

@@ -82,7 +82,7 @@ def abstract_context(config: Config, architecture: DecoderConfig, dtype: Any, de
     Raises ConfigError if the mesh does not fit the devices.
     """
     architecture = dataclasses.replace(architecture, quantization=config.model.quantization)
-    decoder = Decoder(architecture, config.lora, dtype, dtype, config.model.remat)
+    decoder = Decoder(architecture, config.lora, dtype, dtype, config.model.remat, config.model.attention_block)
     params = jax.eval_shape(decoder.init_params, jax.random.key(0))
     data = Data(sft=None, preference=None, prompts=None, notes=[])
     tokenizer = cast(PreTrainedTokenizerBase, _Tokenizer())

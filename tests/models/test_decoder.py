@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from numpy_decoder import forward, merged
 
-from pe_rlhf_jax.models.decoder import positions, unembed
+from pe_rlhf_jax.models.decoder import unembed
+from pe_rlhf_jax.models.visibility import positions
 
 ROUNDING = 2e-5
 """Float32 rounding of a two-layer decoder whose hidden states and logits are of order 1 to 10."""

@@ -27,10 +27,13 @@ rl: {batch_size: 4, sampling: {max_new_tokens: 32}}
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-@pytest.mark.parametrize(("stage", "tuning"), [("sft", "lora"), ("reward", "lora"), ("reward", "full")])
-def test_an_update_costs_what_xla_counts(tiny, stage, tuning, remat):
+@pytest.mark.parametrize(
+    ("stage", "tuning", "block"), [("sft", "lora", 64), ("sft", "lora", 16), ("reward", "lora", 96), ("reward", "full", 96)]
+)
+def test_an_update_costs_what_xla_counts(tiny, stage, tuning, block, remat):
+    """All at once, and in four blocks, none of which XLA sees in a loop."""
     one_layer = dataclasses.replace(tiny.config, **ONE_LAYER)
-    config = configuration.parse(CONFIG % remat, [f"{stage}.tuning={tuning}", "rl.roles=separate"])
+    config = configuration.parse(CONFIG % remat, [f"{stage}.tuning={tuning}", "rl.roles=separate", f"model.attention_block={block}"])
     context = abstract_context(config, one_layer, jnp.dtype("float32"))
     call = placed_update(context, stage)
     with jax.set_mesh(context.mesh):

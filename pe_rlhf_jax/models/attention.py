@@ -1,0 +1,100 @@
+"""Attention: scores, softmax, and the sum of values, for as many queries at a time as memory allows.
+
+Letters: B batch, T query tokens, S key slots, H query heads, K key-value heads, G query heads of one key-value head, h head size, n blocks.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+from pe_rlhf_jax.models.visibility import Places, Visible
+
+PARTS = 4
+"""Of a row that is read from left to right: the queries of each meet only keys up to its end. Of the square, 5/8 are computed."""
+
+
+def keys_met(length: int, block: int | None, ordered: bool = True) -> float:
+    """Keys that a token of a row of so many meets in `attend`, on average, seen or masked."""
+    if block is None or length <= block or not ordered:
+        return length
+    blocks, size = _blocks(length, block)
+    ends = [len(part) * min((int(part[-1]) + 1) * size, length) for part in _parts(blocks)]
+    return sum(ends) / blocks
+
+
+def _blocks(length: int, block: int) -> tuple[int, int]:
+    """How many, and the queries of each."""
+    blocks = -(-length // block)
+    return blocks, -(-length // blocks)
+
+
+def _parts(blocks: int) -> list[np.ndarray]:
+    """Numbers of the blocks that meet the same keys."""
+    return np.array_split(np.arange(blocks), min(PARTS, blocks))
+
+
+def attend(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    seen: Visible | None,
+    scale: float,
+    cap: float | None,
+    block: int | None,
+) -> Float[Array, "B T H h"]:
+    """Softmax attention; scores, in float32, are soft-capped if asked (Gemma 2). `seen` None: all see all.
+
+    Of more than `block` queries, the scores of at most so many exist at a time, forward and backward: they are computed again (as by Rabe
+    and Staats 2021; the softmax is still over whole rows, since they cost memory in proportion to the row only).
+    """
+    length = q.shape[1]
+    if seen is None or block is None or length <= block:
+        return _attend(q, k, v, None if seen is None else seen.mask(), scale, cap)
+    blocks, size = _blocks(length, block)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, blocks * size - length), *((0, 0),) * (x.ndim - 2)))
+        return rearrange(x, "B (n t) ... -> n B t ...", n=blocks)
+
+    inputs = cut(q), jax.tree.map(cut, seen.queries)
+    out = []
+    for part in _parts(blocks) if seen.ordered else [np.arange(blocks)]:
+        first, end = int(part[0]), int(part[-1]) + 1
+        keys = min(end * size, k.shape[1]) if seen.ordered else k.shape[1]
+        k_part, v_part, seen_part = k[:, :keys], v[:, :keys], seen.first(keys)
+
+        @jax.checkpoint
+        def of_block(inputs: tuple[Array, Places], k: Array = k_part, v: Array = v_part, seen: Visible = seen_part) -> Array:
+            q, places = jax.lax.optimization_barrier(inputs)  # else the masks of all blocks, as wide as their scores, are made at once
+            return _attend(q, k, v, seen.replace(queries=places).mask(), scale, cap)
+
+        out.append(jax.lax.map(of_block, jax.tree.map(lambda x, a=first, b=end: x[a:b], inputs)))
+    return rearrange(jnp.concatenate(out), "n B t H h -> B (n t) H h")[:, :length]
+
+
+def _attend(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    mask: Bool[Array, "B 1 T S"] | None,
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "B T H h"]:
+    if cap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+    # It has no argument for a cap.
+    q_BTKGh = rearrange(q, "B T (K G) h -> B T K G h", K=k.shape[2])
+    scores = softcap(jnp.einsum("BTKGh,BSKh->BKGTS", q_BTKGh, k, preferred_element_type=jnp.float32) * scale, cap)
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    out = jnp.einsum("BKGTS,BSKh->BTKGh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return rearrange(out, "B T K G h -> B T (K G) h")
+
+
+def softcap(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:
+    """cap * tanh(x / cap): about x where that is small, and within +-cap. None leaves x as it is."""
+    return x if cap is None else cap * jnp.tanh(x / cap)

@@ -1,0 +1,134 @@
+"""Attention in blocks: the same numbers and gradients as all at once, in memory that grows with the row and not with its square."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_families import Tiny
+
+from pe_rlhf_jax.checkpoint.weights import load_params
+from pe_rlhf_jax.models.attention import attend
+from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.visibility import positions, visible, with_blocks
+
+LENGTH, BLOCK = 23, 4  # six blocks, the last of them not full
+REAL = np.arange(LENGTH) >= np.array([[0], [3], [9]])
+BRANCHES = np.broadcast_to(np.repeat([0, 1, 2], [11, 7, 5]), REAL.shape)
+PICTURES = np.where((np.arange(LENGTH) % 8 < 3) & REAL, np.arange(LENGTH) // 8 + 1, 0)
+
+
+def drawn(slots: int = LENGTH):
+    """Queries, keys and values: four heads on two."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = ((3, LENGTH, 4, 8), (3, slots, 2, 8), (3, slots, 2, 8))
+    return [3 * jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True)]
+
+
+def in_cache():
+    """23 tokens from slot 5 on of 40, of which earlier ones hold tokens too."""
+    return visible(jnp.arange(40) >= jnp.array([[0], [3], [9]]), LENGTH, jnp.int32(5))
+
+
+SEEN = {
+    "left to right": visible(jnp.asarray(REAL), LENGTH),
+    "window": visible(jnp.asarray(REAL), LENGTH).within(6),
+    "branches": visible(jnp.asarray(REAL), LENGTH, 0, jnp.asarray(BRANCHES)),
+    "branches, window": visible(jnp.asarray(REAL), LENGTH, 0, jnp.asarray(BRANCHES)).within(jnp.int32(5)),
+    "pictures": with_blocks(visible(jnp.asarray(REAL), LENGTH), 0, jnp.asarray(PICTURES), False).within(2),
+    "pictures beyond windows": with_blocks(visible(jnp.asarray(REAL), LENGTH), 0, jnp.asarray(PICTURES), True).within(2),
+    "cache": in_cache(),
+}
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("name", SEEN)
+def test_blocks_give_the_numbers_and_gradients_of_the_whole(name, cap):
+    seen = SEEN[name]
+    weights = jnp.where(REAL[:, :, None, None], jnp.sin(jnp.arange(32.0)).reshape(4, 8), 0)  # padding sees nothing, and is junk
+
+    def loss(block, q, k, v):
+        out = attend(q, k, v, seen, 0.3, cap, block)
+        return jnp.sum(out * weights), jnp.where(weights == 0, 0, out)
+
+    def of(block):
+        return jax.jit(jax.value_and_grad(lambda *x: loss(block, *x), argnums=(0, 1, 2), has_aux=True))(*drawn(seen.real.shape[1]))
+
+    (_, out), gradients = of(BLOCK)
+    (_, expected), expected_gradients = of(None)
+    np.testing.assert_allclose(out, expected, atol=1e-5)  # float32, of numbers up to 10
+    assert float(jnp.abs(expected).max()) > 1
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+        assert float(jnp.abs(wanted).max()) > 1
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_a_mask_is_what_the_rules_say(name):
+    """Token by token, in plain Python."""
+    seen = SEEN[name]
+    mask = np.asarray(jnp.broadcast_to(seen.mask(), (3, 1, LENGTH, seen.real.shape[1])))[:, 0]
+    real = np.asarray(seen.real)
+    start = 5 if name == "cache" else 0
+    for row, query, key in np.ndindex(mask.shape):
+        expected = key <= start + query and real[row, key]
+        far = name == "window" and query - key >= 6
+        if "branches" in name:
+            expected = expected and BRANCHES[row, key] in (0, BRANCHES[row, query])
+            seen_real = lambda at, row=row: [  # noqa: E731
+                j for j in range(at + 1) if real[row, j] and BRANCHES[row, j] in (0, BRANCHES[row, at])
+            ]
+            far = "window" in name and len(seen_real(query)) - len(seen_real(key)) >= 5
+        if "pictures" in name:
+            together = PICTURES[row, query] == PICTURES[row, key] > 0
+            far = query - key >= 2 and not (together and "beyond" in name)
+            expected = expected or (together and real[row, key])
+        if real[row, min(start + query, real.shape[1] - 1)]:
+            assert mask[row, query, key] == (expected and not far), (row, query, key)
+
+
+def test_positions_go_on_from_the_trunk_in_every_branch():
+    """With padding before the trunk, and within a branch."""
+    real = np.array([[0, 1, 1, 1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 1, 1, 0, 1]], bool)
+    branches = np.array([[0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 1, 1, 2, 2, 3, 3, 3]])
+    expected = [[0, 0, 1, 2, 3, 3, 2, 3, 3], [0, 1, 1, 2, 1, 2, 1, 1, 2]]
+    np.testing.assert_array_equal(positions(jnp.asarray(real), jnp.asarray(branches)), expected)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+def test_a_decoder_in_blocks_is_the_decoder(name, remat):
+    """Windows in half of the layers and capped scores; positions of a table."""
+    tiny = Tiny(name)
+    params = load_params(tiny, tiny.family, tiny.architecture, jnp.float32)
+    tokens = np.random.default_rng(0).integers(1, tiny.architecture.vocab_size, (2, 14))
+    mask = np.arange(14) < np.array([[14], [9]])
+
+    def of(block):
+        decoder = Decoder(tiny.architecture, remat=remat, attention_block=block)
+        loss = lambda p: jnp.sum(jnp.where(mask[..., None], jnp.sin(decoder.apply({"params": p}, tokens, mask)[0]), 0))  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (loss, gradients), (expected, expected_gradients) = of(3), of(None)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for found, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-5 * float(jnp.abs(wanted).max()) + 1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_memory_grows_with_the_row_and_not_with_its_square(tiny, remat):
+    """Temporaries of the compiled gradient."""
+
+    def temporaries(length, block):
+        decoder = dataclasses.replace(tiny.decoder, remat=remat, attention_block=block)
+        mask = jnp.ones((1, length), bool)
+        loss = lambda p, tokens: jnp.sum(decoder.apply({"params": p}, tokens, mask)[0])  # noqa: E731
+        lowered = jax.jit(jax.grad(loss)).lower(tiny.params, jnp.ones((1, length), jnp.int32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    whole, blocks, longer = temporaries(1024, None), temporaries(1024, 64), temporaries(4096, 64)
+    assert blocks < 0.5 * whole
+    assert longer < 5 * blocks
