@@ -30,7 +30,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from memory import size
 from transformers import PreTrainedTokenizerBase
 
 from pe_rlhf_jax import config as configuration
@@ -83,7 +82,7 @@ def reward_twin(context: Context) -> Twin:
     batch = _batch(context)
     frozen = (_kept(context, config.tuning), Role())
     compiled = step.lower(state, frozen, batch, jax.random.key(0)).compile()
-    trained, memory = sum(x.size for x in jax.tree.leaves(state.trainable)), size((state, frozen)) + _need(compiled)
+    trained, memory = sum(x.size for x in jax.tree.leaves(state.trainable)), _unique((state, frozen)) + _need(compiled)
 
     def run() -> dict[str, float]:
         nonlocal state
@@ -109,10 +108,12 @@ def rl_twin(context: Context) -> Twin:
     frozen = rl.Frozen(backbone, frozen_roles, state.kl_coef)
     rows = config.batch_size // rl._mini_batches(config)
     learn = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), rows, config.micro_batch_size)
-    tokens, mask = _tokens(context, config.batch_size, _rounded(context, context.config.data.max_prompt_length))
+    questions = config.batch_size // config.answers_each
+    tokens, mask = _tokens(context, questions, _rounded(context, context.config.data.max_prompt_length))
+    tokens, mask = (jnp.repeat(x, config.answers_each, axis=0) for x in (tokens, mask))
     prompts, chunk = _seeing(context, PromptBatch(tokens, mask)), context.config.model.logprob_chunk
     train, decoder, group, micro = state.train, context.decoder, config.answers_each, config.micro_batch_size
-    sampler = Sampler(decoder, config.sampling, (), 0)
+    sampler = Sampler(decoder, config.sampling, (), 0, config.answers_each)
 
     def roles() -> dict[str, Role]:
         return rl._whole(frozen_roles, train.trainable)
@@ -236,8 +237,9 @@ def _need(compiled: jax.stages.Compiled) -> int:
 
 
 def _unique(tree: PyTree) -> int:
-    """Bytes of all buffers in a tree, each counted once however often it is referred to."""
-    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.tree.leaves(tree)}.values())
+    """Bytes of all buffers of a tree on one device, each counted once however often it is referred to."""
+    shards = [x.addressable_data(0) for x in jax.tree.leaves(tree)]
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards}.values())
 
 
 def _batch(context: Context) -> PyTree:

@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--grid", nargs="+", required=True, metavar="FIELD=V1,V2", help="fields and their values")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--stages", nargs="+", default=["sft", "reward", "rl", "evaluate"])
-    parser.add_argument("--run-only", metavar="I/N", help="run the I-th of every N points only (from 0)")
+    parser.add_argument("--run-only", metavar="I/N", help="run the I-th of every N points only (from 0), and tabulate nothing")
     arguments = parser.parse_args()
     share, _, count = (arguments.run_only or "0/1").partition("/")
     fields = [axis.partition("=")[0] for axis in arguments.grid]
@@ -148,6 +148,9 @@ def main() -> None:
         if summary is not None:
             values = dict(override.split("=", 1) for override in point)
             rows.append(values | {"seed": seed} | {metric: figure(summary, metric) for metric in METRICS})
+    if arguments.run_only:
+        print("This share is done. When all are, the same command without --run-only reads the finished runs and writes the tables.")
+        return
     if not rows:
         raise SystemExit("no run ended well, so there is nothing to tabulate")
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,11 @@
     pip install scikit-learn
     python benchmarks/tfidf_baseline.py --config configs/quickstart.yaml [--set data.train_pairs=640]
 
-Pairs (`data.preference` or a named source): a text is scored by a linear function of its TF-IDF features, a pair by the difference of
-its two scores: the Bradley-Terry model with linear rewards. Each pair is given in both orders, so there is no intercept. Labels
-(`data.label`): logistic regression on the features of prompt and response together. Words or words and pairs of words, and the strength
-of the penalty, are chosen by cross-validation on the training rows alone; for labels in folds of neighbouring rows, because rows of one
-conversation usually stand together.
+For data without pictures. Pairs (`data.preference` or a named source): a text is scored by a linear function of its TF-IDF features, a pair
+by the difference of its two scores: the Bradley-Terry model with linear rewards. Each pair is given in both orders, so there is no
+intercept. Labels (`data.label`): logistic regression on the features of prompt and response together. Words or words and pairs of words,
+and the strength of the penalty, are chosen by cross-validation on the training rows alone; for labels in folds of neighbouring rows,
+because rows of one conversation usually stand together.
 
 Prints one JSON line for each kind: accuracy on the held-out rows, for labels the area under the ROC curve first (chance is 0.5, whatever
 the share of good rows), each with a 95% bootstrap interval over rows, or over groups where rows are not independent: those of

@@ -65,21 +65,35 @@ class Outcomes:
 
     def _own(self) -> RewardModel:
         role, context = self.reward_model(), self.context
+        self.check_shared("reward model", role)
         if role is None:
             raise ConfigError(f"stage rl needs a reward model, and {self.store.folder.parent} has none; run the stage `reward` first")
         if context.config.rl.roles == "separate":
             return _merged(context, role)
         return RewardModel(context.decoder, context.backbone, role)
 
-    def _of_another_run(self, folder: Path) -> RewardModel:
-        config, mine = run_folder.read_config(folder), self.context
+    def check_shared(self, what: str, role: Role | None) -> None:
+        """Raises ConfigError if a role has parameters of its own where all roles are to share the backbone."""
+        if role is not None and role.params is not None and self.context.config.rl.roles == "shared":
+            raise ConfigError(f"rl.roles shared keeps one backbone in memory, but the {what} was tuned in full; set rl.roles: separate")
+
+    def check_other_runs(self) -> None:
+        """Raises what `reward_models` does of other runs' reward models, as far as it can be told without loading them."""
+        for name in sorted({term.model for term in self.context.config.rl.rewards if term.model not in (None, "run")}):
+            self._another_run(path_of(name))
+
+    def _another_run(self, folder: Path) -> tuple[Config, Backbone, Store, bool]:
+        """Configuration, backbone and checkpoints of another run with a reward model, and whether it stands on this run's backbone."""
+        config, mine, store = run_folder.read_config(folder), self.context, Store(folder / "checkpoints")
+        if store.latest(ROLE_OF[reward.STAGE]) is None:
+            raise ConfigError(f"rl.rewards: {folder} has no finished reward model; run its stage `reward` first")
         backbone = resolve(config.model)
-        decoder, params = dataclasses.replace(mine.decoder, lora=config.lora), mine.backbone
-        if (backbone.sha256, config.model.quantization) != (self.backbone.sha256, mine.config.model.quantization):
+        ours = (backbone.sha256, config.model.quantization) == (self.backbone.sha256, mine.config.model.quantization)
+        if not ours:
             if mine.config.rl.roles == "shared":
-                stands, ours = (_described(b, c) for b, c in ((backbone, config), (self.backbone, mine.config)))
+                stands, here = (_described(b, c) for b, c in ((backbone, config), (self.backbone, mine.config)))
                 raise ConfigError(
-                    f"rl.rewards: the reward model of {folder} stands on {stands}, this run on {ours}; "
+                    f"rl.rewards: the reward model of {folder} stands on {stands}, this run on {here}; "
                     "set rl.roles: separate to load that backbone too"
                 )
             if backbone.tokenizer.get_vocab() != self.backbone.tokenizer.get_vocab():
@@ -87,14 +101,30 @@ class Outcomes:
                     f"rl.rewards: the reward model of {folder} reads other tokens than this run's model writes "
                     f"({backbone.source}, {self.backbone.source}); their vocabularies must be the same"
                 )
+            text, positions = (
+                mine.config.data.max_prompt_length + mine.config.rl.sampling.max_new_tokens,
+                backbone.config.max_position_embeddings,
+            )
+            if text > positions:
+                raise ConfigError(
+                    f"rl.rewards: the reward model of {folder} has {positions} positions, and prompt and response take up to {text} "
+                    "(data.max_prompt_length, rl.sampling.max_new_tokens)"
+                )
+        return config, backbone, store, ours
+
+    def _of_another_run(self, folder: Path) -> RewardModel:
+        (config, backbone, store, ours), mine = self._another_run(folder), self.context
+        if ours:
+            decoder, params = dataclasses.replace(mine.decoder, lora=config.lora), mine.backbone
+        else:
             decoder, params = load_decoder(config, backbone, mine.mesh)
-        base, reward_base = (adapted(config, folder, backbone, decoder, params) for folder in (config.model.adapter, config.reward.adapter))
-        theirs = dataclasses.replace(
-            mine, config=config, decoder=decoder, backbone=params, base=base.replace(head=None), reward_base=reward_base
-        )
-        role = Outcomes(Store(folder / "checkpoints"), backbone, theirs).reward_model()
-        if role is None:
-            raise ConfigError(f"rl.rewards: {folder} has no finished reward model; run its stage `reward` first")
+        # Where its training began is not needed, but for a reference that is no outcome of its own.
+        start = None if store.latest(ROLE_OF[sft.STAGE]) is not None else config.model.adapter
+        base = adapted(config, start, backbone, decoder, params).replace(head=None)
+        theirs = dataclasses.replace(mine, config=config, decoder=decoder, backbone=params, base=base, reward_base=Role())
+        role = Outcomes(store, backbone, theirs).reward_model()
+        assert role is not None
+        self.check_shared(f"reward model of {folder}", role)
         model = _merged(theirs, role) if mine.config.rl.roles == "separate" else RewardModel(decoder, params, role)
         return model._replace(encoder=self._sight(folder, backbone, theirs))
 
@@ -151,6 +181,6 @@ def _merged(context: Context, role: Role) -> RewardModel:
     """
     if role.lora is None or context.config.model.quantization is not None:
         return RewardModel(context.decoder, context.backbone, role)
-    base = context.backbone if role.params is None else role.params
+    base = role.variables(context.backbone)["params"]  # its own, with the backbone's vision tower
     params = jax.jit(lambda params, lora: merge(params, lora, context.config.lora))(base, role.lora)
     return RewardModel(context.decoder, params, Role(head=role.head))

@@ -81,6 +81,9 @@ class Run:
     def _check_order(self) -> None:
         """Raises ConfigError, before anything is trained, if a stage is going to need a model that will not be there."""
         stages, config = self.config.run.stages, self.config.rl
+        self._check_reference()
+        if "rl" in stages or ("evaluate" in stages and self.store.latest(ROLE_OF[rl.STAGE]) is not None):
+            self.outcomes.check_other_runs()
         sft_missing = self.store.latest(ROLE_OF[sft.STAGE]) is None and self.config.model.adapter is None
         if "reward" in stages and self.config.reward.start_from == "sft" and sft_missing and "sft" not in stages[: stages.index("reward")]:
             raise ConfigError(
@@ -95,6 +98,24 @@ class Run:
             raise ConfigError(
                 f"rl.value_init reward starts the value model from this run's reward model, and {self.folder} has none; set it to zero"
             )
+
+    def _check_reference(self) -> None:
+        """Raises ConfigError if a stage would begin from another reference than the one that SFT leaves, or has begun from another."""
+        stages = self.config.run.stages
+        if self.store.latest(ROLE_OF[sft.STAGE]) is not None:
+            return
+        for stage in (rl.STAGE, *((reward.STAGE,) if self.config.reward.start_from == "sft" else ())):
+            before = stages[: stages.index(stage)] if stage in stages else stages
+            if sft.STAGE not in before:
+                if stage in stages and sft.STAGE in stages:
+                    raise ConfigError(f"run.stages: {stage} begins from what sft leaves; put sft before it")
+                if stage in stages and self.store.latest(sft.STAGE) is not None:
+                    raise ConfigError(f"{self.folder} has an SFT that has not ended, and {stage} begins from what it leaves; run sft first")
+            elif self.store.latest(stage) is not None:
+                raise ConfigError(
+                    f"{self.folder} has a stage {stage} that began without SFT, which would change what it began from; leave sft out of "
+                    "run.stages, or give another run.name"
+                )
 
     def close(self) -> None:
         """Ends the log."""
@@ -133,6 +154,7 @@ class Run:
         if self._finished(rl.STAGE):
             return
         context, reference = self.context, self.outcomes.reference()
+        self.outcomes.check_shared("SFT model", reference)
         rewards, model = Rewards(context, self.outcomes.reward_models()), self.outcomes.reward_model()
         self._train(
             rl.STAGE,
@@ -178,8 +200,10 @@ class Run:
         watch = health.Watch(self.config, self.log.rows(stage)) if stage == rl.STAGE and hosts.first() else None
         with self.progress.stage(stage, total, start) as shown:
             # What was seen before a kill counts as well: a continued run stops where an undisturbed one does.
-            for current, values in () if self._stalled(stage, select, patience) else advance(state):
-                state, step = current, int(current.step)
+            updates = iter(()) if self._stalled(stage, select, patience) else advance(state)
+            while (update := next(updates, None)) is not None:
+                state, values = update
+                step = int(state.step)
                 if hosts.first():
                     self.log.write(stage, step, values)
                 shown.update(step, values)
@@ -197,8 +221,10 @@ class Run:
                 if metric is not None and self._stalled(stage, select, patience):
                     self.progress.note(f"{stage}: stopped at step {step}, {select} has not risen in {patience} evaluations")
                     break
-        if select:
-            state, _ = self.store.restore(stage, self.outcomes.like(init), self.store.best(stage))
+        del updates
+        if select and (best := self.store.best(stage)) != int(state.step):
+            update = state = None  # one state at a time is in memory
+            state, _ = self.store.restore(stage, self.outcomes.like(init), best)
         outcome, figures = finish(state)
         meta |= {"elapsed_s": before + time.perf_counter() - began, "peak_memory_gib": self._peak(meta), "figures": figures}
         self.store.save(ROLE_OF[stage], int(state.step), outcome, meta)
@@ -217,7 +243,7 @@ class Run:
     def _evaluate(self) -> None:
         # What is evaluated now, and how; an evaluation of what stood there before, such as a run without its policy, does not count.
         of: dict[str, Any] = {name: self.store.latest(name) for name in ROLE_OF.values()}
-        of["settings"] = self.config.evaluate.model_dump(mode="json")
+        of["settings"] = self.config.evaluate.model_dump(mode="json", exclude={"samples"})
         if self.store.latest(evaluate.STAGE) is not None and self.store.meta(evaluate.STAGE).get("of") == of:
             self.progress.note(f"{evaluate.STAGE}: finished before")
             return

@@ -24,10 +24,13 @@ RENEWED_S, STALE_S = 10.0, 40.0  # how often a note in an object store is renewe
 
 MAY_CHANGE = re.compile(
     r"run\.(name|folder|stages|checkpoint_every|max_nonfinite|tensorboard|wandb_project|host_timeout_s|compilation_cache)"
-    r"|(evaluate|export|mesh)\..*|(sft|reward|rl)\.micro_batch_size|model\.(any_backbone|remat|logprob_chunk)|data\.image_cache_gib"
+    r"|(evaluate|export|mesh)\..*|(sft|reward|rl)\.micro_batch_size|model\.(any_backbone|remat|attention_block|logprob_chunk)|data\.image_cache_gib"
 )
 """Fields that may differ when a run is continued: which part of it is done now, what is written beside it and how often, what is let
 through, what is done with the trained models, and where and in which portions it is computed, which changes results by rounding only."""
+
+DRAWS_DROPOUT = re.compile(r"mesh\..*|(sft|reward)\.micro_batch_size")
+"""Of them, what decides which inputs are dropped: it may not differ in the middle of a stage that has dropout."""
 
 
 @contextlib.contextmanager
@@ -178,10 +181,16 @@ def _check_configuration(folder: Path, config: Config) -> None:
     if not checkpoints.exists():
         return
     untouched = tuple(f"{stage}." for stage in ("sft", "reward", "rl") if not (checkpoints / stage).exists())
+    with_dropout = (("sft", "reference"), ("reward", "reward_model")) if config.lora.lora_dropout else ()
+    dropping = any((checkpoints / stage).exists() and not (checkpoints / outcome).exists() for stage, outcome in with_dropout)
+
+    def may_change(field: str) -> bool:
+        return bool(MAY_CHANGE.fullmatch(field)) and not (dropping and DRAWS_DROPOUT.fullmatch(field))
+
     lines = [
         line
         for line in configuration.differences(read_config(folder), config)
-        if not MAY_CHANGE.fullmatch(line.partition(":")[0]) and not line.startswith(untouched)
+        if not may_change(line.partition(":")[0]) and not line.startswith(untouched)
     ]
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)

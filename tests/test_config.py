@@ -180,6 +180,7 @@ def test_differences_name_each_field_once():
         (["rl.num_mini_batches=4", "rl.micro_batch_size=16"], "rl.micro_batch_size 16 does not divide the update's 8 rows"),
         (["rl.num_mini_batches=3"], "num_mini_batches 3 does not divide batch_size 32"),
         (["rl.sampling.temperature=0"], "temperature must be above 0"),
+        (["rl.kl_target=6", "rl.kl_coef=0"], "kl_target steers by multiplying kl_coef"),
         (["mesh.fsdp=-1"], "only one of data, fsdp, tensor may be -1"),
         (["mesh.tensor=0"], "axis sizes must be positive"),
         (["lora.target_modules='(q'"], "nor a regular expression"),

@@ -165,6 +165,7 @@ def test_a_named_data_set_serves_the_evaluation_with_what_it_has():
 def test_a_reward_model_that_rl_will_miss_is_missed_before_anything_is_trained(tmp_path, rl, said):
     run, text = object.__new__(Run), {"model": {"source": "x"}, "run": {"stages": ["sft", "rl"]}, "rl": rl}
     run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
+    run.outcomes = SimpleNamespace(check_other_runs=lambda: None)
     if said is None:
         run._check_order()
     else:
@@ -172,6 +173,35 @@ def test_a_reward_model_that_rl_will_miss_is_missed_before_anything_is_trained(t
             run.execute()
     run.store.save("reward_model", 1, {"w": jnp.float32(0)}, {})
     run._check_order()
+
+
+@pytest.mark.parametrize(
+    ("stages", "kept", "start_from", "said"),
+    [
+        (["rl", "sft"], [], "base", "rl begins from what sft leaves; put sft before it"),
+        (["reward", "sft"], [], "sft", "reward begins from what sft leaves"),
+        (["reward", "sft", "rl"], [], "base", None),
+        (["rl"], ["sft"], "base", "an SFT that has not ended, and rl begins from what it leaves"),
+        (["reward"], ["sft"], "base", None),
+        (["sft", "rl"], ["rl"], "base", "a stage rl that began without SFT"),
+        (["sft", "reward"], ["reward"], "sft", "a stage reward that began without SFT"),
+        (["sft", "reward"], ["reward"], "base", None),
+        (["sft", "rl"], ["sft", "reference", "rl"], "base", None),
+        (["rl"], ["rl"], "base", None),
+        (["evaluate"], ["rl", "policy"], "base", None),
+    ],
+)
+def test_no_stage_begins_from_another_reference_than_sft_leaves(tmp_path, stages, kept, start_from, said):
+    run = object.__new__(Run)
+    text = {"model": {"source": "x"}, "run": {"stages": stages}, "reward": {"start_from": start_from}}
+    run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
+    for name in kept:
+        run.store.save(name, 1, {"w": jnp.float32(0)}, {})
+    if said is None:
+        run._check_reference()
+    else:
+        with pytest.raises(ConfigError, match=said):
+            run._check_reference()
 
 
 def because(error: Exception, cause: Exception) -> Exception:

@@ -85,7 +85,8 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: a.threads])  # processes inherit it
     pythons = {"ours": sys.executable, "trl": a.trl_python, "tunix": a.tunix_python}
     kept = [json.loads(line) for line in a.log.read_text().splitlines()] if a.log and a.log.exists() else []
-    records: list[Record] = [record for record in kept if record["recompute"] == a.recompute]
+    same = {"recompute": a.recompute, "processors": len(os.sched_getaffinity(0))}
+    records: list[Record] = [r for r in kept if {name: r[name] for name in same} == same and len(r["seconds"]) == a.steps]
     for turn in range(a.turns):
         for what in a.what:
             who_does = [who for who, python in pythons.items() if python and what in DOES[who] and not (who == "tunix" and a.recompute)]

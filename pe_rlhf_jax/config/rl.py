@@ -132,6 +132,8 @@ class RLConfig(Section):
             raise ValueError(
                 "reinforce maximises (1 - kl_coef) r - kl_coef KL: kl_coef must be a fixed number of at most 1, without kl_target"
             )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target steers by multiplying kl_coef, which would stay 0; begin with a kl_coef above 0")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0 in RL: a greedy policy has no log-probability to learn from")
         return self

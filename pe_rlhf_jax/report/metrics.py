@@ -134,7 +134,7 @@ def read(path: Path, stage: str | None = None) -> list[dict]:
     """Rows of a metrics file, of one stage if given; a half-written last line is left out, a missing file has no rows.
 
     Raises:
-        ValueError: a line that is not a row, with its number.
+        ConfigError: a line that is not a row, with its number.
     """
     return [row for row in _parse(path) if stage is None or row["stage"] == stage]
 
@@ -149,7 +149,7 @@ def _parse(path: Path) -> list[dict]:
         if row is not None:
             rows.append(row)
         elif number < len(lines):  # what follows the last line break is empty, or a row cut short
-            raise ValueError(
+            raise ConfigError(
                 f"{path}, line {number}: expected a JSON object with a stage and a step, found {line[:80]!r}; "
                 "the file was changed or damaged: remove that line"
             )

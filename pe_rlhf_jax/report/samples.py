@@ -26,20 +26,25 @@ SHOWN_CHARACTERS = 600
 
 
 def show(console: Console, samples: list[dict], limit: int) -> None:
-    """Prints the first `limit` samples: prompt, the reference's answer, the policy's, and what each was worth."""
+    """Prints the first `limit` samples: prompt, the reference's answer, the policy's, and what each was worth, as far as they have it.
+
+    Without rewards they are somebody's own prompts, which are shown whole.
+    """
     judged = any("judge_policy" in sample for sample in samples[:limit])
-    title = Text("Held-out prompts, before and after", style="bold")
+    rewarded = any("reward_policy" in sample for sample in samples[:limit])
+    title = Text("Held-out prompts, before and after", style="bold") if rewarded else None
     table = Table(box=box.ROUNDED, show_lines=True, expand=True, title=title, title_justify="left")
     table.add_column("prompt", ratio=3, overflow="fold", style="dim")
     table.add_column("reference (before)", ratio=5, overflow="fold")
     table.add_column("policy (after)", ratio=5, overflow="fold")
-    table.add_column("reward", width=8, justify="right")
+    if rewarded:
+        table.add_column("reward", width=8, justify="right")
     if judged:
         table.add_column("judge", width=8, justify="right")
     for sample in samples[:limit]:
-        cells = [_cell(sample.get(key)) for key in ("prompt", "reference", "policy")]
-        cells.append(_change(sample, "reward"))
-        table.add_row(*cells, *([_change(sample, "judge")] if judged else []))
+        cells = [_cell(sample.get(key), SHOWN_CHARACTERS if rewarded else None) for key in ("prompt", "reference", "policy")]
+        changes = [_change(sample, name) for name, there in (("reward", rewarded), ("judge", judged)) if there]
+        table.add_row(*cells, *changes)
     if table.rows:
         console.print(table)
 
@@ -86,10 +91,10 @@ def _visible(character: str) -> str:
     return f"<U+{ord(character):04X}>" if hidden else character
 
 
-def _cell(text: Any) -> Text:
+def _cell(text: Any, most: int | None) -> Text:
     text = visible(text if isinstance(text, str) else "" if text is None else json.dumps(text, ensure_ascii=False))
-    if len(text) > SHOWN_CHARACTERS:
-        text = f"{text[:SHOWN_CHARACTERS]}… (+{len(text) - SHOWN_CHARACTERS} characters)"
+    if most is not None and len(text) > most:
+        text = f"{text[:most]}… (+{len(text) - most} characters)"
     return Text(text.strip() or "(empty)", style="" if text.strip() else "dim")
 
 

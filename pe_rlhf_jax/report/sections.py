@@ -50,7 +50,7 @@ def _learning(rl: Rows) -> list[Chart | None]:
     return [
         _curve(
             "Reward",
-            "Mean score of the reward model on each batch of rollouts; the KL penalty is what the lines lie apart.",
+            "Mean score of each batch of rollouts, and what is left of it after scaling and clipping, if any, and after the KL penalty.",
             rl,
             {"objective/scores": "reward", "objective/rlhf_reward": "reward minus KL penalty"},
             "reward",

@@ -68,14 +68,16 @@ class Context:
         fresh = self.decoder.init_lora(self.key(f"{stage}/lora")) if tuning == "lora" and role.lora is None else None
         return place(role.tuned(tuning, self.backbone, fresh, self.config.lora), self.mesh)
 
-    def rows(self, batch: PyTree, examples: Sequence[Any] = ()) -> PyTree:
-        """A host batch on the devices, split by row, with the pictures of its examples where the model sees.
+    def seen(self, batch: PyTree, examples: Sequence[Any]) -> PyTree:
+        """A host batch, with the pictures of its examples where the model sees.
 
         Fewer examples than rows: the others are copies of the first, as the padding functions fill a batch.
         """
-        if self.encoder is not None and examples:
-            batch = self.encoder.add(batch, examples)
-        return place_rows(batch, self.mesh)
+        return batch if self.encoder is None else self.encoder.add(batch, examples)
+
+    def rows(self, batch: PyTree, examples: Sequence[Any] = ()) -> PyTree:
+        """A host batch on the devices, split by row, as `seen` where there are examples."""
+        return place_rows(self.seen(batch, examples) if examples else batch, self.mesh)
 
 
 def peak_memory_gib() -> float:

@@ -6,7 +6,8 @@ Letters: B rows, M pictures (or tiles) a row, N pictures at once, H and W sides 
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.data import PixelReader, fill
+from pe_rlhf_jax.data.batches import padded
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import TOWER
@@ -53,7 +55,7 @@ class ImageEncoder:
     def __call__(self, examples: Sequence[Any]) -> Images | None:
         """Pictures of the examples' rows, as NumPy arrays; None where there is none.
 
-        M is the most pictures of a row, rounded up to a power of two, so that few programs are compiled.
+        M is the most pictures of a row, rounded up by an eighth at most, so that few programs are compiled.
 
         Raises:
             DataError: a picture cannot be decoded.
@@ -67,29 +69,37 @@ class ImageEncoder:
         if not most:
             return None
         first = next(row[0] for row in rows if row)
-        padded: Any = np.zeros((len(rows), 1 << (most - 1).bit_length(), *first.shape), first.dtype)
+        images: Any = np.zeros((len(rows), padded(most, 1), *first.shape), first.dtype)
         for row, tiles in enumerate(rows):
             for at, tile in enumerate(tiles):
-                padded[row, at] = tile
-        return Images(pixels=padded) if self.adapted else Images(features=padded)
+                images[row, at] = tile
+        return Images(pixels=images) if self.adapted else Images(features=images)
 
     def _features(self, examples: Sequence[Any]) -> dict[str, np.ndarray]:
         """Features [tiles, F, E] of the examples' pictures by their keys: those that are kept, and the others encoded."""
         found: dict[str, np.ndarray] = {}
-        missing: dict[str, list[np.ndarray]] = {}
+        missing: dict[str, tuple[Any, Any]] = {}
         for example in examples:
             for picture in example.pictures:
                 if picture.key in self._kept:
                     self._kept.move_to_end(picture.key)
                     found[picture.key] = self._kept[picture.key]
                 elif picture.key not in missing:
-                    missing[picture.key] = self.read.tiles(example, picture)
-        encoded = self._encode([tile for tiles in missing.values() for tile in tiles])
+                    missing[picture.key] = example, picture
+        tiles: dict[str, int] = {}
+
+        def read() -> Iterator[np.ndarray]:
+            for key, (example, picture) in missing.items():
+                values = self.read.tiles(example, picture)
+                tiles[key] = len(values)
+                yield from values
+
+        encoded = self._encode(read())
         at = 0
-        for key, tiles in missing.items():
+        for key, count in tiles.items():
             # A copy, so that what is kept does not hold all that was encoded with it.
-            found[key] = encoded[at : at + len(tiles)].copy()
-            at += len(tiles)
+            found[key] = encoded[at : at + count].copy()
+            at += count
             self._kept[key] = found[key]
             self._size += found[key].nbytes
         while self._size > self.cached_bytes:
@@ -97,14 +107,20 @@ class ImageEncoder:
             self._size -= oldest.nbytes
         return found
 
-    def _encode(self, tiles: Sequence[np.ndarray]) -> np.ndarray:
+    def _encode(self, tiles: Iterator[np.ndarray]) -> np.ndarray:
+        """Features of all of them; pixels of so many as are encoded at once, and of those that are read meanwhile, are in memory."""
         size = AT_ONCE * row_multiple(self.mesh)
-        parts = []
-        for at in range(0, len(tiles), size):
-            pixels = np.zeros((size, *tiles[0].shape), np.float32)
-            pixels[: len(tiles[at : at + size])] = tiles[at : at + size]
-            parts.append(_encode(self.decoder, self.tower, place_rows(pixels, self.mesh)))
-        return np.concatenate(fetch(parts))[: len(tiles)] if parts else np.zeros((0,))
+        parts: list[np.ndarray] = []
+        under_way: Any = None
+        count = 0
+        while some := list(itertools.islice(tiles, size)):
+            count += len(some)
+            pixels = np.zeros((size, *some[0].shape), np.float32)
+            pixels[: len(some)] = some
+            before, under_way = under_way, _encode(self.decoder, self.tower, place_rows(pixels, self.mesh))
+            if before is not None:
+                parts.append(fetch(before))
+        return np.concatenate([*parts, fetch(under_way)])[:count] if under_way is not None else np.zeros((0,))
 
 
 @jax.jit(static_argnums=0)

@@ -42,11 +42,10 @@ def updates(
     lengths = [example.length for example in as_read(examples)] if context.config.data.group_by_length else None
     order, key = BatchOrder(len(examples), config.batch_size, context.config.run.seed, lengths), context.key(stage)
 
-    def made(index: int) -> tuple[PyTree, PyTree]:
-        """The batch of a step, and the same on the devices."""
+    def made(index: int) -> PyTree:
+        """The batch of a step, on the host: the devices hold one at a time."""
         rows = [examples[i] for i in order(index)]
-        batch = collate(rows)
-        return batch, context.rows(batch, rows)
+        return context.seen(collate(rows), rows)
 
     first = int(state.step)
     ahead: Any = made(first) if first < config.steps else None
@@ -54,8 +53,8 @@ def updates(
         began = time.perf_counter()
         if isinstance(ahead, Exception):
             raise ahead
-        batch, placed = ahead
-        state, metrics = step(state, frozen, placed, jax.random.fold_in(key, index))
+        batch = ahead
+        state, metrics = step(state, frozen, context.rows(batch), jax.random.fold_in(key, index))
         state = state.replace(step=state.step + 1)
         if index + 1 < config.steps:  # while the device computes
             try:

@@ -1,4 +1,4 @@
-"""A forward pass over a batch in parts, so that the activations of one of them exist at a time.
+"""A batch in parts, so that the activations of one of them exist at a time.
 
 Letters: B rows, N parts of M rows each, G groups of devices into which a mesh splits rows.
 """
@@ -17,16 +17,12 @@ from pe_rlhf_jax.types import PyTree
 Result = TypeVar("Result")
 
 
-def in_micro_batches(f: Callable[[PyTree], Result], rows: PyTree, size: int | None) -> Result:
-    """What `f` makes of the rows, `size` of them at a time; null for all at once. Inside a compiled program.
+def micro_batches(rows: PyTree, parts: int) -> PyTree:
+    """So many parts of the rows, along a new first axis. No row leaves its devices: each gives a part as many of its own.
 
-    `f` takes and returns trees whose leaves have a row for each, and what it says of a row does not depend on the others; neighbours that
-    divide `size` and a group of devices' share of it stay together. No row leaves its devices: each gives a part as many of its own.
+    Neighbours that divide the part and a group of devices' share of it stay together.
     """
     count = len(jax.tree.leaves(rows)[0])
-    parts = count // (size or count)
-    if parts == 1:
-        return f(rows)
     groups = row_groups(count // parts)
 
     def split(x: Shaped[Array, "B ..."]) -> Shaped[Array, "N M ..."]:
@@ -34,9 +30,23 @@ def in_micro_batches(f: Callable[[PyTree], Result], rows: PyTree, size: int | No
         x = constrain(x.reshape(groups, parts, -1, *rest), BATCH, *(None for _ in (0, 0, *rest)))
         return constrain(x.swapaxes(0, 1).reshape(parts, -1, *rest), None, BATCH, *(None for _ in rest))
 
+    return jax.tree.map(split, rows)
+
+
+def in_micro_batches(f: Callable[[PyTree], Result], rows: PyTree, size: int | None) -> Result:
+    """What `f` makes of the rows, `size` of them at a time; null for all at once. Inside a compiled program.
+
+    `f` takes and returns trees whose leaves have a row for each, and what it says of a row does not depend on the others.
+    """
+    count = len(jax.tree.leaves(rows)[0])
+    parts = count // (size or count)
+    if parts == 1:
+        return f(rows)
+    groups = row_groups(count // parts)
+
     def joined(x: Shaped[Array, "N M ..."]) -> Shaped[Array, "B ..."]:
         rest = x.shape[2:]
         x = constrain(x.reshape(parts, groups, -1, *rest), None, BATCH, *(None for _ in (0, *rest)))
         return constrain(x.swapaxes(0, 1).reshape(count, *rest), BATCH, *(None for _ in rest))
 
-    return jax.tree.map(joined, jax.lax.map(f, jax.tree.map(split, rows)))
+    return jax.tree.map(joined, jax.lax.map(f, micro_batches(rows, parts)))

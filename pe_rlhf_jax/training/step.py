@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.sharding import keep_placed
+from pe_rlhf_jax.training.micro_batches import micro_batches
 from pe_rlhf_jax.types import PyTree, TrainState
 
 Loss = Callable[[PyTree, PyTree, PyTree, Float[Array, ""], jax.Array], tuple[Float[Array, ""], dict[str, Array]]]
@@ -55,7 +56,7 @@ def make_step(
         if count == 1:
             (value, statistics), gradients = gradient(state.trainable, frozen, batch, normaliser, key)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+            parts = micro_batches(batch, count)
 
             def accumulate(sums: PyTree, inputs: tuple[PyTree, Array]) -> tuple[PyTree, None]:
                 rows, index = inputs

@@ -64,3 +64,10 @@ def test_missing_and_long_parts_are_shown_as_such():
 
 def test_nothing_to_show_prints_nothing():
     assert shown([]) == ""
+
+
+def test_ones_own_prompts_are_shown_whole_and_without_what_nobody_measured():
+    text = shown([{"prompt": "p", "reference": "r" * 900, "policy": "q"}])
+    assert text.count("r") >= 900 and "characters)" not in text
+    assert "Held-out" not in text and "reward" not in text
+    assert "characters)" in shown([sample(reference="r" * 900)])

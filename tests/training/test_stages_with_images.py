@@ -73,6 +73,20 @@ def test_without_a_cache_a_picture_is_encoded_once_a_batch(encoded, quick_compil
     assert len(encoded) == 2 * 2  # steps, prompts
 
 
+def test_no_more_pictures_are_read_ahead_than_are_encoded_at_once(encoded, monkeypatch):
+    """So that a batch's pixels never exist as a whole."""
+    context = seeing_context()
+    read, most = [], []
+    original = context.encoder.read.tiles
+    monkeypatch.setattr(
+        context.encoder.read, "tiles", lambda *row: read.append(row) or most.append(len(read) - len(encoded)) or original(*row)
+    )
+    rows = context.data.prompts.train
+    context.encoder(rows)
+    assert len(read) == len(encoded) == len({row.pictures[0].key for row in rows}) > images.AT_ONCE
+    assert max(most) <= images.AT_ONCE
+
+
 @pytest.mark.parametrize("name", ["paligemma", "llava", "gemma3"])
 def test_features_do_not_depend_on_the_cache_or_on_other_pictures(name):
     context = seeing_context(name, pictures=2)
