@@ -246,11 +246,12 @@ def pages(folder: Path) -> Path:
 
 
 def make(folder: Path, screens: int, first_seed: int, tasks: list[str], chromium: str, apart_from: Path | None = None) -> None:
-    """Writes the rows of the tasks, without screens of the folder `apart_from`; says after each how many there are."""
+    """Writes the rows of the tasks, without screens of the folder `apart_from`; says how many there are and what chance gets."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / f"{name}.jsonl").write_text("")
     seen = set() if apart_from is None else known(apart_from)
+    chances: list[float] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         root = pages(Path(place) / "pages")
         browser = Browser(chromium, f"{place}/profile")
@@ -264,12 +265,15 @@ def make(folder: Path, screens: int, first_seed: int, tasks: list[str], chromium
                     if written and same not in seen:
                         (folder / written["screens"]["image"]).write_bytes(found["picture"])
                         write(folder, written)
+                        chances.append(len(written["screens"]["correct"]) / len(written["screens"]["elements"]))
                         made += 1
                     seen.add(same)
                     seed += 1
                 print(f"{task}: {made} screens of {seed - first_seed} episodes", flush=True)
         finally:
             browser.close()
+    if chances:
+        print(f"a random element is right in {sum(chances) / len(chances):.1%} of {len(chances)} screens")
 
 
 if __name__ == "__main__":
