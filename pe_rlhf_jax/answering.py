@@ -20,10 +20,11 @@ from pe_rlhf_jax.data.sources import Row, Skipped
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.loading import load
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.outcomes import Outcomes
+from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes
 from pe_rlhf_jax.report import samples
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.sharding import make_mesh, row_multiple
+from pe_rlhf_jax.training import sft
 from pe_rlhf_jax.training.rollouts import respond, texts, watch
 from pe_rlhf_jax.types import PromptBatch
 
@@ -32,13 +33,13 @@ Prompt = str | list[dict[str, str]]
 
 
 class Answerer:
-    """A run's policy and reference, loaded once.
+    """A run's reference and its policy, or before RL the SFT model alone, loaded once.
 
     Args:
         changes: fields of `rl.sampling` to be used instead of the run's, such as {"temperature": 0.0}; None leaves the run's.
 
     Raises:
-        ConfigError: the folder holds no policy, or a changed field has a value that it cannot have.
+        ConfigError: the folder holds neither, or a changed field has a value that it cannot have.
     """
 
     def __init__(self, folder: Path, console: Console, changes: Mapping[str, Any], seed: int | None = None):
@@ -52,14 +53,14 @@ class Answerer:
         self.backbone, self.context = load(config, Progress(console), needs=set())
         outcomes = Outcomes(Store(folder / "checkpoints"), self.backbone, self.context)
         policy = outcomes.policy()
-        if policy is None:
-            raise ConfigError(f"{folder} has no policy yet; run its stage `rl` first")
-        self.roles: dict[str, Role] = {"reference": outcomes.reference(), "policy": policy}
+        if policy is None and outcomes.store.latest(ROLE_OF[sft.STAGE]) is None:
+            raise ConfigError(f"{folder} has neither an SFT model nor a policy yet; run its stage `sft` or `rl` first")
+        self.roles: dict[str, Role] = {"reference": outcomes.reference()} | ({} if policy is None else {"policy": policy})
         self.key = self.context.key("generate" if seed is None else f"generate/{seed}")
         self.asked = 0
 
     def __call__(self, prompts: Sequence[Prompt], images: Sequence[Path] = ()) -> list[dict[str, str]]:
-        """Both answers to each prompt, as `prompt`, `reference` and `policy`; each shows all the pictures. Asked again, it draws anew.
+        """Each role's answer to each prompt, as `prompt`, `reference` and `policy`; each shows all pictures. Asked again, it draws anew.
 
         Raises:
             ConfigError: a prompt leaves no room for a response, or does not take the pictures.
@@ -76,7 +77,7 @@ class Answerer:
         return answers
 
     def stream(self, prompt: Prompt, images: Sequence[Path] = ()) -> Iterator[tuple[str, str]]:
-        """The same two answers to one prompt while they are written: (role, what its answer has more than before), at first nothing.
+        """The same answers to one prompt while they are written: (role, what its answer has more than before), at first nothing.
 
         Raises what calling does.
         """
@@ -177,7 +178,7 @@ def show(console: Console, pieces: Iterable[tuple[str, str]]) -> dict[str, str]:
 def chat(answerer: Answerer, read: Callable[[], str], console: Console, images: Sequence[Path] = ()) -> None:
     """A conversation about the pictures, if there are any, until the input ends, or Ctrl-C.
 
-    Both models see the same history, whose answers are the policy's; its first turn begins with the pictures.
+    All roles see the same history, whose answers are the last one's, the policy's; its first turn begins with the pictures.
 
     Raises ConfigError if the model's tokenizer has no chat template, and what asking the answerer does.
     """
@@ -190,8 +191,9 @@ def chat(answerer: Answerer, read: Callable[[], str], console: Console, images: 
                 continue
             turns.append({"role": "user", "content": said})
             answers = show(console, answerer.stream(turns, images))
-            if answers["policy"].strip():
-                turns.append({"role": "assistant", "content": answers["policy"]})
+            *_, answer = answers.values()
+            if answer.strip():
+                turns.append({"role": "assistant", "content": answer})
             else:
                 turns.pop()  # nothing was said: a history has no empty turns
     except (EOFError, KeyboardInterrupt):

@@ -37,6 +37,13 @@ class Parrot:
         yield from [("policy", ""), ("policy", " "), ("policy", "new "), ("policy", f"{last}\n")]
 
 
+class BeforeRL(Parrot):
+    """One model alone."""
+
+    def stream(self, turns, images):
+        yield from [piece for piece in super().stream(turns, images) if piece[0] == "reference"]
+
+
 def talk(parrot, *lines: str, end=EOFError, images=()) -> str:
     said, shown = iter(lines), io.StringIO()
 
@@ -48,6 +55,12 @@ def talk(parrot, *lines: str, end=EOFError, images=()) -> str:
 
     chat(parrot, read, Console(file=shown), images)
     return shown.getvalue()
+
+
+def test_before_rl_the_one_model_has_the_history():
+    parrot = BeforeRL()
+    assert talk(parrot, "one", "two") == "reference: old one\nreference: old two\n\n"
+    assert parrot.asked == ["user:one", "user:one|assistant:old one|user:two"]
 
 
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])

@@ -36,13 +36,17 @@ def show(console: Console, samples: list[dict], limit: int) -> None:
     table = Table(box=box.ROUNDED, show_lines=True, expand=True, title=title, title_justify="left")
     table.add_column("prompt", ratio=3, overflow="fold", style="dim")
     table.add_column("reference (before)", ratio=5, overflow="fold")
-    table.add_column("policy (after)", ratio=5, overflow="fold")
+    if trained := any("policy" in sample for sample in samples[:limit]):
+        table.add_column("policy (after)", ratio=5, overflow="fold")
     if rewarded:
         table.add_column("reward", width=8, justify="right")
     if judged:
         table.add_column("judge", width=8, justify="right")
     for sample in samples[:limit]:
-        cells = [_cell(sample.get(key), SHOWN_CHARACTERS if rewarded else None) for key in ("prompt", "reference", "policy")]
+        cells = [
+            _cell(sample.get(key), SHOWN_CHARACTERS if rewarded else None)
+            for key in ("prompt", "reference", *(["policy"] if trained else []))
+        ]
         changes = [_change(sample, name) for name, there in (("reward", rewarded), ("judge", judged)) if there]
         table.add_row(*cells, *changes)
     if table.rows:

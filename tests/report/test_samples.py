@@ -71,3 +71,4 @@ def test_ones_own_prompts_are_shown_whole_and_without_what_nobody_measured():
     assert text.count("r") >= 900 and "characters)" not in text
     assert "Held-out" not in text and "reward" not in text
     assert "characters)" in shown([sample(reference="r" * 900)])
+    assert "policy" not in shown([{"prompt": "p", "reference": "before RL"}])
