@@ -148,11 +148,11 @@ def main() -> None:
         if summary is not None:
             values = dict(override.split("=", 1) for override in point)
             rows.append(values | {"seed": seed} | {metric: figure(summary, metric) for metric in METRICS})
+    if not rows:
+        raise SystemExit("no run ended well, so there is nothing to tabulate")
     if arguments.run_only:
         print("This share is done. When all are, the same command without --run-only reads the finished runs and writes the tables.")
         return
-    if not rows:
-        raise SystemExit("no run ended well, so there is nothing to tabulate")
     arguments.output.mkdir(parents=True, exist_ok=True)
     with open(arguments.output / "sweep.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*fields, "seed", *METRICS])

@@ -1,4 +1,5 @@
-"""Answers of a run's policy beside its reference's: to given prompts, or turn by turn in a conversation, shown while they are written."""
+"""Answers of a run's policy beside its reference's (before RL, of the SFT model alone): to given prompts, or turn by turn in a
+conversation, shown while they are written."""
 
 from __future__ import annotations
 

@@ -108,7 +108,9 @@ def cli(argv: Sequence[str] | None = None) -> int:
     running.add_argument("--restart", action="store_true", help="start anew; an existing run folder is moved aside")
     reporting = commands.add_parser("report", help="rebuild report.html of a run folder")
     reporting.add_argument("folder", type=path_of)
-    generating = commands.add_parser("generate", help="answer prompts with a run's policy, beside its reference")
+    generating = commands.add_parser(
+        "generate", help="answer prompts with a run's policy, beside its reference, or before RL with its SFT model"
+    )
     generating.add_argument("--run", required=True, type=path_of, metavar="FOLDER", help="run folder")
     generating.add_argument("--prompt", action="append", help="several are answered in a table; without one, a conversation begins")
     generating.add_argument(

@@ -65,17 +65,11 @@ class Outcomes:
 
     def _own(self) -> RewardModel:
         role, context = self.reward_model(), self.context
-        self.check_shared("reward model", role)
         if role is None:
             raise ConfigError(f"stage rl needs a reward model, and {self.store.folder.parent} has none; run the stage `reward` first")
         if context.config.rl.roles == "separate":
             return _merged(context, role)
         return RewardModel(context.decoder, context.backbone, role)
-
-    def check_shared(self, what: str, role: Role | None) -> None:
-        """Raises ConfigError if a role has parameters of its own where all roles are to share the backbone."""
-        if role is not None and role.params is not None and self.context.config.rl.roles == "shared":
-            raise ConfigError(f"rl.roles shared keeps one backbone in memory, but the {what} was tuned in full; set rl.roles: separate")
 
     def check_other_runs(self) -> None:
         """Raises what `reward_models` does of other runs' reward models, as far as it can be told without loading them."""
@@ -87,6 +81,8 @@ class Outcomes:
         config, mine, store = run_folder.read_config(folder), self.context, Store(folder / "checkpoints")
         if store.latest(ROLE_OF[reward.STAGE]) is None:
             raise ConfigError(f"rl.rewards: {folder} has no finished reward model; run its stage `reward` first")
+        if mine.config.rl.roles == "shared" and "full" in (config.reward.tuning, config.reward.start_from == "sft" and config.sft.tuning):
+            raise ConfigError(f"rl.rewards: the reward model of {folder} was tuned in full, a second backbone; set rl.roles: separate")
         backbone = resolve(config.model)
         ours = (backbone.sha256, config.model.quantization) == (self.backbone.sha256, mine.config.model.quantization)
         if not ours:
@@ -124,7 +120,6 @@ class Outcomes:
         theirs = dataclasses.replace(mine, config=config, decoder=decoder, backbone=params, base=base, reward_base=Role())
         role = Outcomes(store, backbone, theirs).reward_model()
         assert role is not None
-        self.check_shared(f"reward model of {folder}", role)
         model = _merged(theirs, role) if mine.config.rl.roles == "separate" else RewardModel(decoder, params, role)
         return model._replace(encoder=self._sight(folder, backbone, theirs))
 

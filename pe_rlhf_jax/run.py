@@ -24,6 +24,7 @@ from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes
 from pe_rlhf_jax.report import headline, health, html, samples
 from pe_rlhf_jax.report.metrics import MetricsLog
 from pe_rlhf_jax.report.progress import Progress
+from pe_rlhf_jax.sharding import row_multiple
 from pe_rlhf_jax.training import evaluate, reward, rl, sft
 from pe_rlhf_jax.training.context import peak_memory_gib
 from pe_rlhf_jax.training.rewards import Rewards
@@ -82,8 +83,15 @@ class Run:
         """Raises ConfigError, before anything is trained, if a stage is going to need a model that will not be there."""
         stages, config = self.config.run.stages, self.config.rl
         self._check_reference()
-        if "rl" in stages or ("evaluate" in stages and self.store.latest(ROLE_OF[rl.STAGE]) is not None):
+        trained = self.store.latest(ROLE_OF[rl.STAGE]) is not None
+        if ("rl" in stages and not trained) or ("evaluate" in stages and trained and not self._evaluated()):
             self.outcomes.check_other_runs()
+        if "rl" in stages and not trained and config.roles == "shared":
+            for stage in (sft.STAGE, reward.STAGE):
+                if self.store.latest(ROLE_OF[stage]) is not None and getattr(self.config, stage).tuning == "full":
+                    raise ConfigError(
+                        f"rl.roles shared keeps one backbone in memory, but {stage} was tuned in full; set rl.roles: separate"
+                    )
         sft_missing = self.store.latest(ROLE_OF[sft.STAGE]) is None and self.config.model.adapter is None
         if "reward" in stages and self.config.reward.start_from == "sft" and sft_missing and "sft" not in stages[: stages.index("reward")]:
             raise ConfigError(
@@ -104,7 +112,8 @@ class Run:
         stages = self.config.run.stages
         if self.store.latest(ROLE_OF[sft.STAGE]) is not None:
             return
-        for stage in (rl.STAGE, *((reward.STAGE,) if self.config.reward.start_from == "sft" else ())):
+        from_sft = self.config.reward.start_from == "sft" and self.store.latest(ROLE_OF[reward.STAGE]) is None
+        for stage in (rl.STAGE, *((reward.STAGE,) if from_sft else ())):
             before = stages[: stages.index(stage)] if stage in stages else stages
             if sft.STAGE not in before:
                 if stage in stages and sft.STAGE in stages:
@@ -154,7 +163,6 @@ class Run:
         if self._finished(rl.STAGE):
             return
         context, reference = self.context, self.outcomes.reference()
-        self.outcomes.check_shared("SFT model", reference)
         rewards, model = Rewards(context, self.outcomes.reward_models()), self.outcomes.reward_model()
         self._train(
             rl.STAGE,
@@ -186,6 +194,7 @@ class Run:
         if self._finished(stage):
             return
         total, every, rows = getattr(self.config, stage).steps, self.config.run.checkpoint_every, self._rows(stage)
+        portions = [row_multiple(self.context.mesh), getattr(self.config, stage).micro_batch_size]
         if self.store.latest(stage) is None:
             state, meta = init(), self._meta()
         else:
@@ -193,7 +202,9 @@ class Run:
             self.outcomes.check(meta)
             if meta.get("rows", rows) != rows:
                 self.progress.warn(f"{stage} began with other rows of data: from here on it learns from these, in another order")
-        meta["rows"] = rows
+            if meta.get("portions", portions) != portions and stage != rl.STAGE and self.config.lora.lora_dropout:
+                self.progress.warn(f"{stage} began on another mesh or with other micro-batches: from here on dropout draws otherwise")
+        meta |= {"rows": rows, "portions": portions}
         start = int(state.step)
         hosts.once(lambda: self.log.rewind(stage, start))
         before, began = meta["elapsed_s"], time.perf_counter()
@@ -241,10 +252,7 @@ class Run:
         return len(seen) > patience and max(seen[-patience:]) <= max(seen[:-patience])
 
     def _evaluate(self) -> None:
-        # What is evaluated now, and how; an evaluation of what stood there before, such as a run without its policy, does not count.
-        of: dict[str, Any] = {name: self.store.latest(name) for name in ROLE_OF.values()}
-        of["settings"] = self.config.evaluate.model_dump(mode="json", exclude={"samples"})
-        if self.store.latest(evaluate.STAGE) is not None and self.store.meta(evaluate.STAGE).get("of") == of:
+        if self._evaluated():
             self.progress.note(f"{evaluate.STAGE}: finished before")
             return
         began = time.perf_counter()
@@ -265,7 +273,19 @@ class Run:
             samples.show(self.progress.console, rows, self.config.evaluate.samples)
         meta = self._meta()
         meta |= {"elapsed_s": time.perf_counter() - began, "peak_memory_gib": self._peak(meta), "figures": figures}
-        self.store.save(evaluate.STAGE, 0, {}, meta | {"of": of})
+        self.store.save(evaluate.STAGE, 0, {}, meta | {"of": self._of()})
+
+    def _of(self) -> dict[str, Any]:
+        """What an evaluation is of, and how it is made."""
+        return {name: self.store.latest(name) for name in ROLE_OF.values()} | {"settings": self.config.evaluate.model_dump(mode="json")}
+
+    def _evaluated(self) -> bool:
+        """Whether what is there now was evaluated so; an evaluation of what stood there before, such as no policy, does not count."""
+        if self.store.latest(evaluate.STAGE) is None:
+            return False
+        kept, now = self.store.meta(evaluate.STAGE).get("of", {}), self._of()
+        shown = {"samples": now["settings"]["samples"]}  # what the terminal shows changes no figure
+        return kept | {"settings": kept.get("settings", {}) | shown} == now
 
     def _export(self) -> None:
         began = time.perf_counter()

@@ -29,9 +29,6 @@ MAY_CHANGE = re.compile(
 """Fields that may differ when a run is continued: which part of it is done now, what is written beside it and how often, what is let
 through, what is done with the trained models, and where and in which portions it is computed, which changes results by rounding only."""
 
-DRAWS_DROPOUT = re.compile(r"mesh\..*|(sft|reward)\.micro_batch_size")
-"""Of them, what decides which inputs are dropped: it may not differ in the middle of a stage that has dropout."""
-
 
 @contextlib.contextmanager
 def opened(config: Config, restart: bool) -> Iterator[Path]:
@@ -181,16 +178,10 @@ def _check_configuration(folder: Path, config: Config) -> None:
     if not checkpoints.exists():
         return
     untouched = tuple(f"{stage}." for stage in ("sft", "reward", "rl") if not (checkpoints / stage).exists())
-    with_dropout = (("sft", "reference"), ("reward", "reward_model")) if config.lora.lora_dropout else ()
-    dropping = any((checkpoints / stage).exists() and not (checkpoints / outcome).exists() for stage, outcome in with_dropout)
-
-    def may_change(field: str) -> bool:
-        return bool(MAY_CHANGE.fullmatch(field)) and not (dropping and DRAWS_DROPOUT.fullmatch(field))
-
     lines = [
         line
         for line in configuration.differences(read_config(folder), config)
-        if not may_change(line.partition(":")[0]) and not line.startswith(untouched)
+        if not MAY_CHANGE.fullmatch(line.partition(":")[0]) and not line.startswith(untouched)
     ]
     if lines:
         shown = "\n".join(f"  {line}" for line in lines)

@@ -146,6 +146,20 @@ assert all(first > 0 and not any(rest) for first, *rest in counts.values()), cou
 print("same")
 """
 
+PORTIONS = """
+from pe_rlhf_jax.sharding import row_groups
+
+# Two micro-batches, to which each of two devices gives half of its rows, in RL a group of two responses.
+SECTIONS["sft"]["micro_batch_size"] = 4
+SECTIONS["rl"] |= dict(algorithm="grpo", group_size=2, num_mini_batches=1, micro_batch_size=4)
+_, expected, _ = trained(model(), 1, dict(data=1))
+context, found, _ = trained(model(), 2, dict(data=1, fsdp=2))
+with jax.set_mesh(context.mesh):
+    assert row_groups(4) == 2
+same(found, expected)
+print("same")
+"""
+
 HEADS = """
 for changes in (dict(num_kv_heads=1), dict(num_heads=6, num_kv_heads=3), dict(num_heads=3, num_kv_heads=3, vocab_size=32)):
     tiny = model(**changes)
@@ -191,6 +205,7 @@ print("same")
         pytest.param(MESHES.format(tuning="lora", stages=("sft", "reward", "rl")), id="lora"),
         pytest.param(MESHES.format(tuning="full", stages=("sft", "reward")), id="full"),
         pytest.param(LONG, id="twenty-steps", marks=pytest.mark.slow),
+        pytest.param(PORTIONS, id="micro-batches"),
         pytest.param(HEADS, id="heads"),
         pytest.param(RESTORE.replace("{{}}", "{}"), id="restored"),
         pytest.param(COMPILED.replace("{mesh!r}", "dict(data=2, fsdp=2, tensor=2)"), id="compiled-once"),

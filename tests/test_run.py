@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
+from jax.sharding import AbstractMesh
 from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
@@ -19,6 +20,7 @@ from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.data import PromptExample, Split
 from pe_rlhf_jax.loading import needed
+from pe_rlhf_jax.outcomes import Outcomes
 from pe_rlhf_jax.report.metrics import MetricsLog
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.run import Run, Stopped
@@ -32,7 +34,7 @@ class Counting:
 
     def __init__(self, folder, every: int = 100, accuracies: dict[int, float] | None = None, patience: int | None = None):
         self.folder, self.accuracies, self.patience, self.seen = folder, accuracies or {}, patience, []
-        self.data, self.said = "one", io.StringIO()
+        self.data, self.said, self.devices = "one", io.StringIO(), 1
         self.config = configuration.parse(f"{{model: {{source: x}}, run: {{checkpoint_every: {every}}}, reward: {{steps: {STEPS}}}}}")
 
     def start(self, stop_at: int | None = None, kill_at: int | None = None):
@@ -41,7 +43,8 @@ class Counting:
         run.config, run.folder, run.progress = self.config, self.folder, Progress(Console(file=self.said))
         run.store, run.log = Store(self.folder / "checkpoints"), MetricsLog(self.folder, tensorboard=False)
         run.backbone = SimpleNamespace(source="x", sha256="0")
-        run.context = SimpleNamespace(data=SimpleNamespace(preference=Split([PromptExample(np.arange(1), self.data, {})], [])))
+        mesh = AbstractMesh((self.devices, 1, 1), ("data", "fsdp", "tensor"))
+        run.context = SimpleNamespace(data=SimpleNamespace(preference=Split([PromptExample(np.arange(1), self.data, {})], [])), mesh=mesh)
         run.outcomes = SimpleNamespace(like=lambda init: init(), check=lambda meta: None)
         stop = SimpleNamespace(received=None)
         run.stop = SimpleNamespace(asked=lambda: stop.received)
@@ -109,6 +112,16 @@ def test_other_rows_than_a_stage_began_with_are_said(tmp_path):
         assert run.said.getvalue().count("reward began with other rows of data") == warned
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_other_devices_in_the_middle_of_a_stage_with_dropout_are_said(tmp_path, dropout):
+    run = Counting(tmp_path)
+    run.config = configuration.parse(configuration.dump(run.config), [f"lora.lora_dropout={dropout}"])
+    for step, devices in ((1, 1), (2, 1), (3, 2), (4, 2)):
+        run.devices = devices
+        run.start(stop_at=step)
+        assert run.said.getvalue().count("from here on dropout draws otherwise") == (step > 2 and dropout > 0)
+
+
 def test_after_a_kill_what_the_last_checkpoint_does_not_know_is_done_again(tmp_path):
     run = Counting(tmp_path, every=2)
     assert run.start(kill_at=6) is None
@@ -165,7 +178,8 @@ def test_a_named_data_set_serves_the_evaluation_with_what_it_has():
 def test_a_reward_model_that_rl_will_miss_is_missed_before_anything_is_trained(tmp_path, rl, said):
     run, text = object.__new__(Run), {"model": {"source": "x"}, "run": {"stages": ["sft", "rl"]}, "rl": rl}
     run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
-    run.outcomes = SimpleNamespace(check_other_runs=lambda: None)
+    run.outcomes = SimpleNamespace(check_other_runs=lambda: seen.append(1))
+    seen: list[int] = []
     if said is None:
         run._check_order()
     else:
@@ -173,6 +187,44 @@ def test_a_reward_model_that_rl_will_miss_is_missed_before_anything_is_trained(t
             run.execute()
     run.store.save("reward_model", 1, {"w": jnp.float32(0)}, {})
     run._check_order()
+    asked = len(seen)
+    run.store.save("policy", 1, {"w": jnp.float32(0)}, {})
+    run._check_order()
+    assert (asked, len(seen) - asked) == (2, 0)  # a finished policy needs no other run any more
+
+
+def test_a_fully_tuned_model_beside_shared_roles_is_refused_before_anything_is_trained(tmp_path):
+    run, text = object.__new__(Run), {"model": {"source": "x"}, "run": {"stages": ["reward", "rl"]}, "sft": {"tuning": "full"}}
+    run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
+    run.outcomes = SimpleNamespace(check_other_runs=lambda: None)
+    run._check_order()
+    run.store.save("reference", 1, {"w": jnp.float32(0)}, {})
+    with pytest.raises(ConfigError, match=r"sft was tuned in full; set rl\.roles: separate"):
+        run._check_order()
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        (None, "is not a run folder"),
+        ({}, "no finished reward model"),
+        ({"reward": {"tuning": "full"}}, "tuned in full"),
+        ({"reward": {"start_from": "sft"}, "sft": {"tuning": "full"}}, "tuned in full"),
+    ],
+)
+def test_reward_models_of_other_runs_are_looked_at_before_anything_is_trained(tmp_path, there, said):
+    other = tmp_path / "other"
+    if there is not None:
+        other.mkdir()
+        (other / "config.yaml").write_text(
+            configuration.dump(configuration.parse(json.dumps({"model": {"source": "x"}, "run": {"stages": []}} | there)))
+        )
+    if there:
+        Store(other / "checkpoints").save("reward_model", 1, {"w": jnp.float32(0)}, {})
+    config = configuration.parse(json.dumps({"model": {"source": "x"}, "rl": {"rewards": [{"model": str(other)}]}}))
+    outcomes = Outcomes(Store(tmp_path / "checkpoints"), SimpleNamespace(sha256="0"), SimpleNamespace(config=config))
+    with pytest.raises(ConfigError, match=said):
+        outcomes.check_other_runs()
 
 
 @pytest.mark.parametrize(

@@ -56,18 +56,6 @@ def test_only_what_changes_no_result_may_differ(config):
         assert folder.samefile(elsewhere)
 
 
-def test_in_the_middle_of_a_stage_with_dropout_what_decides_its_masks_stays(config):
-    config = config.model_copy(update={"lora": config.lora.model_copy(update={"lora_dropout": 0.1})})
-    halved = config.model_copy(update={"sft": config.sft.model_copy(update={"micro_batch_size": 1})})
-    with run_folder.opened(config, restart=False) as folder:
-        (folder / "checkpoints" / "sft").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"sft\.micro_batch_size"), run_folder.opened(halved, restart=False):
-        pass
-    (folder / "checkpoints" / "reference").mkdir()  # SFT is done
-    with run_folder.opened(halved, restart=False):
-        pass
-
-
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_second_process_is_refused_and_moves_nothing(config, restart):
     with run_folder.opened(config, restart=False) as folder:

@@ -341,11 +341,9 @@ class Config(Section):
 
     def tunings(self) -> dict[str, str]:
         """How what the run's stages train is tuned, by the field that says so."""
-        tunings: dict[str, str] = {
-            "rl.tuning": self.rl.tuning,
-            "rl.value_tuning": self.rl.tuning_of("value") if self.rl.has_critic else "lora",
-        }
-        tunings |= {f"{name}.tuning": getattr(self, name).tuning for name in ("sft", "reward") if name in self.run.stages}
+        tunings = {f"{name}.tuning": getattr(self, name).tuning for name in ("sft", "reward", "rl") if name in self.run.stages}
+        if "rl" in self.run.stages and self.rl.has_critic:
+            tunings["rl.value_tuning"] = self.rl.tuning_of("value")
         return tunings
 
     @property

@@ -5,7 +5,7 @@ XLA's own cost analysis counts the body of a scan once, so it is of no use for s
 matrix parameters of the layers, L layers, H heads of h, V vocabulary, D hidden, S keys that a token's query meets.
 
     forward, one token     2 N + 4 L S H h                attention over what is computed: the whole square, or of a long row in
-                                                          blocks (`model.attention_block`) 5/8 of it
+                                                          blocks (`model.attention_block`) 3/4 to 5/8 of it
     logits, one token      2 V D
     adapters, one token    2 A                            A their parameters; kept apart, since they are trained where N is not
     backward               as much again for inputs, and as much again for what is trained

@@ -55,7 +55,7 @@ class ImageEncoder:
     def __call__(self, examples: Sequence[Any]) -> Images | None:
         """Pictures of the examples' rows, as NumPy arrays; None where there is none.
 
-        M is the most pictures of a row, rounded up by an eighth at most, so that few programs are compiled.
+        M is the most pictures of a row; beyond 16 rounded up by an eighth at most, so that few programs are compiled.
 
         Raises:
             DataError: a picture cannot be decoded.

@@ -18,12 +18,14 @@ Result = TypeVar("Result")
 
 
 def micro_batches(rows: PyTree, parts: int) -> PyTree:
-    """So many parts of the rows, along a new first axis. No row leaves its devices: each gives a part as many of its own.
+    """So many parts of the rows, along a new first axis. No row leaves its devices, if they divide a part: each gives as many of its own.
 
     Neighbours that divide the part and a group of devices' share of it stay together.
     """
     count = len(jax.tree.leaves(rows)[0])
     groups = row_groups(count // parts)
+    if groups == 1:
+        return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
 
     def split(x: Shaped[Array, "B ..."]) -> Shaped[Array, "N M ..."]:
         rest = x.shape[1:]

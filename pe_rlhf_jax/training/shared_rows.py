@@ -1,6 +1,7 @@
 """Whether answers to one prompt go into one row, where the prompt is computed once.
 
-It saves tokens, never adds any; but attention is computed over the whole square of a row, and so grows with its length.
+It saves tokens, never adds any; but attention is computed over the square of a row, and so grows with its length. (That rows of more than
+one block of `models/attention.py` compute part of it is left out: it speaks for one row.)
 """
 
 from __future__ import annotations
