@@ -305,7 +305,7 @@ def test_an_exported_adapter_starts_another_run_and_comes_out_as_it_went_in(undi
     command = [sys.executable, "-m", "pe_rlhf_jax.main", "generate", "--run", str(tmp_path / "runs" / "third"), "--prompt", "film 3 is"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PE_RLHF_CACHE": str(compiled), "COLUMNS": "120"}
     said = subprocess.run([*command, "--max-new-tokens", "3"], env=environment, capture_output=True, text=True, timeout=300)
-    assert said.returncode == 0 and "\nreference: " in said.stdout and "policy: " not in said.stdout  # RL has not been
+    assert said.returncode == 0 and "\nreference: " in said.stdout and "\npolicy: " not in said.stdout  # RL has not been
 
 
 def test_an_adapter_of_another_shape_is_refused(undisturbed, project, compiled, tmp_path):
