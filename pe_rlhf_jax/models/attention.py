@@ -20,16 +20,16 @@ blocks 3/4, of three 2/3)."""
 
 def keys_met(length: int, block: int | None, ordered: bool) -> float:
     """Keys that a token of a row of so many meets in `attend`, on average, seen or masked."""
-    if block is None or length <= block or not ordered:
+    blocks, size = blocks_of(length, block)
+    if not ordered:
         return length
-    blocks, size = _blocks(length, block)
     ends = [len(part) * min((int(part[-1]) + 1) * size, length) for part in _parts(blocks)]
     return sum(ends) / blocks
 
 
-def _blocks(length: int, block: int) -> tuple[int, int]:
-    """How many, and the queries of each."""
-    blocks = -(-length // block)
+def blocks_of(length: int, block: int | None) -> tuple[int, int]:
+    """In how many blocks so many queries are computed, 1 where all at once, and the queries of each."""
+    blocks = -(-length // (block or length))
     return blocks, -(-length // blocks)
 
 
@@ -53,9 +53,9 @@ def attend(
     and Staats 2021; the softmax is still over whole rows, since they cost memory in proportion to the row only).
     """
     length = q.shape[1]
-    if seen is None or block is None or length <= block:
+    blocks, size = blocks_of(length, block)
+    if seen is None or blocks == 1:
         return _attend(q, k, v, None if seen is None else seen.mask(), scale, cap)
-    blocks, size = _blocks(length, block)
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, blocks * size - length), *((0, 0),) * (x.ndim - 2)))

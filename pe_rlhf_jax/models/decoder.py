@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pe_rlhf_jax.config import ConfigError, LoRAConfig
 from pe_rlhf_jax.models.architecture import DecoderConfig
-from pe_rlhf_jax.models.attention import softcap
+from pe_rlhf_jax.models.attention import blocks_of, softcap
 from pe_rlhf_jax.models.layers import HEADS, MLP, Attention, KVCache, Rotation, make_norm
 from pe_rlhf_jax.models.lora import MODULES
 from pe_rlhf_jax.models.rope import RopeScaling, rope_angles
@@ -66,7 +66,7 @@ class Layer(nn.Module):
         if layer.window is not None:
             seen = seen.within(layer.window)
         attention_class = Attention
-        if self.remat == "full" and (self.attention_block is None or x.shape[1] <= self.attention_block):
+        if self.remat == "full" and blocks_of(x.shape[1], self.attention_block)[0] == 1:
             # What attention keeps for its own backward pass, scores first of all, is not to lie beside what the MLP's needs: it is computed
             # again once that is through, from queries, keys and values, which is little beside the projections.
             keep = jax.checkpoint_policies.save_only_these_names(HEADS)

@@ -19,7 +19,7 @@ import math
 
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.models.architecture import DecoderConfig, matrices
-from pe_rlhf_jax.models.attention import keys_met
+from pe_rlhf_jax.models.attention import blocks_of, keys_met
 from pe_rlhf_jax.models.lora import is_target
 from pe_rlhf_jax.training import reward, rl, sft
 from pe_rlhf_jax.training.shared_rows import answers_for, longest_pair
@@ -62,8 +62,7 @@ class Costs:
     def update(self, rows: int, tokens: int, logits: int, tuning: str) -> float:
         """Forward, recomputation, and backward for inputs (both of attention's products have two) and for what is trained."""
         remat, full = self.config.model.remat, tuning == "full"
-        block = self.config.model.attention_block
-        again, blocks = remat == "full", block is not None and tokens > block
+        again, blocks = remat == "full", blocks_of(tokens, self.config.model.attention_block)[0] > 1
         attentions = 3 + ({"none": 0.5, "dots": 1.5, "full": 1.5} if blocks else {"none": 0, "dots": 1, "full": 2})[remat]
         token = (2 + again + full) * self.layers - again * self.last + attentions * self.own_attention(tokens)
         token += 0.0 if full else (3 + again) * self.adapter
