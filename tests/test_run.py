@@ -253,7 +253,7 @@ def test_no_stage_begins_from_another_reference_than_sft_leaves(tmp_path, stages
         run._check_reference()
     else:
         with pytest.raises(ConfigError, match=said):
-            run._check_reference()
+            run.execute()
 
 
 def because(error: Exception, cause: Exception) -> Exception:
