@@ -38,7 +38,7 @@ class Script:
         return types.SimpleNamespace(vision=None, hidden_size=self.vocabulary)
 
     def new_cache(self, batch, slots):
-        zeros = jnp.zeros((1, batch, slots, 1, 1))
+        zeros = jnp.zeros((1, batch, 1, slots, 1))
         return KVCache(zeros, zeros)
 
     def apply(self, variables, tokens, mask, positions=None, cache=None, start=0, features=None, prompt=None):

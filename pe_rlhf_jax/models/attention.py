@@ -39,34 +39,36 @@ def _parts(blocks: int) -> list[np.ndarray]:
 
 
 def attend(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
+    q: Float[Array, "B H T h"],
+    k: Float[Array, "B K S h"],
+    v: Float[Array, "B K S h"],
     seen: Visible | None,
     scale: float,
     cap: float | None,
     block: int | None,
-) -> Float[Array, "B T H h"]:
+) -> Float[Array, "B H T h"]:
     """Softmax attention; scores, in float32, are soft-capped if asked (Gemma 2). `seen` None: all see all.
 
     Of more than `block` queries, the scores of at most so many exist at a time, forward and backward: they are computed again (as by Rabe
     and Staats 2021; the softmax is still over whole rows, since they cost memory in proportion to the row only).
     """
-    length = q.shape[1]
+    length = q.shape[2]
     blocks, size = blocks_of(length, block)
     if seen is None or blocks == 1:
         return _attend(q, k, v, None if seen is None else seen.mask(), scale, cap)
 
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, blocks * size - length), *((0, 0),) * (x.ndim - 2)))
-        return rearrange(x, "B (n t) ... -> n B t ...", n=blocks)
+    def cut(x: Array, axis: int) -> Array:
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, blocks * size - length)
+        x = jnp.pad(x, pad)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
 
-    inputs = cut(q), jax.tree.map(cut, seen.queries)
+    inputs = cut(q, 2), jax.tree.map(lambda x: cut(x, 1), seen.queries)
     out = []
     for part in _parts(blocks) if seen.ordered else [np.arange(blocks)]:
         first, end = int(part[0]), int(part[-1]) + 1
-        keys = min(end * size, k.shape[1]) if seen.ordered else k.shape[1]
-        k_part, v_part, seen_part = k[:, :keys], v[:, :keys], seen.first(keys)
+        keys = min(end * size, k.shape[2]) if seen.ordered else k.shape[2]
+        k_part, v_part, seen_part = k[:, :, :keys], v[:, :, :keys], seen.first(keys)
 
         @jax.checkpoint
         def of_block(inputs: tuple[Array, Places], k: Array = k_part, v: Array = v_part, seen: Visible = seen_part) -> Array:
@@ -74,26 +76,24 @@ def attend(
             return _attend(q, k, v, seen.replace(queries=places).mask(), scale, cap)
 
         out.append(jax.lax.map(of_block, jax.tree.map(lambda x, a=first, b=end: x[a:b], inputs)))
-    return rearrange(jnp.concatenate(out), "n B t H h -> B (n t) H h")[:, :length]
+    return rearrange(jnp.concatenate(out), "n B H t h -> B H (n t) h")[:, :, :length]
 
 
 def _attend(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
+    q: Float[Array, "B H T h"],
+    k: Float[Array, "B K S h"],
+    v: Float[Array, "B K S h"],
     mask: Bool[Array, "B 1 T S"] | None,
     scale: float,
     cap: float | None,
-) -> Float[Array, "B T H h"]:
-    if cap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
-    # It has no argument for a cap.
-    q_BTKGh = rearrange(q, "B T (K G) h -> B T K G h", K=k.shape[2])
-    scores = softcap(jnp.einsum("BTKGh,BSKh->BKGTS", q_BTKGh, k, preferred_element_type=jnp.float32) * scale, cap)
+) -> Float[Array, "B H T h"]:
+    # Written out: on a CPU, `jax.nn.dot_product_attention` takes twice as long, forward and backward; and it has no argument for a cap.
+    q_BKGTh = rearrange(q, "B (K G) T h -> B K G T h", K=k.shape[1])
+    scores = softcap(jnp.einsum("BKGTh,BKSh->BKGTS", q_BKGTh, k, preferred_element_type=jnp.float32) * scale, cap)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    out = jnp.einsum("BKGTS,BSKh->BTKGh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-    return rearrange(out, "B T K G h -> B T (K G) h")
+    out = jnp.einsum("BKGTS,BKSh->BKGTh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return rearrange(out, "B K G T h -> B (K G) T h")
 
 
 def softcap(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:

@@ -209,8 +209,8 @@ class Decoder(nn.Module):
     def new_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for `slots` tokens a row, in the computation dtype."""
         c = self.config
-        zeros = jnp.zeros((c.num_layers, batch, slots, c.num_kv_heads, c.head_dim), self.dtype)
-        zeros = constrain(zeros, None, BATCH, None, "tensor", None)
+        zeros = jnp.zeros((c.num_layers, batch, c.num_kv_heads, slots, c.head_dim), self.dtype)
+        zeros = constrain(zeros, None, BATCH, "tensor", None, None)
         return KVCache(zeros, zeros)
 
     def init_lora(self, key: jax.Array) -> PyTree:

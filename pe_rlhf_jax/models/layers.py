@@ -40,12 +40,12 @@ HEADS = "heads"
 class KVCache(flax.struct.PyTreeNode):
     """Keys and values of all layers. Slot s of a row holds the token at position s of the padded sequence, or S further on: a ring."""
 
-    k_LBSKh: Float[Array, "L B S K h"]
-    v_LBSKh: Float[Array, "L B S K h"]
+    k_LBKSh: Float[Array, "L B K S h"]
+    v_LBKSh: Float[Array, "L B K S h"]
 
     @property
     def slots(self) -> int:
-        return self.k_LBSKh.shape[2]
+        return self.k_LBKSh.shape[3]
 
 
 class Rotation(flax.struct.PyTreeNode):
@@ -128,12 +128,12 @@ class Attention(nn.Module):
             lora = self.lora if is_target(f"{self.prefix}attention.{name}", self.lora) else None
             return Linear(features, lora, self.dtype, self.param_dtype, bias, c.quantization, name=name)
 
-        def heads(name: str, count: int) -> Float[Array, "B T count h"]:
-            x = rearrange(linear(name, count * c.head_dim, c.qkv_bias)(x_BTD, deterministic), "B T (n h) -> B T n h", n=count)
+        def heads(name: str, count: int) -> Float[Array, "B count T h"]:
+            x = rearrange(linear(name, count * c.head_dim, c.qkv_bias)(x_BTD, deterministic), "B T (n h) -> B n T h", n=count)
             # Heads that the axis does not divide are whole on every chip of it: attention never splits one.
-            return checkpoint_name(constrain(x, BATCH, None, "tensor", None), HEADS)
+            return checkpoint_name(constrain(x, BATCH, "tensor", None, None), HEADS)
 
-        def placed(x: Float[Array, "B T n h"], norm: str) -> Float[Array, "B T n h"]:
+        def placed(x: Float[Array, "B n T h"], norm: str) -> Float[Array, "B n T h"]:
             if c.qk_norm:
                 x = make_norm(c, self.dtype, self.param_dtype, norm)(x)
             if rotation is None:
@@ -144,16 +144,16 @@ class Attention(nn.Module):
         k = placed(heads("k_proj", c.num_kv_heads), "k_norm")
         v = heads("v_proj", c.num_kv_heads)
         if cache is not None:
-            at = (layer, 0, start, 0, 0)
+            at = (layer, 0, 0, start, 0)
             cache = KVCache(
-                jax.lax.dynamic_update_slice(cache.k_LBSKh, k[None].astype(cache.k_LBSKh.dtype), at),
-                jax.lax.dynamic_update_slice(cache.v_LBSKh, v[None].astype(cache.v_LBSKh.dtype), at),
+                jax.lax.dynamic_update_slice(cache.k_LBKSh, k[None].astype(cache.k_LBKSh.dtype), at),
+                jax.lax.dynamic_update_slice(cache.v_LBKSh, v[None].astype(cache.v_LBKSh.dtype), at),
             )
             if seen is None or not seen.whole:
-                k = jax.lax.dynamic_index_in_dim(cache.k_LBSKh, layer, 0, keepdims=False)
-                v = jax.lax.dynamic_index_in_dim(cache.v_LBSKh, layer, 0, keepdims=False)
+                k = jax.lax.dynamic_index_in_dim(cache.k_LBKSh, layer, 0, keepdims=False)
+                v = jax.lax.dynamic_index_in_dim(cache.v_LBKSh, layer, 0, keepdims=False)
         out = attend(q, k, v, seen, c.attention_scale or c.head_dim**-0.5, c.attention_softcap, self.block)
-        out = rearrange(out, "B T H h -> B T (H h)")
+        out = rearrange(out, "B H T h -> B T (H h)")
         return linear("o_proj", x_BTD.shape[-1], c.o_bias)(out, deterministic), cache
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.config import LoRAConfig, Quantization
+from pe_rlhf_jax.models.matmul import matmul
 from pe_rlhf_jax.models.quantization import product, quantize
 from pe_rlhf_jax.types import PyTree
 
@@ -69,7 +70,7 @@ class Linear(nn.Module):
         a = self.variable("lora", "a", lambda: _uniform_fan_in(self.make_rng("lora"), (d_in, r), jnp.float32)).value
         b = self.variable("lora", "b", lambda: jnp.zeros((r, self.features), jnp.float32)).value
         x = nn.Dropout(self.lora.lora_dropout)(x, deterministic=deterministic)
-        return y + (x @ a.astype(self.dtype)) @ (b * self.lora.scale).astype(self.dtype)
+        return y + matmul(matmul(x, a.astype(self.dtype)), (b * self.lora.scale).astype(self.dtype))
 
     def _init_kernel(self, key: jax.Array, shape: tuple[int, int]) -> PyTree:
         kernel = nn.initializers.lecun_normal()(key, shape, self.param_dtype)

@@ -17,6 +17,7 @@ import qwix
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.config import ConfigError, Quantization
+from pe_rlhf_jax.models.matmul import matmul
 from pe_rlhf_jax.types import PyTree
 
 BLOCK = 64
@@ -73,7 +74,7 @@ def product(
 ) -> Float[Array, "*batch d_out"]:
     """x W, with W in `dtype`. The backward pass expands a quantized matrix again, so that no expanded copy is kept for it."""
     if not isinstance(kernel, QuantizedMatrix):
-        return x @ kernel.astype(dtype)
+        return matmul(x, kernel.astype(dtype))
     return jax.checkpoint(lambda x, kernel: x @ kernel.expand(dtype))(x, kernel)
 
 

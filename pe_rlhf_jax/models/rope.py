@@ -39,17 +39,17 @@ def rope_angles(positions_BT: Int[Array, "B T"], size: int, theta: float, scalin
     return positions_BT[..., None].astype(jnp.float32) * _frequencies(size, theta, scaling)
 
 
-def rotate(x_BTHh: Float[Array, "B T H h"], angles: Float[Array, "B T half"], length: float | Array = 1.0) -> Float[Array, "B T H h"]:
+def rotate(x_BHTh: Float[Array, "B H T h"], angles: Float[Array, "B T half"], length: float | Array = 1.0) -> Float[Array, "B H T h"]:
     """Rotates the pairs (x_i, x_{i + half}), as Hugging Face does, and multiplies them by `length`; computed in float32.
 
     Dimensions from 2 * half on stay as they are (partial rotary embeddings).
     """
-    turned, rest = jnp.split(x_BTHh, [2 * angles.shape[-1]], axis=-1)
-    sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
+    turned, rest = jnp.split(x_BHTh, [2 * angles.shape[-1]], axis=-1)
+    sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]
     if not (isinstance(length, float) and length == 1.0):
         sin, cos = sin * length, cos * length
     first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHh.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHTh.dtype)
     return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)
 
 

@@ -136,9 +136,9 @@ def read(sampler: Sampler, variables: PyTree, prompts: PromptBatch, room: int) -
 def _repeated(once: Read, answers: int, room: int) -> Read:
     """Each row so many times, and with room in its cache."""
 
-    def cache(x: Float[Array, "L G P K h"]) -> Float[Array, "L B S K h"]:
-        x = jnp.pad(jnp.repeat(x, answers, axis=1), ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
-        return constrain(x, None, BATCH, None, "tensor", None)
+    def cache(x: Float[Array, "L G K P h"]) -> Float[Array, "L B K S h"]:
+        x = jnp.pad(jnp.repeat(x, answers, axis=1), ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
+        return constrain(x, None, BATCH, "tensor", None, None)
 
     rows = [constrain(jnp.repeat(x, answers, axis=0), BATCH, *(None for _ in x.shape[1:])) for x in (once.position, once.hidden)]
     return Read(jax.tree.map(cache, once.cache), *rows)

@@ -182,30 +182,30 @@ def _insert(
     """Of the rows that were read, those at `source` go to the P slots before the given one, around the ring: the first `given` of them."""
 
     def put(
-        x: Float[Array, "L b S K h"],
+        x: Float[Array, "L b K S h"],
         given: Int[Array, " 1"],
         row: Int[Array, "1 M"],
         source: Int[Array, "1 M"],
-        new: Float[Array, "L D P K h"],
+        new: Float[Array, "L D K P h"],
         slot: Int[Array, ""],
-    ) -> Float[Array, "L b S K h"]:
-        slots, length = x.shape[2], new.shape[2]
+    ) -> Float[Array, "L b K S h"]:
+        slots, length = x.shape[3], new.shape[3]
         first = (slot - length) % slots
 
-        def put_row(number: Int[Array, ""], x: Float[Array, "L b S K h"]) -> Float[Array, "L b S K h"]:
+        def put_row(number: Int[Array, ""], x: Float[Array, "L b K S h"]) -> Float[Array, "L b K S h"]:
             # Slices in place: with a scatter the TPU compiler reserves a second cache. Two of them, for both sides of the ring's end.
             for start in (jnp.minimum(first, slots - length), jnp.zeros_like(first)):
                 token = (start + jnp.arange(length) - first) % slots
-                at, size = (0, row[0, number], start, 0, 0), (len(x), 1, length, *x.shape[3:])
+                at, size = (0, row[0, number], 0, start, 0), (len(x), 1, x.shape[2], length, x.shape[4])
                 one = jax.lax.dynamic_slice_in_dim(new, source[0, number], 1, axis=1)
-                one = jnp.take(one, token, axis=2, mode="clip")
-                one = jnp.where((token < length)[:, None, None], one, jax.lax.dynamic_slice(x, at, size))
+                one = jnp.take(one, token, axis=3, mode="clip")
+                one = jnp.where((token < length)[:, None], one, jax.lax.dynamic_slice(x, at, size))
                 x = jax.lax.dynamic_update_slice(x, one, at)
             return x
 
         return jax.lax.fori_loop(0, given[0], put_row, x)
 
-    place, of_group = (None, BATCH, None, "tensor", None), (BATCH, None)
+    place, of_group = (None, BATCH, "tensor", None, None), (BATCH, None)
     put_apart = apart(put, len(row), (place, (BATCH,), of_group, of_group, place, ()), place)
-    pairs = ((cache.k_LBSKh, read.k_LBSKh), (cache.v_LBSKh, read.v_LBSKh))
+    pairs = ((cache.k_LBKSh, read.k_LBKSh), (cache.v_LBKSh, read.v_LBKSh))
     return KVCache(*(put_apart(x, given, row, source, new, slot) for x, new in pairs))

@@ -24,7 +24,7 @@ PICTURES = np.where((np.arange(LENGTH) % 8 < 3) & REAL, np.arange(LENGTH) // 8 +
 def drawn(slots: int = LENGTH):
     """Queries, keys and values: four heads on two."""
     keys = jax.random.split(jax.random.key(0), 3)
-    sizes = ((3, LENGTH, 4, 8), (3, slots, 2, 8), (3, slots, 2, 8))
+    sizes = ((3, 4, LENGTH, 8), (3, 2, slots, 8), (3, 2, slots, 8))
     return [3 * jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True)]
 
 
@@ -48,7 +48,7 @@ SEEN = {
 @pytest.mark.parametrize("name", SEEN)
 def test_blocks_give_the_numbers_and_gradients_of_the_whole(name, cap):
     seen = SEEN[name]
-    weights = jnp.where(REAL[:, :, None, None], jnp.sin(jnp.arange(32.0)).reshape(4, 8), 0)  # padding sees nothing, and is junk
+    weights = jnp.where(REAL[:, None, :, None], jnp.sin(jnp.arange(32.0)).reshape(4, 1, 8), 0)  # padding sees nothing, and is junk
 
     def loss(block, q, k, v):
         out = attend(q, k, v, seen, 0.3, cap, block)

@@ -103,8 +103,8 @@ def test_decoding_with_a_cache_equals_one_forward(tiny, run, piece):
         parts.append(hidden)
     found = np.concatenate(parts, axis=1)
     np.testing.assert_allclose(found[mask], expected[mask], atol=ROUNDING)
-    assert cache.k_LBSKh.shape == (2, 2, slots, 2, 4)
-    assert not np.asarray(cache.k_LBSKh)[:, :, 10:].any()
+    assert cache.k_LBKSh.shape == (2, 2, 2, slots, 4)
+    assert not np.asarray(cache.k_LBKSh)[:, :, :, 10:].any()
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -136,7 +136,7 @@ def test_bfloat16_computes_in_bfloat16_and_stays_near(tiny, run):
     variables = {"params": params, "lora": tiny.lora}
     hidden, cache = jax.jit(decoder.apply)(variables, TOKENS, mask, cache=decoder.new_cache(2, 7))
     logits = unembed(params, hidden)
-    assert (hidden.dtype, logits.dtype, cache.k_LBSKh.dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
+    assert (hidden.dtype, logits.dtype, cache.k_LBKSh.dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
     expected = np.asarray(unembed(tiny.params, run(tiny.variables, TOKENS, mask)))
     error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
     assert 1e-4 < error < 0.05  # bfloat16 keeps 8 bits: 0.4% an operation, over some thirty of them
