@@ -3,13 +3,14 @@
     python3 -m venv VENV-TRL && VENV-TRL/bin/pip install -r benchmarks/peers/requirements-trl.txt
     python3 -m venv VENV-TUNIX && VENV-TUNIX/bin/pip install -r benchmarks/peers/requirements-tunix.txt
     python benchmarks/peers/compare.py --trl-python VENV-TRL/bin/python --tunix-python VENV-TUNIX/bin/python \
-        [--what reward_lora ppo_model] [--turns 3] [--steps 3] [--threads 2] [--recompute] [--log peers.jsonl]
+        [--what reward_lora ppo_model] [--turns 3] [--steps 3] [--threads 2] [--recompute] [--micro-batch 2] [--log peers.jsonl]
 
 Every measurement is a process of its own: one that warmed up takes `--steps` steps, whose median counts. In a turn, each work is done by
 one after the other, so that other load on the machine meets all, and a ratio is taken within a turn. What the work is says `work.py`, and
 how a peer's differs the docstring of its script. Nobody recomputes activations without `--recompute`: none of these works needs it to
-fit, and it takes time. As a default, this project does and TRL does (but for its PPO, which cannot), and tunix does not. `--log` keeps
-each record as it comes; records that it has already count as done.
+fit, and it takes time. As a default, this project does and TRL does (but for its PPO, which cannot), and tunix does not. With
+`--micro-batch`, everyone accumulates gradients over so many pairs or episodes at a time, with the same updates; without, all are computed
+at once. `--log` keeps each record as it comes; records that it has already count as done.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ Record = dict[str, Any]
 def measured(python: str, who: str, what: str, a: argparse.Namespace) -> Record:
     """One process' record. Raises SystemExit with what it said if it fails."""
     options = ["--what", what, "--steps", str(a.steps), *(["--recompute"] if a.recompute else [])]
+    options += [] if a.micro_batch is None else ["--micro-batch", str(a.micro_batch)]
     ran = subprocess.run([python, str(HERE / SCRIPTS[who]), *options], capture_output=True, text=True)
     if ran.returncode:
         raise SystemExit(f"{who} {what} failed:\n{ran.stderr[-3000:]}")
@@ -80,12 +82,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed in a process")
     parser.add_argument("--threads", type=int, help="logical processors that each may use; all by default")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing, TRL's default and ours")
+    parser.add_argument("--micro-batch", type=int, help="pairs or episodes at a time in updates; all at once by default")
     parser.add_argument("--log", type=Path, help="JSON lines; continued")
     a = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: a.threads])  # processes inherit it
     pythons = {"ours": sys.executable, "trl": a.trl_python, "tunix": a.tunix_python}
     kept = [json.loads(line) for line in a.log.read_text().splitlines()] if a.log and a.log.exists() else []
-    same = {"recompute": a.recompute, "processors": len(os.sched_getaffinity(0))}
+    same = {"recompute": a.recompute, "micro_batch": a.micro_batch, "processors": len(os.sched_getaffinity(0))}
     records: list[Record] = [r for r in kept if {name: r[name] for name in same} == same and len(r["seconds"]) == a.steps]
     for turn in range(a.turns):
         for what in a.what:

@@ -1,6 +1,6 @@
 """Steps of this project's own stages, JAX on a CPU: one line of JSON.
 
-    python benchmarks/peers/our_steps.py --what reward_lora [--steps 3] [--recompute]
+    python benchmarks/peers/our_steps.py --what reward_lora [--steps 3] [--recompute] [--micro-batch 2]
 
 A step is what the stage does for one: it makes the batch, computes, and fetches and counts its metrics. In PPO the reward model is an
 adapter as well, on the backbone of the others and not merged into it. Full tuning keeps the backbone that it began from, as a run does.
@@ -67,20 +67,26 @@ def learned(state: TrainState) -> tuple[int, int]:
 def reward(a: argparse.Namespace) -> work.Done:
     tuning = "full" if a.what == "reward_full" else "lora"
     optimizer = f"reward.optimizer.learning_rate={work.LEARNING_RATE}"
-    batch = [f"reward.batch_size={work.PAIRS}", f"reward.steps={ENDLESS}", f"reward.evaluate_every={ENDLESS}"]
+    batch = [
+        f"reward.batch_size={work.PAIRS}",
+        f"reward.micro_batch_size={a.micro_batch or 'null'}",
+        f"reward.steps={ENDLESS}",
+        f"reward.evaluate_every={ENDLESS}",
+    ]
     context = make_context(a, f"reward.tuning={tuning}", "rl.roles=separate", optimizer, *batch)
     pairs = [PreferenceExample(np.array(x, np.int32), np.array(y, np.int32)) for x, y in zip(*work.pairs(a.what), strict=True)]
     context = dataclasses.replace(context, data=Data(sft=None, preference=Split(pairs, []), prompts=None, notes=[]))
     with jax.set_mesh(context.mesh):
         steps, _, state = taken(a, reward_stage.run(context, Role(), reward_stage.init(context, Role())))
     rows = np.shape(reward_stage.kind_of(context.config.reward).collator(context)(pairs).tokens)
-    return work.Done(steps, *learned(state), note=f"{rows[0] * rows[1]} rows of {rows[2]} at once")
+    return work.Done(steps, *learned(state), note=f"{rows[0] * rows[1]} rows of {rows[2]}")
 
 
 def reinforcement(a: argparse.Namespace) -> work.Done:
     algorithm, model = a.what.partition("_")[0], a.what == "ppo_model"
     source = "{model: run}" if model else "{function: 'work:reward'}"
-    batch = [f"rl.batch_size={work.ROWS}", f"rl.group_size={work.GROUP}", "rl.num_ppo_epochs=1", f"rl.steps={ENDLESS}"]
+    batch = [f"rl.batch_size={work.ROWS}", f"rl.micro_batch_size={a.micro_batch or 'null'}", f"rl.group_size={work.GROUP}"]
+    batch += ["rl.num_ppo_epochs=1", f"rl.steps={ENDLESS}"]
     optimizer = f"rl.optimizer.learning_rate={work.LEARNING_RATE}"
     how = [f"rl.algorithm={algorithm}", f"rl.kl_coef={work.KL_COEF}", f"rl.sampling.max_new_tokens={work.RESPONSE}", optimizer]
     context = make_context(a, f"rl.rewards=[{source}]", f"rl.value_init={'reward' if model else 'zero'}", *batch, *how)

@@ -90,25 +90,31 @@ def settings(a: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def batches(a: argparse.Namespace, rows: int) -> dict[str, int]:
+    """A batch at once, or gradients accumulated over so many at a time."""
+    at_once = a.micro_batch or rows
+    return {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": rows // at_once}
+
+
 def reward(a: argparse.Namespace) -> work.Done:
     watch, (chosen, rejected) = Watch(), work.pairs(a.what)
     trainer = RewardTrainer(
         model=scorer(),
-        args=RewardConfig(**settings(a), per_device_train_batch_size=work.PAIRS),
+        args=RewardConfig(**settings(a), **batches(a, work.PAIRS)),
         train_dataset=Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected}),
         processing_class=work.tokenizer(),
         peft_config=None if a.what == "reward_full" else lora("SEQ_CLS"),
         callbacks=[watch],
     )
     trainer.train()
-    return watch.done(trainer.model, note="16 rows at once")
+    return watch.done(trainer.model, note="16 rows")
 
 
 def ppo(a: argparse.Namespace) -> work.Done:
     watch, generated = Watch(), 0
     config = PPOConfig(
         **settings(a),
-        per_device_train_batch_size=work.ROWS,
+        **batches(a, work.ROWS),
         total_episodes=a.total * work.ROWS,
         num_ppo_epochs=1,
         num_mini_batches=1,
@@ -152,7 +158,7 @@ def rloo(a: argparse.Namespace) -> work.Done:
 
     config = RLOOConfig(
         **settings(a),
-        per_device_train_batch_size=work.ROWS,
+        **batches(a, work.ROWS),
         num_generations=work.GROUP,
         max_completion_length=work.RESPONSE,
         beta=work.KL_COEF,

@@ -88,6 +88,8 @@ def ppo(a: argparse.Namespace) -> work.Done:
         critic_optimizer=optax.adamw(work.LEARNING_RATE, weight_decay=0.0),
         eval_every_n_steps=endless,
         max_steps=endless,
+        mini_batch_size=work.ROWS,
+        train_micro_batch_size=a.micro_batch or work.ROWS,
     )
     rollout = base_rollout.RolloutConfig(
         max_tokens_to_generate=work.RESPONSE,

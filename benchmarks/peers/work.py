@@ -131,6 +131,7 @@ def main(who: str, package: str, runs: dict[str, Callable[[argparse.Namespace], 
     parser.add_argument("--steps", type=int, default=3, help="timed ones")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, which compile; tunix compiles in its second one as well")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing: recompute each layer's activations")
+    parser.add_argument("--micro-batch", type=int, help="pairs or episodes that an update computes at a time")
     a = parser.parse_args()
     a.total = a.steps + a.warmup
     with contextlib.redirect_stdout(sys.stderr):  # trainers print
@@ -146,6 +147,7 @@ def main(who: str, package: str, runs: dict[str, Callable[[argparse.Namespace], 
         "version": version(package),
         "what": a.what,
         "recompute": a.recompute,
+        "micro_batch": a.micro_batch,
         "processors": len(os.sched_getaffinity(0)),
         "seconds": [round(step["step"], 3) for step in timed],
         "median": round(statistics.median(step["step"] for step in timed), 3),

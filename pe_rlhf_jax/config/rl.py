@@ -88,6 +88,11 @@ class RLConfig(Section):
         description="Episodes computed at once, in updates (gradient accumulation), scores, log-probabilities and values; null for all.",
     )
     sampling: SamplingConfig = Field(SamplingConfig(), description="How responses are sampled.")
+    old_logprobs: Literal["sampler", "recompute"] | None = Field(
+        None,
+        description="Log-probabilities of a rollout under the policy that made it: those that it was sampled with, or another forward "
+        "pass. null: the sampler's where the model computes in float32, in which they are the same to rounding (`val/sampler_kl`).",
+    )
     kl_coef: float = Field(0.05, ge=0, description="Weight of the KL penalty; the paper's beta, whose objective is (1 - beta) r - beta KL.")
     kl_target: float | None = Field(None, gt=0, description="Adapt kl_coef to this mean KL per response (nats); null keeps it fixed.")
     kl_horizon: float = Field(10_000, gt=0, description="Episodes over which an adaptive coefficient moves.")
@@ -162,6 +167,10 @@ class RLConfig(Section):
     def value_from_reward(self) -> bool:
         """Whether a value model starts from this run's reward model."""
         return self.has_critic and self.value_init == "reward"
+
+    def keeps_sampled_logprobs(self, dtype: str) -> bool:
+        """Whether a policy that computes in this dtype takes its sampler's log-probabilities as the old ones."""
+        return self.old_logprobs == "sampler" if self.old_logprobs is not None else dtype == "float32"
 
     def tuning_of(self, role: str) -> Literal["lora", "full"]:
         """How `policy` or `value` is tuned."""

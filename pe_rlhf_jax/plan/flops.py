@@ -26,10 +26,11 @@ from pe_rlhf_jax.training.shared_rows import answers_for, longest_pair
 
 
 class Costs:
-    """FLOPs of passes through one architecture with one configuration, its rows split over so many devices."""
+    """FLOPs of passes through one architecture with one configuration, computed in `dtype`, its rows split over so many devices."""
 
-    def __init__(self, config: Config, c: DecoderConfig, devices: int = 1):
+    def __init__(self, config: Config, c: DecoderConfig, devices: int = 1, dtype: str = "float32"):
         self.config, self.c, self.devices = config, c, devices
+        self.recomputes = not config.rl.keeps_sampled_logprobs(dtype)
         self.layers = 2 * c.num_layers * sum(math.prod(shape) for shape in matrices(c).values())
         sizes = [config.lora.r * sum(shape) for name, shape in matrices(c).items() if is_target(name, config.lora)]
         self.adapter = 2 * c.num_layers * sum(sizes)
@@ -95,7 +96,9 @@ class Costs:
             return self.forward(rows, length, adapter=one.roles == "shared")
         if program == "experience":
             rows, length, response = self._shared(rows, at_once, one.answers_each)
-            return 2 * self.forward(rows, length, response) + (self.forward(rows, length) if values else 0)
+            passes = 2 if self.recomputes else 1
+            trunk = one.has_critic and not values and not self.recomputes  # the policy's pass, for values alone
+            return passes * self.forward(rows, length, response) + (values + trunk) * self.forward(rows, length)
         rows //= rl._mini_batches(one)
         policy_rows, length, response = self._shared(rows, min(at_once, rows), rl._group_to_learn(one))
         policy = self.update(policy_rows, length, response, one.tuning)

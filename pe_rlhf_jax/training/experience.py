@@ -52,11 +52,18 @@ def predict(
     hidden = response_hidden(decoder, backbone, policy, rollout, answers)
     temperature = config.sampling.temperature
     logprobs, entropy = token_logprobs(hidden, rollout.response, lambda h: decoder.unembed(variables["params"], h), temperature, chunk)
-    if value is None:
-        return Predictions(logprobs, entropy, jnp.zeros_like(logprobs))
-    if config.value_model == "trunk":
+    if value is not None and config.value_model == "trunk":
         return Predictions(logprobs, entropy, apply_head(value.head, hidden))
-    return Predictions(logprobs, entropy, response_values(decoder, backbone, value, rollout))
+    return Predictions(logprobs, entropy, _values(decoder, config, backbone, policy, value, rollout))
+
+
+def _values(
+    decoder: Decoder, config: RLConfig, backbone: PyTree, policy: Role, value: Role | None, rollout: Rollout
+) -> Float[Array, "B R"]:
+    """The value model's part of the predictions, in a pass of its own."""
+    if value is None:
+        return jnp.zeros(rollout.response.shape, jnp.float32)
+    return response_values(decoder, backbone, value if config.value_model == "adapter" else policy.replace(head=value.head), rollout)
 
 
 @jax.jit(static_argnums=(0, 1, 2))
@@ -80,12 +87,15 @@ def make_experience(
     """
     mask = rollout.response_mask
 
-    def forward(part: Rollout) -> tuple[Predictions, Float[Array, "B R"]]:
+    def forward(part: Rollout) -> tuple[Float[Array, "B R"], Float[Array, "B R"], Float[Array, "B R"]]:
         answers = answers_in_a_row(decoder.config, part, config.answers_each, row_groups())
+        ref_logprobs, _ = response_logprobs(decoder, backbone, reference, part, config.sampling.temperature, chunk, answers)
+        if config.keeps_sampled_logprobs(jnp.dtype(decoder.dtype).name):
+            return part.logprobs, _values(decoder, config, backbone, policy, value, part), ref_logprobs
         said = predict(decoder, config, chunk, backbone, policy, value, part, config.answers_each)
-        return said, response_logprobs(decoder, backbone, reference, part, config.sampling.temperature, chunk, answers)[0]
+        return said.logprobs, said.values, ref_logprobs
 
-    (old_logprobs, entropy, values), ref_logprobs = in_micro_batches(forward, rollout, config.micro_batch_size)
+    old_logprobs, values, ref_logprobs = in_micro_batches(forward, rollout, config.micro_batch_size)
     values = jnp.where(mask, values, 0.0)
     kl_BR = kl.kl_per_token(old_logprobs, ref_logprobs, "k1")  # k3 as a reward has another optimum
     kl_B = masked_sum(kl_BR, mask, axis=1)
@@ -115,7 +125,6 @@ def make_experience(
         episode = jnp.mean(scores - kl_coef * kl_B)
         metrics["objective/group_std"] = group.spread(scores, config.group_size)
 
-    sampler = jnp.where(mask, old_logprobs - rollout.logprobs, 0.0)
     metrics |= {
         "objective/kl": jnp.mean(kl_B),
         "objective/kl_per_token": masked_mean(kl_BR, mask),
@@ -123,7 +132,5 @@ def make_experience(
         "objective/entropy": jnp.mean(masked_sum(-old_logprobs, mask, axis=1)),
         "objective/rlhf_reward": episode,
         "objective/non_score_reward": -kl_coef * jnp.mean(kl_B),
-        "policy/entropy_avg": masked_mean(entropy, mask),
-        "val/sampler_kl": masked_mean(jnp.expm1(sampler) - sampler, mask),
     }
     return Experience(rollout, old_logprobs, ref_logprobs, values, advantage, returns), metrics

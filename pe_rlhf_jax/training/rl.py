@@ -38,6 +38,8 @@ from pe_rlhf_jax.training.step import Step, make_step, new_state, stop_if_not_fi
 from pe_rlhf_jax.types import Experience, PyTree, Rollout, TrainState
 
 STAGE = "rl"
+SAMPLER_KL = "val/sampler_kl"
+"""KL per token (k3) of the policy that is about to learn from the log-probabilities that it sampled with: nothing but rounding."""
 
 
 class RLState(flax.struct.PyTreeNode):
@@ -163,12 +165,18 @@ def _loss(context: Context):
     def loss(trainable: dict[str, Role], frozen: Frozen, rows: Experience, total: Array, key: jax.Array) -> tuple[Array, dict[str, Array]]:
         mask = rows.rollout.response_mask
         roles = _whole(frozen.roles, trainable)
-        logprobs, _, values = predict(decoder, config, chunk, frozen.backbone, roles["policy"], roles.get("value"), rows.rollout, group)
-        statistics: dict[str, Array] = {}
+        rollout, value = rows.rollout, roles.get("value")
+        logprobs, entropy, values = predict(decoder, config, chunk, frozen.backbone, roles["policy"], value, rollout, group)
+        off = jnp.where(mask, logprobs - rollout.logprobs, 0.0)
+        statistics: dict[str, Array] = {
+            "policy/entropy_avg": masked_mean(entropy, mask, total),
+            SAMPLER_KL: masked_mean(jnp.expm1(off) - off, mask, total),
+        }
         if config.algorithm == "reinforce":
             policy_loss = reinforce.policy_loss(logprobs, rows.returns, rows.values, mask, total)
         else:
-            policy_loss, statistics = ppo.policy_loss(logprobs, rows.old_logprobs, rows.advantages, mask, config.cliprange, total)
+            policy_loss, more = ppo.policy_loss(logprobs, rows.old_logprobs, rows.advantages, mask, config.cliprange, total)
+            statistics |= more
         whole_loss = policy_loss
         if config.algorithm == "grpo":
             # What stands behind a response's end may be far apart, and the exponential of it infinite.
@@ -192,7 +200,8 @@ def _loss(context: Context):
 def _learn(
     config: RLConfig, step: Step, state: TrainState, frozen: Frozen, experience: Experience, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
-    """Epochs of mini-batches in fresh orders, or REINFORCE's one update; metrics are means over the updates."""
+    """Epochs of mini-batches in fresh orders, or REINFORCE's one update. Metrics are means over the updates; how far the policy is from
+    the one that sampled is that of the first update, before it moves."""
     collected: list[dict[str, Array]] = []
     for epoch in range(_epochs(config)):
         epoch_key = jax.random.fold_in(key, epoch)
@@ -203,7 +212,7 @@ def _learn(
             collected.append(metrics)
     host = jax.device_get(collected)
     means = {name: float(np.mean([metrics[name] for metrics in host])) for name in host[0] if name not in ("loss", "skipped")}
-    return state, means | {"skipped": float(host[-1]["skipped"])}
+    return state, means | {SAMPLER_KL: float(host[0][SAMPLER_KL]), "skipped": float(host[-1]["skipped"])}
 
 
 @jax.jit

@@ -56,7 +56,9 @@ def test_a_prompt_that_is_shared_costs_once(tiny):
     assert alone.of("rl", "score") == costs.forward(4, 32 + 16)
     assert costs.of("rl", "update") == costs.update(1, 32 + 4 * 16, 4 * 16, "lora")
     assert cut.of("rl", "score") == costs.forward(2, 32 + 2 * 16)
-    assert cut.of("rl", "experience") == 2 * costs.forward(2, 32 + 2 * 16, 2 * 16)
+    assert cut.of("rl", "experience") == costs.forward(2, 32 + 2 * 16, 2 * 16)
+    in_bfloat16 = Costs(cut.config, one_layer, dtype="bfloat16")
+    assert in_bfloat16.of("rl", "experience") == 2 * costs.forward(2, 32 + 2 * 16, 2 * 16)
     assert cut.of("rl", "update") == 2 * costs.update(1, 32 + 2 * 16, 2 * 16, "lora")
     assert shuffled.of("rl", "update") == costs.update(2, 32 + 16, 16, "lora")
 

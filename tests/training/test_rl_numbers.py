@@ -174,10 +174,10 @@ def test_every_epoch_visits_every_episode_in_an_order_of_its_own(monkeypatch):
 
     def step(state, frozen, rows, key):
         keys.append(tuple(jax.random.key_data(key).tolist()))
-        return state + 1, {"loss": 0.0, "skipped": 0.0, "x": float(state)}
+        return state + 1, {"loss": 0.0, "skipped": 0.0, "x": float(state), rl.SAMPLER_KL: float(state + 1)}
 
     state, metrics = rl._learn(config, step, 0, None, None, jax.random.key(0))
-    assert state == 6 and metrics == {"x": 2.5, "skipped": 0.0}
+    assert state == 6 and metrics == {"x": 2.5, "skipped": 0.0, rl.SAMPLER_KL: 1.0}  # means, and one of the first
     orders = [taken[i] + taken[i + 1] for i in (0, 2, 4)]
     assert all(sorted(order) == list(range(8)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3 and len(set(keys)) == 6

@@ -74,12 +74,49 @@ def test_optimizer_state_and_gradients_are_of_adapters_and_heads_only(make_conte
 
 @pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
 def test_before_an_update_policy_and_reference_agree_exactly(make_context, algorithm):
-    context = make_context(rl={"algorithm": algorithm})
+    context = make_context(rl={"algorithm": algorithm, "old_logprobs": "recompute"})
     model = reward_role(context)
     _, metrics = next(rl.run(context, Role(), model, judged_by(context, model), rl.init(context, Role(), model)))
     assert metrics["objective/kl"] == 0.0
     assert metrics["objective/non_score_reward"] == 0.0
     assert metrics["val/sampler_kl"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"algorithm": "ppo"},
+        {"algorithm": "ppo", "value_model": "trunk"},
+        {"algorithm": "reinforce", "micro_batch_size": 2},
+        {"algorithm": "rloo"},
+    ],
+    ids=["ppo", "trunk", "reinforce", "rloo"],
+)
+def test_the_samplers_log_probabilities_serve_as_well_as_another_pass(make_context, section, tiny):
+    """Experience and a first update; the policy has moved away from its reference."""
+    learned = []
+    for source in ("sampler", "recompute"):
+        context = make_context(rl={**section, "old_logprobs": source, "sampling": {"max_new_tokens": 6, "temperature": 0.7}})
+        model = reward_role(context)
+        state = rl.init(context, Role(), model)
+        moved = {"policy": Role(lora=jax.tree.map(lambda x: 0.3 * x, tiny.lora))}
+        state = state.replace(train=state.train.replace(trainable=state.train.trainable | moved))
+        state, metrics = next(rl.run(context, Role(), model, judged_by(context, model), state))
+        learned.append((state.train.trainable, {name: x for name, x in metrics.items() if not name.startswith(("time/", "perf/"))}))
+    assert abs(metrics["objective/kl"]) > 0.01  # k1, of few samples
+    assert 0 < metrics["val/sampler_kl"] < 1e-6
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *learned)
+
+
+def test_in_bfloat16_the_policy_is_asked_again(make_context):
+    """Where sampling and learning round differently, ratios begin at exactly 1 all the same."""
+    context = make_context()
+    half = dataclasses.replace(context, decoder=dataclasses.replace(context.decoder, dtype=jnp.bfloat16))
+    model = reward_role(half)
+    for each, differs in ((context, False), (half, True)):
+        rollout, experience, _ = experience_of(each, model)
+        off = np.where(rollout.response_mask, experience.old_logprobs - rollout.logprobs, 0)
+        assert bool(np.any(off)) == differs
 
 
 @pytest.mark.parametrize("score", [0.7, -1.6])
