@@ -30,7 +30,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.checkpoint import source
@@ -290,11 +289,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write all figures to this JSON file")
     arguments = parser.parse_args()
     config = configuration.load(arguments.config, arguments.overrides)
-    shape = source.resolve(config.model).config
+    found = source.resolve(config.model)
     dtype = jnp.dtype(config.model.dtype_on(jax.default_backend()))
-    context = abstract_context(config, shape, dtype)
+    context = abstract_context(config, found.config, dtype)
     params = jax.jit(context.decoder.init_params)(jax.random.key(0))
-    context = dataclasses.replace(context, backbone=params, tokenizer=cast(PreTrainedTokenizerBase, None))
+    context = dataclasses.replace(context, backbone=params, tokenizer=found.tokenizer)
     with jax.set_mesh(context.mesh):
         ranks = arguments.ranks or [config.lora.r]
         rows = [compare(config, context, stage, arguments.steps, rank) for stage in arguments.stages for rank in ranks]

@@ -160,6 +160,25 @@ same(found, expected)
 print("same")
 """
 
+KEPT = """
+# What the layers keep for the backward pass, [L, rows, T, D] on a chip, is a quarter of every row there; of 30 tokens it cannot be.
+tiny = model()
+decoder = dataclasses.replace(tiny.decoder, remat="full")
+context = tiny_context(tiny, 8, mesh=dict(data=1, fsdp=2, tensor=4), **SECTIONS)
+layers, width = tiny.config.num_layers, tiny.config.hidden_size
+
+@jax.jit
+def gradient(lora, tokens):
+    variables = dict(params=tiny.params, lora=lora)
+    return jax.grad(lambda lora: decoder.apply(dict(variables, lora=lora), tokens, tokens >= 0)[0].sum())(lora)
+
+with jax.set_mesh(context.mesh):
+    for length, kept, never in ((32, 8, 32), (30, 30, 0)):
+        text = gradient.lower(tiny.lora, np.ones((4, length), np.int32)).compile().as_text()
+        assert f"f32[{layers},2,{kept},{width}]" in text and f"f32[{layers},2,{never},{width}]" not in text, (length, kept)
+print("same")
+"""
+
 HEADS = """
 for changes in (dict(num_kv_heads=1), dict(num_heads=6, num_kv_heads=3), dict(num_heads=3, num_kv_heads=3, vocab_size=32)):
     tiny = model(**changes)
@@ -207,6 +226,7 @@ print("same")
         pytest.param(LONG, id="twenty-steps", marks=pytest.mark.slow),
         pytest.param(PORTIONS, id="micro-batches"),
         pytest.param(HEADS, id="heads"),
+        pytest.param(KEPT, id="kept-in-stretches"),
         pytest.param(RESTORE.replace("{{}}", "{}"), id="restored"),
         pytest.param(COMPILED.replace("{mesh!r}", "dict(data=2, fsdp=2, tensor=2)"), id="compiled-once"),
     ],

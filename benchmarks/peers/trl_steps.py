@@ -114,7 +114,7 @@ def ppo(a: argparse.Namespace) -> work.Done:
     watch, generated = Watch(), 0
     config = PPOConfig(
         **settings(a),
-        **batches(a, work.ROWS),
+        per_device_train_batch_size=work.ROWS,
         total_episodes=a.total * work.ROWS,
         num_ppo_epochs=1,
         num_mini_batches=1,
@@ -145,7 +145,11 @@ def ppo(a: argparse.Namespace) -> work.Done:
     ppo_trainer.get_reward = part("score", ppo_trainer.get_reward)
     ppo_trainer.forward = part("score", ppo_trainer.forward, when=lambda: not torch.is_grad_enabled())
     trainer.train()
-    return watch.done(trainer.model, generated, "value and reward model have backbones of their own; never recomputes")
+    return watch.done(
+        trainer.model,
+        generated,
+        "value and reward model have backbones of their own; never recomputes, nor accumulates: every part is an update of its own",
+    )
 
 
 def rloo(a: argparse.Namespace) -> work.Done:

@@ -90,6 +90,7 @@ def ppo(a: argparse.Namespace) -> work.Done:
         max_steps=endless,
         mini_batch_size=work.ROWS,
         train_micro_batch_size=a.micro_batch or work.ROWS,
+        rollout_micro_batch_size=work.ROWS,  # else it samples no more rows at a time than it learns from
     )
     rollout = base_rollout.RolloutConfig(
         max_tokens_to_generate=work.RESPONSE,

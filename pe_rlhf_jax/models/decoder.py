@@ -54,7 +54,8 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, carry, layer: PerLayer, rotation: Rotation | None, seen: Visible, start, deterministic):
         x, cache = carry
-        x = constrain(x, BATCH, None, None)
+        # What is kept for the backward pass is shared among the chips of `tensor`, each a stretch of every row, and is whole in between.
+        x = constrain(constrain(x, BATCH, "tensor", None), BATCH, None, None)
         c = self.config
         common = {"lora": self.lora, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
@@ -80,7 +81,7 @@ class Layer(nn.Module):
         z = mlp(norm("mlp_norm", read if c.parallel_residual else x), deterministic)
         if c.post_norms:
             z = norm("mlp_post_norm", z)
-        return (constrain(x + z, BATCH, None, None), cache), None
+        return (constrain(constrain(x + z, BATCH, None, None), BATCH, "tensor", None), cache), None
 
 
 class Decoder(nn.Module):

@@ -72,14 +72,15 @@ class Rows(NamedTuple):
     images: Images | None
 
 
-def rows_of(decoder: Decoder, rollout: Rollout, answers: int, length: int) -> Rows:
-    """Each prompt once, with `answers` neighbouring responses, all of which answer it, and of these the first `length` tokens."""
+def rows_of(decoder: Decoder, rollout: Rollout, answers: int) -> Rows:
+    """Each prompt once, with `answers` neighbouring responses, all of which answer it."""
+    length = rollout.response.shape[1]
 
     def once(x: Array) -> Array:
         return x.reshape(-1, answers, *x.shape[1:])[:, 0]
 
     def beside(x: Array) -> Array:
-        return x[:, :length].reshape(len(x) // answers, answers * length)
+        return x.reshape(len(x) // answers, answers * length)
 
     prompt_mask, response_mask = once(rollout.prompt_mask), beside(rollout.response_mask)
     tokens = jnp.concatenate([once(rollout.prompt), beside(rollout.response)], axis=1)
@@ -99,13 +100,14 @@ def response_hidden(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rol
     So many neighbouring rows as `answers` says answer one prompt, which is computed once for them.
     """
     (batch, length), prompt_length = rollout.response.shape, rollout.prompt.shape[1]
-    rows, variables = rows_of(decoder, rollout, answers, length - 1), role.variables(backbone)
+    # The last token of a response predicts nothing; without it rows would have an odd length, which no mesh divides.
+    rows, variables = rows_of(decoder, rollout, answers), role.variables(backbone)
     features = features_of(decoder, variables, rows.images)
     hidden, _ = decoder.apply(variables, rows.tokens, rows.mask, features=features, prompt=rows.prompt, branches=rows.branches)
     if answers == 1:
-        return hidden[:, prompt_length - 1 :]
+        return hidden[:, prompt_length - 1 : -1]
     begin = jnp.repeat(hidden[:, prompt_length - 1], answers, axis=0)[:, None]
-    return jnp.concatenate([begin, hidden[:, prompt_length:].reshape(batch, length - 1, hidden.shape[-1])], axis=1)
+    return jnp.concatenate([begin, hidden[:, prompt_length:].reshape(batch, length, -1)[:, :-1]], axis=1)
 
 
 def response_logprobs(
@@ -128,7 +130,7 @@ def response_values(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rol
 def response_scores(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout, answers: int = 1) -> Float[Array, " B"]:
     """The role's head at each response's last token, of which each has one; `answers` as for `response_hidden`."""
     length, prompt_length = rollout.response.shape[1], rollout.prompt.shape[1]
-    rows = rows_of(decoder, rollout, answers, length)
+    rows = rows_of(decoder, rollout, answers)
     starts = prompt_length + length * jnp.arange(answers)
     places = starts + jnp.sum(rollout.response_mask, axis=1).reshape(-1, answers) - 1
     features = features_of(decoder, role.variables(backbone), rows.images)

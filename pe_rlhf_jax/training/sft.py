@@ -71,11 +71,10 @@ def _logprobs(decoder: Decoder, chunk: int, role: Role, backbone: PyTree, batch:
     variables = role.variables(backbone)
     rngs = None if key is None else {"dropout": key}
     features = features_of(decoder, variables, batch.images, key is None, rngs)
-    prompt = None if batch.prompt_mask is None else batch.prompt_mask[:, :-1]
     hidden, _ = decoder.apply(
-        variables, batch.tokens[:, :-1], batch.mask[:, :-1], deterministic=key is None, rngs=rngs, features=features, prompt=prompt
+        variables, batch.tokens, batch.mask, deterministic=key is None, rngs=rngs, features=features, prompt=batch.prompt_mask
     )
-    return token_logprobs(hidden, batch.tokens[:, 1:], lambda h: decoder.unembed(variables["params"], h), 1.0, chunk)[0]
+    return token_logprobs(hidden[:, :-1], batch.tokens[:, 1:], lambda h: decoder.unembed(variables["params"], h), 1.0, chunk)[0]
 
 
 def _loss(context: Context):

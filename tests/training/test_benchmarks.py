@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 
 import numpy as np
 import paper_tables
 import pytest
 import sweep
 from tiny_pictures import seeing_context
+from tiny_vision_folder import write_model
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -30,6 +32,15 @@ def test_twins_are_run_and_weighed(make_context, stage, sees):
     assert 0 < row["trained_share"] < 1 and 0 < row["memory_share"] < 1 and row["speed_up"] > 0
     table = paper_tables.table([row])
     assert paper_tables.PAPER[stage]["memory"] in table and f"{row['memory_share']:.0%}" in table
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_the_command_reads_a_model_and_prints_its_table(tmp_path, monkeypatch, capsys):
+    text = {"model": {"source": str(write_model(tmp_path / "model"))}, "reward": {"batch_size": 1}, "lora": {"r": 2}}
+    (tmp_path / "config.yaml").write_text(json.dumps(text | {"data": {"max_prompt_length": 32, "max_response_length": 8}}))
+    monkeypatch.setattr(sys, "argv", ["paper_tables.py", "--config", str(tmp_path / "config.yaml"), "--stages", "reward", "--steps", "1"])
+    paper_tables.main()
+    assert "| reward | 2 |" in capsys.readouterr().out
 
 
 def test_a_copy_counts_and_a_second_name_for_it_does_not(make_context):
