@@ -9,8 +9,8 @@ Every measurement is a process of its own: one that warmed up takes `--steps` st
 one after the other, so that other load on the machine meets all, and a ratio is taken within a turn. What the work is says `work.py`, and
 how a peer's differs the docstring of its script. Nobody recomputes activations without `--recompute`: none of these works needs it to
 fit, and it takes time. As a default, this project does and TRL does (but for its PPO, which cannot), and tunix does not. With
-`--micro-batch`, everyone accumulates gradients over so many pairs or episodes at a time, with the same updates; without, all are computed
-at once. `--log` keeps each record as it comes; records that it has already count as done.
+`--micro-batch`, everyone but TRL's PPO accumulates gradients over so many pairs or episodes at a time, with the same updates; without,
+all are computed at once. `--log` keeps each record as it comes; records that it has already count as done.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
     pythons = {"ours": sys.executable, "trl": a.trl_python, "tunix": a.tunix_python}
     kept = [json.loads(line) for line in a.log.read_text().splitlines()] if a.log and a.log.exists() else []
     same = {"recompute": a.recompute, "micro_batch": a.micro_batch, "processors": len(os.sched_getaffinity(0))}
-    records: list[Record] = [r for r in kept if {name: r[name] for name in same} == same and len(r["seconds"]) == a.steps]
+    records: list[Record] = [r for r in kept if {name: r.get(name) for name in same} == same and len(r["seconds"]) == a.steps]
     for turn in range(a.turns):
         for what in a.what:
             who_does = [who for who, python in pythons.items() if python and what in DOES[who] and not (who == "tunix" and a.recompute)]

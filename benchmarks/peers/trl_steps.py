@@ -6,10 +6,11 @@
 1.12.0 is the last release with PPO. How its work differs from ours:
 
 - PPO: policy and reference are one backbone, value and reward model have one each (ours: all four share one). TRL's own example tunes
-  the value model fully; here it has an adapter and a head like ours. Old log-probabilities are those of sampling, for which the logits
-  of all steps are kept; ours are computed again. Its models compute the logits of the prompt as well, and keep all hidden states. The
+  the value model fully; here it has an adapter and a head like ours. Old log-probabilities are those of sampling, as ours, but the logits
+  of all steps are kept for them. Its models compute the logits of the prompt as well, and keep all hidden states. The
   gradient's norm is not clipped. Gradient checkpointing never comes on, whatever is asked: --recompute changes nothing.
-- RLOO reads a prompt once for each of its responses, in sampling and for all log-probabilities; ours once for all, where that pays.
+- RLOO reads a prompt once for each of its responses, in sampling and for all log-probabilities; ours once for all, where that pays. It
+  makes a pass for the old log-probabilities; ours are those of sampling.
 - Gradient checkpointing, TRL's default, is off without --recompute: it would only take time.
 - A step of PPO is timed from the end of the one before, of the others from `on_step_begin` to `on_step_end`, without reading data; ours
   with all that the stage does.
@@ -93,6 +94,8 @@ def settings(a: argparse.Namespace) -> dict[str, Any]:
 def batches(a: argparse.Namespace, rows: int) -> dict[str, int]:
     """A batch at once, or gradients accumulated over so many at a time."""
     at_once = a.micro_batch or rows
+    if rows % at_once:
+        raise SystemExit(f"--micro-batch {at_once} does not divide {rows}")
     return {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": rows // at_once}
 
 

@@ -9,6 +9,7 @@ tunix trains no reward model and has no RLOO. How its PPO differs from ours:
   after the other, each with an optimizer of its own.
 - The value model is made by tunix's `create_critic_model` of an untied Llama, since it replaces `lm_head`, and takes and ignores an
   argument that tunix's Llama does not know and its scoring passes. Its head would stay as it is beside adapters; it is declared one.
+- It makes a pass for the old log-probabilities; ours are those of sampling, as in float32 they are the same.
 - Sampling makes one decode step more than there are tokens, and the same random numbers at every step. Layers are not scanned.
 - Nothing is recomputed in the backward pass; `RematConfig.DECODER` fails in tunix's sampler ("Cannot mutate Param from a different trace
   level").

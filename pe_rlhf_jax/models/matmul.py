@@ -8,13 +8,18 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float
 
 
-@jax.custom_vjp
 def matmul(x: Float[Array, "*batch d_in"], w: Float[Array, "d_in d_out"]) -> Float[Array, "*batch d_out"]:
-    """x w. A frozen w has no gradient computed, and x is not kept for one.
+    """x w, in the wider dtype of the two. A frozen w has no gradient computed, and x is not kept for one.
 
     JAX would derive the gradient of w as the transpose of dy^T x. For tokens that have two axes, as rows do, XLA on the CPU makes that from
     a transposed copy of dy, element by element, which takes longer than the product itself where w is an adapter's factor.
     """
+    dtype = jnp.promote_types(x.dtype, w.dtype)
+    return _matmul(x.astype(dtype), w.astype(dtype))
+
+
+@jax.custom_vjp
+def _matmul(x: Array, w: Array) -> Array:
     return x @ w
 
 
@@ -40,4 +45,4 @@ def _over_tokens(x: Float[Array, "*batch p"], y: Float[Array, "*batch q"]) -> Fl
     return jnp.einsum("...p,...q->pq", x, y)
 
 
-matmul.defvjp(_forward, _backward, symbolic_zeros=True)
+_matmul.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -46,7 +46,7 @@ def test_it_learns_what_it_is_shown(seen):
     answered = (folder / "runs" / "run" / "samples" / "evaluation.jsonl").read_text().splitlines()
     assert (folder / "runs" / "run" / "report.html").read_text().count('<img src="data:image/webp;base64,') == len(answered) > 0
     first = next(row for row in result(folder)[1] if row["stage"] == "rl")
-    assert first["objective/kl"] == 0.0 and abs(first["val/sampler_kl"]) < 1e-6
+    assert abs(first["objective/kl"]) < 1e-5 and abs(first["val/sampler_kl"]) < 1e-6
 
 
 def test_stopped_and_continued_it_ends_the_same(seen, tmp_path, monkeypatch):

@@ -93,8 +93,8 @@ def test_what_is_exported_is_what_was_trained(undisturbed):
 def test_before_the_first_update_policy_and_reference_are_one(undisturbed):
     _, rows = result(undisturbed)
     first = next(row for row in rows if row["stage"] == "rl" and row["step"] == 1)
-    assert first["objective/kl"] == 0.0
-    assert first["objective/non_score_reward"] == 0.0
+    assert abs(first["objective/kl"]) < 1e-5  # what sampling and another pass round differently
+    assert abs(first["objective/non_score_reward"]) < 1e-5
     assert abs(first["val/sampler_kl"]) < 1e-6
 
 
@@ -265,7 +265,7 @@ def test_a_quantized_backbone_serves_every_stage(project, compiled, tmp_path):
     adapters, rows = result(tmp_path)
     assert {name.split("/")[0] for name in adapters} == {"policy", "reward"}
     kl = next(row["objective/kl"] for row in rows if row["stage"] == "rl")
-    assert kl == 0  # before the first update, policy and reference are one
+    assert abs(kl) < 1e-5  # before the first update, policy and reference are one
 
     other = {"rewards": [{"model": str(tmp_path / "runs" / "run")}], "steps": 1, "value_init": "zero"}
     plain = write_config(project, tmp_path, rl=project["rl"] | other)

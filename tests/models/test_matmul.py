@@ -70,8 +70,9 @@ def test_no_wide_operand_is_turned_for_a_factors_gradient(inputs, factor):
     x, w, dy = inputs if factor == "a" else (inputs[2], inputs[1].T, inputs[0])
     tokens = ROWS * LENGTH
 
-    def turned(product):
+    def turned(product) -> bool:
         text = jax.jit(lambda x, w, dy: jax.vjp(product, x, w)[1](dy)).lower(x, w, dy).compile().as_text()
         return f"f32[{max(w.shape)},{tokens}]" in text
 
     assert not turned(matmul)
+    assert factor == "a" or turned(jnp.matmul)
