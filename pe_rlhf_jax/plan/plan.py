@@ -118,7 +118,7 @@ def plan(
     dtype = jnp.dtype(config.model.dtype_on(topology.devices[0].platform))
     context = abstract_context(config, architecture, dtype, topology.devices)
     check_batches(config, context.mesh)
-    costs = Costs(config, architecture, row_multiple(context.mesh), jnp.dtype(context.decoder.dtype).name)
+    costs = Costs(config, architecture, row_multiple(context.mesh), dtype.name)
     whole = backbone_matrices(architecture)
     stages = []
     chosen = [stage for stage in STAGES if stage in config.run.stages and stage in only]

@@ -52,18 +52,11 @@ def predict(
     hidden = response_hidden(decoder, backbone, policy, rollout, answers)
     temperature = config.sampling.temperature
     logprobs, entropy = token_logprobs(hidden, rollout.response, lambda h: decoder.unembed(variables["params"], h), temperature, chunk)
-    if value is not None and config.value_model == "trunk":
-        return Predictions(logprobs, entropy, apply_head(value.head, hidden))
-    return Predictions(logprobs, entropy, _values(decoder, config, backbone, policy, value, rollout))
-
-
-def _values(
-    decoder: Decoder, config: RLConfig, backbone: PyTree, policy: Role, value: Role | None, rollout: Rollout
-) -> Float[Array, "B R"]:
-    """The value model's part of the predictions, in a pass of its own."""
     if value is None:
-        return jnp.zeros(rollout.response.shape, jnp.float32)
-    return response_values(decoder, backbone, value if config.value_model == "adapter" else policy.replace(head=value.head), rollout)
+        return Predictions(logprobs, entropy, jnp.zeros_like(logprobs))
+    if config.value_model == "trunk":
+        return Predictions(logprobs, entropy, apply_head(value.head, hidden))
+    return Predictions(logprobs, entropy, response_values(decoder, backbone, value, rollout))
 
 
 @jax.jit(static_argnums=(0, 1, 2))
@@ -90,10 +83,9 @@ def make_experience(
     def forward(part: Rollout) -> tuple[Float[Array, "B R"], Float[Array, "B R"], Float[Array, "B R"]]:
         answers = answers_in_a_row(decoder.config, part, config.answers_each, row_groups())
         ref_logprobs, _ = response_logprobs(decoder, backbone, reference, part, config.sampling.temperature, chunk, answers)
-        if config.keeps_sampled_logprobs(jnp.dtype(decoder.dtype).name):
-            return part.logprobs, _values(decoder, config, backbone, policy, value, part), ref_logprobs
         said = predict(decoder, config, chunk, backbone, policy, value, part, config.answers_each)
-        return said.logprobs, said.values, ref_logprobs
+        sampled = config.keeps_sampled_logprobs(jnp.dtype(decoder.dtype).name)  # then the policy's pass is for nothing, and not compiled
+        return part.logprobs if sampled else said.logprobs, said.values, ref_logprobs
 
     old_logprobs, values, ref_logprobs = in_micro_batches(forward, rollout, config.micro_batch_size)
     values = jnp.where(mask, values, 0.0)
