@@ -1,10 +1,10 @@
-"""The paper's memory table for real sizes: what one update takes of each chip of a slice, adapters beside full tuning.
+"""The paper's memory table for real sizes: what one update takes of each chip of slices, adapters beside full tuning.
 
     python benchmarks/paper_memory.py --config configs/llama3_8b.yaml --model-config configs/shapes/llama3_8b.json --topology v5e:4x4 \\
-        --stage rl --modes shared separate full [--set rl.batch_size=32]
+        --stage rl --modes shared separate full [--set rl.batch_size=32] [--rows-a-chip 4]
 
 The updates are those of a run, compiled by the slice's own compiler (extra `tpu-plan`); nothing is loaded or run. `--topology local` is
-this machine's CPU. Modes:
+this machine's CPU; several topologies and stages are compiled one after the other. Modes:
 
     shared      adapters, all roles on one backbone
     separate    adapters; the reward model on a backbone of its own, as in the paper (RL only)
@@ -12,13 +12,18 @@ this machine's CPU. Modes:
 
 One row of Markdown each: what the update reads, its temporaries, and the whole: both, what it returns, and what else the stage keeps in
 memory. Rollout, scoring and experience are other programs, which `pe-rlhf plan` compiles too; they hold no gradients, and no activations
-for a backward pass. Then the share of `full`, where that is among the modes, and the matrices of the
+for a backward pass. Then the share of `full`, where that is among the modes, what a chip sends in an update, and the matrices of the
 backbone, or logits, of which a chip makes a whole copy, if only for the time that it uses it.
+
+With `--rows-a-chip` batch and mesh follow the slice in place of the configuration: so many pairs or episodes for every chip, and `fsdp`
+over all chips, of slices with more than 256 over 256, with copies. Such slices' table, which is printed last, shows what the same work for
+a chip takes as the slice grows.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +35,7 @@ from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.plan.architecture import architecture
-from pe_rlhf_jax.plan.compiled import compile_call, device_bytes
+from pe_rlhf_jax.plan.compiled import Program, compile_call, device_bytes
 from pe_rlhf_jax.plan.plan import GIB, backbone_matrices
 from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
 from pe_rlhf_jax.plan.topology import Topology, describe
@@ -42,65 +47,97 @@ MODES = {"shared": ["rl.roles=shared"], "separate": ["rl.roles=separate"], "full
 
 
 class Row(NamedTuple):
-    """GiB on each chip, and seconds to trace and compile."""
+    """A stage's update in a mode."""
 
+    slice: str
+    stage: str
     mode: str
-    arguments: float
-    temporaries: float
+    update: Program
     whole: float
-    refused: bool
-    seconds: float
-    held_whole: tuple[str, ...]
-    """Matrices of the backbone, or logits, of which a chip makes a whole copy."""
+    """GiB on each chip: the update, and what else the stage keeps."""
 
 
-def measure(config: Config, shape: DecoderConfig, topology: Topology, stage: str, mode: str) -> Row:
-    """Compiles the stage's update alone; of the programs before it only the shapes are worked out."""
+def measure(config: Config, shape: DecoderConfig, topology: Topology, stage: str, mode: str, update: Program | None = None) -> Row:
+    """Compiles the stage's update alone, if it is not given; of the programs before it only the shapes are worked out."""
     dtype = jnp.dtype(config.model.dtype_on(topology.devices[0].platform))
     context = abstract_context(config, shape, dtype, topology.devices)
-    updates = []
 
     def compile(call: Call) -> PyTree:
-        if call.name == "update":
-            program, returned = compile_call(call, context.mesh, backbone_matrices(shape), shape.vocab_size)
-            updates.append(program)
+        nonlocal update
+        if call.name == "update" and update is None:
+            update, returned = compile_call(call, context.mesh, backbone_matrices(shape), shape.vocab_size)
             return returned
         with jax.set_mesh(context.mesh):
             shapes = jax.eval_shape(lambda *arguments: call.function(*call.static, *arguments), *call.arguments.values())
         return with_places(shapes, jax.tree.map(lambda x: NamedSharding(context.mesh, ROWS if x.ndim else PartitionSpec()), shapes))
 
     kept = sum(device_bytes(tree) for tree in stage_calls(context, stage, compile).values())
-    (update,) = updates
-    whole = update.peak + max(0, kept - update.staying)
-    sizes = (size / GIB for size in (update.arguments, update.temporaries, whole))
-    return Row(mode, *sizes, bool(update.refused), update.seconds, update.whole)
+    assert update is not None
+    return Row(topology.name, stage, mode, update, (update.peak + max(0, kept - update.staying)) / GIB)
+
+
+def by_the_chip(rows: int, chips: int) -> list[str]:
+    """Overrides: so many pairs or episodes on every chip, and `fsdp` over all of them, or over 256."""
+    batches = [f"{stage}.batch_size={rows * chips}" for stage in ("sft", "reward", "rl", "evaluate")]
+    return [*batches, f"mesh.fsdp={math.gcd(chips, 256)}", "mesh.data=-1", "mesh.tensor=1"]
+
+
+HEAD = """
+| slice | stage | mode | arguments | temporaries | whole | compiled in | of full | sent | held whole |
+|---|---|---|---|---|---|---|---|---|---|
+""".strip()
 
 
 def line(row: Row, full: Row | None) -> str:
     """A row of the table."""
-    share = f"{row.whole / full.whole:.0%}" if full else ""
-    note = ", refused" if row.refused else ""
-    held = ", ".join(row.held_whole) or "nothing"
-    return f"| {row.mode} | {row.arguments:.2f} | {row.temporaries:.2f} | {row.whole:.2f}{note} | {row.seconds:.0f} s | {share} | {held} |"
+    share, held = f"{row.whole / full.whole:.0%}" if full else "", ", ".join(row.update.whole) or "nothing"
+    sent = sum(collective.bytes for collective in row.update.communication.collectives)
+    arguments, temporaries, sent = (f"{size / GIB:.2f}" for size in (row.update.arguments, row.update.temporaries, sent))
+    sizes = f"{arguments} | {temporaries} | {_whole(row)} | {row.update.seconds:.0f} s | {share} | {'' if row.update.refused else sent}"
+    return f"| {row.slice} | {row.stage} | {row.mode} | {sizes} | {held} |"
+
+
+def table(rows: list[Row]) -> str:
+    """Slices down, stages and modes across: the whole of each."""
+    found = {(row.slice, f"{row.stage}, {row.mode}"): _whole(row) for row in rows}
+    columns = list(dict.fromkeys(column for _, column in found))
+    lines = [f"| slice | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in dict.fromkeys(name for name, _ in found):
+        lines.append(f"| {name} | {' | '.join(found.get((name, column), '') for column in columns)} |")
+    return "\n".join(lines)
+
+
+def _whole(row: Row) -> str:
+    return f"{row.whole:.2f}" + (", refused" if row.update.refused else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path)
     parser.add_argument("--model-config", type=Path)
-    parser.add_argument("--topology", required=True)
-    parser.add_argument("--stage", required=True, choices=("sft", "reward", "rl"))
+    parser.add_argument("--topology", required=True, nargs="+")
+    parser.add_argument("--stage", required=True, nargs="+", choices=("sft", "reward", "rl"))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["shared", "full"])
+    parser.add_argument("--rows-a-chip", type=int)
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # what compiles for the slice is libtpu, which needs no device
     rows: list[Row] = []
-    print("| mode | arguments | temporaries | whole | compiled in | of full | held whole |\n|---|---|---|---|---|---|---|", flush=True)
-    for mode in sorted(arguments.modes, key=lambda mode: mode != "full"):  # first, so that the others' share is known
-        config = configuration.load(arguments.config, [*MODES[mode], *arguments.overrides])
-        shape = architecture(config.model, arguments.model_config)
-        rows.append(measure(config, shape, describe(arguments.topology), arguments.stage, mode))
-        print(line(rows[-1], rows[0] if rows[0].mode == "full" else None), flush=True)
+    print(HEAD, flush=True)
+    for topology in map(describe, arguments.topology):
+        batches = by_the_chip(arguments.rows_a_chip, len(topology.devices)) if arguments.rows_a_chip else []
+        for stage in arguments.stage:
+            modes = [
+                mode for mode in MODES if mode in arguments.modes and (mode, stage) not in (("separate", "reward"), ("separate", "sft"))
+            ]
+            found: dict[str, Row] = {}
+            for mode in sorted(modes, key=lambda mode: mode != "full"):  # first, so that the others' share is known
+                config = configuration.load(arguments.config, [*MODES[mode], *batches, *arguments.overrides])
+                same = found["shared"].update if mode == "separate" and "shared" in found else None  # it does not read the reward model
+                found[mode] = measure(config, architecture(config.model, arguments.model_config), topology, stage, mode, same)
+                print(line(found[mode], found.get("full")), flush=True)
+            rows += found.values()
+    print(f"\n{table(sorted(rows, key=lambda row: (row.stage, list(MODES).index(row.mode))))}")
 
 
 if __name__ == "__main__":
