@@ -1,6 +1,8 @@
 """The paper's memory and speed tables with figures of your own: adapters beside full tuning, on your model, batch and device.
 
-    python benchmarks/paper_tables.py --config configs/quickstart.yaml [--ranks 1 4 8 16] [--steps 3] [--output tables.json]
+    python benchmarks/paper_tables.py --config configs/quickstart.yaml [--grid lora.r=1,4,8,16] [--steps 3] [--output tables.json]
+    python benchmarks/paper_tables.py --config configs/quickstart.yaml --stages reward --grid reward.batch_size=8,16,32
+    python benchmarks/paper_tables.py --config configs/quickstart.yaml --model-config configs/shapes/*.json
 
 What is compared, per stage:
 
@@ -10,7 +12,9 @@ What is compared, per stage:
 
 Memory is what the compiler reports: everything resident (parameters, adapters, optimizer) and the largest need of any program of the
 step on top of it. Times are medians of `--steps` runs after one that compiled, the two sides taking turns, with random weights of the
-model's shape (the work is the same) and responses of full length. The paper's own figures stand beside.
+model's shape (the work is the same) and responses of full length. The paper's own figures stand beside. `--grid` takes every combination of
+values of some fields, as in sweep.py, so that one sees what rank, batch or length do; `--model-config` other shapes, in Hugging Face's
+layout.
 
 Rows of a model that sees have one picture each, whose features are there already: the frozen tower, one for all roles on both sides,
 makes them once.
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -30,12 +35,13 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sweep
 
 from pe_rlhf_jax import config as configuration
-from pe_rlhf_jax.checkpoint import source
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.data import PreferenceExample
 from pe_rlhf_jax.models.roles import TOWER, Role, Tuning
+from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.programs import _images, _rounded, abstract_context
 from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.score import response_logprobs
@@ -167,11 +173,11 @@ def rl_twin(context: Context) -> Twin:
     return Twin(trained, memory, run)
 
 
-def compare(config: Config, context: Context, stage: str, steps: int, rank: int) -> dict[str, Any]:
-    """Both twins of a stage, in turns."""
+def compare(config: Config, context: Context, stage: str, steps: int, what: str) -> dict[str, Any]:
+    """Both twins of a stage, in turns; `what` tells the table's row from others."""
     twins: dict[str, Twin] = {}
     for tuning in ("lora", "full"):
-        twins[tuning] = {"reward": reward_twin, "rl": rl_twin}[stage](_tuned(config, context, cast(Tuning, tuning), rank))
+        twins[tuning] = {"reward": reward_twin, "rl": rl_twin}[stage](_tuned(config, context, cast(Tuning, tuning)))
     seconds: dict[str, list[dict[str, float]]] = {"lora": [], "full": []}
     for turn in range(steps + 1):
         for name, twin in twins.items():
@@ -183,7 +189,7 @@ def compare(config: Config, context: Context, stage: str, steps: int, rank: int)
     total = {name: sum(values.values()) for name, values in parts.items()}
     return {
         "stage": stage,
-        "rank": rank,
+        "what": what,
         "trained_share": lora.trained / full.trained,
         "memory_gib": {name: twin.memory / 2**30 for name, twin in twins.items()},
         "memory_share": lora.memory / full.memory,
@@ -196,38 +202,36 @@ def compare(config: Config, context: Context, stage: str, steps: int, rank: int)
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, the paper's figures beside."""
     lines = [
-        "| stage | rank | trained share | memory, lora / full | share of full | paper | time, lora / full | speed-up | paper |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| stage | | trained share | memory, lora / full | share of full | paper | time, lora / full | speed-up | paper |",
+        "|---" * 9 + "|",
     ]
     for row in rows:
         memory, total = row["memory_gib"], {name: sum(parts.values()) for name, parts in row["seconds"].items()}
         paper = PAPER[row["stage"]]
         lines.append(
-            f"| {row['stage']} | {row['rank']} | {row['trained_share']:.2%} | {memory['lora']:.2f} / {memory['full']:.2f} GiB | "
+            f"| {row['stage']} | {row['what']} | {row['trained_share']:.2%} | {memory['lora']:.2f} / {memory['full']:.2f} GiB | "
             f"{row['memory_share']:.0%} | {paper['memory']} | {total['lora']:.2f} / {total['full']:.2f} s | {row['speed_up']:.2f}x | "
             f"{paper['speed']} |"
         )
     split = [row for row in rows if row["stage"] == "rl"]
     if split:
-        lines += ["", "| rl, rank | " + " | ".join(f"{part}, lora / full" for part in PARTS) + " |", "|---" * (len(PARTS) + 1) + "|"]
+        lines += ["", "| rl | " + " | ".join(f"{part}, lora / full" for part in PARTS) + " |", "|---" * (len(PARTS) + 1) + "|"]
         for row in split:
             cells = [f"{row['seconds']['lora'][part]:.2f} / {row['seconds']['full'][part]:.2f} s" for part in PARTS]
-            lines.append(f"| {row['rank']} | " + " | ".join(cells) + " |")
+            lines.append(f"| {row['what']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _tuned(config: Config, context: Context, tuning: Tuning, rank: int) -> Context:
-    """The context with everything tuned one way, at one rank."""
-    lora = config.lora.model_copy(update={"r": rank})
+def _tuned(config: Config, context: Context, tuning: Tuning) -> Context:
+    """The context with everything tuned one way."""
     roles = "shared" if tuning == "lora" else "separate"
     changed = config.model_copy(
         update={
-            "lora": lora,
             "reward": config.reward.model_copy(update={"tuning": tuning}),
             "rl": config.rl.model_copy(update={"tuning": tuning, "value_tuning": None, "roles": roles, "value_init": "reward"}),
         }
     )
-    return dataclasses.replace(context, config=changed, decoder=dataclasses.replace(context.decoder, lora=lora))
+    return dataclasses.replace(context, config=changed)
 
 
 def _need(compiled: jax.stages.Compiled) -> int:
@@ -283,23 +287,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True, help="the run's YAML file: model, batch, lengths, optimizer")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="override a field")
-    parser.add_argument("--ranks", type=int, nargs="+", help="LoRA ranks; the configuration's own by default")
+    parser.add_argument("--grid", nargs="+", default=[], metavar="FIELD=V1,V2,...", help="fields that vary: every combination of values")
+    parser.add_argument("--model-config", type=Path, nargs="+", default=[None], help="config.json of shapes, in place of the model's own")
     parser.add_argument("--stages", nargs="+", choices=("reward", "rl"), default=["reward", "rl"])
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each side")
     parser.add_argument("--output", type=Path, help="also write all figures to this JSON file")
     arguments = parser.parse_args()
-    config = configuration.load(arguments.config, arguments.overrides)
-    found = source.resolve(config.model)
-    dtype = jnp.dtype(config.model.dtype_on(jax.default_backend()))
-    context = abstract_context(config, found.config, dtype)
-    params = jax.jit(context.decoder.init_params)(jax.random.key(0))
-    context = dataclasses.replace(context, backbone=params, tokenizer=found.tokenizer)
-    with jax.set_mesh(context.mesh):
-        ranks = arguments.ranks or [config.lora.r]
-        rows = [compare(config, context, stage, arguments.steps, rank) for stage in arguments.stages for rank in ranks]
+    rows = []
+    for shape, point in itertools.product(arguments.model_config, sweep.points(arguments.grid)):
+        config = configuration.load(arguments.config, [*arguments.overrides, *point])
+        dtype = jnp.dtype(config.model.dtype_on(jax.default_backend()))
+        context = abstract_context(config, architecture(config.model, shape), dtype)
+        context = dataclasses.replace(context, backbone=jax.jit(context.decoder.init_params)(jax.random.key(0)))
+        what = " ".join([*([] if shape is None else [shape.stem]), *point]) or f"lora.r={config.lora.r}"
+        with jax.set_mesh(context.mesh):
+            rows += [compare(config, context, stage, arguments.steps, what) for stage in arguments.stages]
     device = jax.devices()[0]
-    print(f"{config.model.source}, {dtype.name}, {jax.device_count()} x {device.device_kind}\n")
-    print(table(rows))
+    print(f"{config.model.source if shape is None else 'random weights'}, {dtype.name}, {jax.device_count()} x {device.device_kind}\n")
+    print(table(sorted(rows, key=lambda row: arguments.stages.index(row["stage"]))))
     if arguments.output:
         arguments.output.write_text(json.dumps({"device": device.device_kind, "rows": rows}, indent=1) + "\n")
 

@@ -90,10 +90,10 @@ class ModelConfig(Section):
         "with its square; null: all at once.",
     )
     logprob_chunk: int = Field(
-        1024,
+        512,
         ge=1,
-        description="Tokens, of all devices together, whose logits exist at once when log-probabilities are computed; bounds memory. On a "
-        "mesh each chunk gathers the output matrix: give some 100 tokens to a device.",
+        description="Tokens of each device whose logits exist at once when log-probabilities are computed; bounds memory. With `mesh.fsdp` "
+        "each chunk gathers the output matrix, so few large ones send less.",
     )
 
     def dtype_on(self, platform: str) -> str:

@@ -66,6 +66,13 @@ class _Instruction:
     def operands(self) -> list[str]:
         return re.findall(r"%([\w.-]+)", _inside(self.rest))
 
+    @property
+    def handed_on(self) -> set[int]:
+        """Which outputs, of a tuple without tuples in it, are operands."""
+        found = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", self.rest)
+        nested = "(" in re.sub(r"\{[^}]*\}", "", self.shape)[1:]  # a layout has brackets too
+        return set() if found is None or nested else {int(n) for n in re.findall(r"\{(\d+)\}: \(", found[1])}
+
     def attribute(self, name: str) -> str | None:
         found = re.search(rf"\b{name}=%?([\w.-]+)", self.rest)
         return found and found[1]
@@ -119,7 +126,10 @@ def communication(text: str, devices: int, unknown: Sequence[int] = ()) -> Commu
 
 
 def arrays(text: str) -> list[Array]:
-    """Every array that an instruction makes, largest first; tuples and parameters make none. Fusions' insides are never in memory."""
+    """Every array that an instruction makes, largest first; tuples and parameters make none. Fusions' insides are never in memory.
+
+    What an instruction only hands on, such as another operation's gathered matrix that arrives meanwhile, it does not make.
+    """
     computations, _ = _computations(text)
     fused = {name for block in computations.values() for i in block.values() if i.op == "fusion" for name in _called(i)}
     found: dict[tuple, Array] = {}
@@ -130,7 +140,10 @@ def arrays(text: str) -> list[Array]:
             if i.op in ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant", "conditional"):
                 continue
             operation = re.search(r'op_name="([^"]*)"', i.rest)
-            for kind, dimensions in _ARRAY.findall(i.shape):
+            handed_on = i.handed_on
+            for number, (kind, dimensions) in enumerate(_ARRAY.findall(i.shape)):
+                if number in handed_on:
+                    continue
                 shape = tuple(int(n) for n in dimensions.split(",") if n)
                 array = Array(kind, shape, operation[1] if operation else i.op)
                 found.setdefault((kind, shape, array.operation), array)

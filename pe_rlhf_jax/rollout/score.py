@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.heads import apply_head
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.sharding import row_groups
 from pe_rlhf_jax.types import Images, PyTree, Rollout
 
 
@@ -28,8 +29,8 @@ def token_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target and entropy of its distribution, in float32.
 
-    Logits of at most `chunk` tokens exist at a time (but at least one token of every row); the backward pass recomputes them. Chunks are
-    cut along time, so that a batch that is sharded over devices stays sharded.
+    Each device has logits of at most `chunk` tokens at a time (but at least one token of each of its rows); the backward pass recomputes
+    them. Chunks are cut along time, so that a batch that is sharded over devices stays sharded.
     """
     batch, length = targets_BT.shape
 
@@ -40,7 +41,7 @@ def token_logprobs(
         entropy_BC = -jnp.sum(jnp.exp(logprobs_BCV) * logprobs_BCV, axis=-1)
         return jnp.take_along_axis(logprobs_BCV, target_BC[..., None], axis=-1)[..., 0], entropy_BC
 
-    chunks = -(-length // max(1, chunk // batch))
+    chunks = -(-length // max(1, chunk * row_groups(batch) // batch))
     if chunks == 1:
         return of_chunk((hidden_BTD, targets_BT))
     width = -(-length // chunks)

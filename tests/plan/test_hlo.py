@@ -107,6 +107,16 @@ def test_arrays_inside_fusions_are_never_in_memory():
     assert not [one for one in found if one.operation == "all-gather"]
 
 
+def test_an_array_that_is_handed_on_belongs_to_who_made_it():
+    """The product of v_proj runs while a share of o_proj, of the size of the whole v_proj, arrives."""
+    made = (
+        "%both = (bf16[2,8]{1,0:T(8,128)(2,1)}, /*index=1*/bf16[16,8]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) fusion(%y0, %begun), "
+        'kind=kOutput, output_to_operand_aliasing={{1}: (1, {})}, calls=%fused.1, metadata={op_name="jit(f)/v_proj/dot"}'
+    )
+    found = hlo.arrays(TEXT.replace("%LIMIT%", "11").replace("%done =", f"{made}\n  %done ="))
+    assert [one.shape for one in found if one.operation == "jit(f)/v_proj/dot"] == [(2, 8), ()]
+
+
 def test_whole_matrices_and_logits_are_told_from_shares_and_activations():
     matrices = {"embedding": (1000, 64), "q_proj": (64, 48), "all layers' q_proj": (3, 64, 48)}
     path = "jit(step)/while/body/layers/attention/q_proj/dot_general"

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from pe_rlhf_jax.config import LoRAConfig, SamplingConfig
+from pe_rlhf_jax.config import LoRAConfig, MeshConfig, SamplingConfig
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import generate
 from pe_rlhf_jax.rollout.score import response_logprobs, token_logprobs
+from pe_rlhf_jax.sharding import ROWS, make_mesh, with_places
 from pe_rlhf_jax.types import PromptBatch
 
 assert jax.device_count() == 8
@@ -55,11 +56,13 @@ for name in ("response", "response_mask", "ended"):
 np.testing.assert_allclose(one.logprobs, many.logprobs, atol=1e-5)
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one_gradient, many_gradient)
 
-# Chunks of logits stay where their rows are: no device gathers hidden states, each multiplies its 2 rows' share of a chunk.
+# Chunks of logits stay where their rows are: no device gathers hidden states, each multiplies as many tokens of its 2 rows as a chunk has.
 jax.config.update("jax_disable_most_optimizations", False)
-shapes = (jax.ShapeDtypeStruct((16, 32, 64), jnp.float32, sharding=by_row), jax.ShapeDtypeStruct((16, 32), jnp.int32, sharding=by_row))
-head = jnp.ones((64, 128))
-text = jax.jit(jax.grad(lambda h, t: token_logprobs(h, t, lambda x: x @ head, 1.0, 64)[0].sum())).lower(*shapes).compile().as_text()
+mesh, head = make_mesh(MeshConfig(data=8)), jnp.ones((64, 128))
+shapes = jax.ShapeDtypeStruct((16, 32, 64), jnp.float32), jax.ShapeDtypeStruct((16, 32), jnp.int32)
+shapes = with_places(shapes, (NamedSharding(mesh, ROWS), NamedSharding(mesh, ROWS)))
+with jax.set_mesh(mesh):
+    text = jax.jit(jax.grad(lambda h, t: token_logprobs(h, t, lambda x: x @ head, 1.0, 8)[0].sum())).lower(*shapes).compile().as_text()
 assert "all-gather" not in text
 assert set(re.findall(r"f32\\[(\\d+),128\\][^=]* dot\\(", text)) == {{"8"}}
 print("same")
