@@ -66,13 +66,6 @@ class _Instruction:
     def operands(self) -> list[str]:
         return re.findall(r"%([\w.-]+)", _inside(self.rest))
 
-    @property
-    def handed_on(self) -> set[int]:
-        """Which outputs, of a tuple without tuples in it, are operands."""
-        found = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", self.rest)
-        nested = "(" in re.sub(r"\{[^}]*\}", "", self.shape)[1:]  # a layout has brackets too
-        return set() if found is None or nested else {int(n) for n in re.findall(r"\{(\d+)\}: \(", found[1])}
-
     def attribute(self, name: str) -> str | None:
         found = re.search(rf"\b{name}=%?([\w.-]+)", self.rest)
         return found and found[1]
@@ -128,7 +121,8 @@ def communication(text: str, devices: int, unknown: Sequence[int] = ()) -> Commu
 def arrays(text: str) -> list[Array]:
     """Every array that an instruction makes, largest first; tuples and parameters make none. Fusions' insides are never in memory.
 
-    What an instruction only hands on, such as another operation's gathered matrix that arrives meanwhile, it does not make.
+    Of a fusion with several results, each belongs to the operation inside that makes it: the product of one layer's matrix may run while
+    another's arrives. A result that is one of its operands, it does not make.
     """
     computations, _ = _computations(text)
     fused = {name for block in computations.values() for i in block.values() if i.op == "fusion" for name in _called(i)}
@@ -136,18 +130,30 @@ def arrays(text: str) -> list[Array]:
     for name, block in computations.items():
         if name in fused:
             continue
-        for i in block.values():
-            if i.op in ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant", "conditional"):
-                continue
-            operation = re.search(r'op_name="([^"]*)"', i.rest)
-            handed_on = i.handed_on
-            for number, (kind, dimensions) in enumerate(_ARRAY.findall(i.shape)):
-                if number in handed_on:
-                    continue
+        for made in (made for i in block.values() for made in _made(i, computations)):
+            operation = re.search(r'op_name="([^"]*)"', made.rest)
+            for kind, dimensions in _ARRAY.findall(made.shape):
                 shape = tuple(int(n) for n in dimensions.split(",") if n)
-                array = Array(kind, shape, operation[1] if operation else i.op)
+                array = Array(kind, shape, operation[1] if operation else made.op)
                 found.setdefault((kind, shape, array.operation), array)
     return sorted(found.values(), key=lambda array: -array.bytes)
+
+
+def _made(i: _Instruction, computations: dict[str, dict[str, _Instruction]]) -> list[_Instruction]:
+    """The instruction, or, of a fusion with several results, those inside that make them."""
+    if i.op in ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "constant", "conditional"):
+        return []
+    if i.op != "fusion" or not i.shape.startswith("("):
+        return [i]
+    inside = computations[i.attribute("calls") or ""]
+    results = list(inside.values())[-1]  # the root, a tuple
+    return [made for name in results.operands for made in _made(_unwrapped(inside[name], inside), computations)]
+
+
+def _unwrapped(i: _Instruction, block: dict[str, _Instruction]) -> _Instruction:
+    while i.op == "bitcast":
+        i = block[i.operands[0]]
+    return i
 
 
 def _computations(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:

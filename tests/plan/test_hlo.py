@@ -107,14 +107,25 @@ def test_arrays_inside_fusions_are_never_in_memory():
     assert not [one for one in found if one.operation == "all-gather"]
 
 
-def test_an_array_that_is_handed_on_belongs_to_who_made_it():
-    """The product of v_proj runs while a share of o_proj, of the size of the whole v_proj, arrives."""
-    made = (
-        "%both = (bf16[2,8]{1,0:T(8,128)(2,1)}, /*index=1*/bf16[16,8]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) fusion(%y0, %begun), "
-        'kind=kOutput, output_to_operand_aliasing={{1}: (1, {})}, calls=%fused.1, metadata={op_name="jit(f)/v_proj/dot"}'
-    )
-    found = hlo.arrays(TEXT.replace("%LIMIT%", "11").replace("%done =", f"{made}\n  %done ="))
-    assert [one.shape for one in found if one.operation == "jit(f)/v_proj/dot"] == [(2, 8), ()]
+def test_results_of_a_fusion_belong_to_who_makes_them_inside():
+    """The product of v_proj runs while a share of o_proj, as large as the whole v_proj, arrives, and a flag is handed on."""
+    inside = """%fused.3 (p.3: bf16[4,8], p.4: u32[]) -> (bf16[2,8], bf16[16,8], u32[]) {
+  %p.3 = bf16[4,8]{1,0} parameter(0)
+  %p.4 = u32[]{:S(2)} parameter(1)
+  %product = bf16[2,8]{1,0} slice(%p.3), slice={[0:2], [0:8]}, metadata={op_name="jit(f)/v_proj/dot"}
+  %all-gather.3 = bf16[16,8]{1,0} all-gather(%p.3), channel_id=7, dimensions={0}, metadata={op_name="jit(f)/o_proj/dot"}
+  %renamed = bf16[16,8]{1,0} bitcast(%all-gather.3)
+  ROOT %both = (bf16[2,8]{1,0}, bf16[16,8]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) tuple(%product, %renamed, %p.4)
+}
+
+ENTRY"""
+    of_v = 'fusion(%y0, %zero), kind=kOutput, calls=%fused.3, metadata={op_name="jit(f)/v_proj/dot"}'
+    line = f"%both.1 = (bf16[2,8]{{1,0}}, /*index=1*/bf16[16,8]{{1,0}}, u32[]{{:S(2)}}) {of_v}"
+    found = hlo.arrays(TEXT.replace("%LIMIT%", "11").replace("ENTRY", inside).replace("%done =", f"{line}\n  %done ="))
+    assert [(one.operation, one.shape) for one in found if "_proj/dot" in one.operation and "layers" not in one.operation] == [
+        ("jit(f)/o_proj/dot", (16, 8)),
+        ("jit(f)/v_proj/dot", (2, 8)),
+    ]
 
 
 def test_whole_matrices_and_logits_are_told_from_shares_and_activations():
