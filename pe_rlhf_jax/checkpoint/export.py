@@ -114,7 +114,7 @@ def _export(
         if values:
             settings[key] = {target: _plain(value) for target, value in values.items()}
     for module in modules:
-        factors = [{name: np.asarray(leaf) for name, leaf in found.items()} for found in module.factors(lora)]
+        factors = [{name: np.asarray(leaf, np.float32) for name, leaf in found.items()} for found in module.factors(lora)]
         for layer in range(len(factors[0]["a"])):
             packed = pack(module, [found["a"][layer] for found in factors], [found["b"][layer] for found in factors])
             tensors |= zip(module.tensor_names(layer), packed, strict=True)

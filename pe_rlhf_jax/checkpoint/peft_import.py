@@ -103,7 +103,7 @@ def import_adapter(
     lora: dict[str, Any] = {}
     for module in modules:
         shapes = module.factors(like)
-        stacks = [{factor: np.empty(shape[factor].shape, np.float32) for factor in "ab"} for shape in shapes]
+        stacks = [{factor: np.empty(shape[factor].shape, shape[factor].dtype) for factor in "ab"} for shape in shapes]
         for layer in range(layers[module.name]):
             for stack, (a, b) in zip(stacks, _layer(file, module, layer, tensors, shapes, config.r), strict=True):
                 stack["a"][layer], stack["b"][layer] = a, b

@@ -20,4 +20,5 @@ class OptimizerConfig(Section):
     b1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
     b2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay.")
     eps: float = Field(1e-5, gt=0, description="AdamW's epsilon.")
+    mu_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Storage of AdamW's first moment; the second is float32.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the global gradient norm to this; null for no clipping.")

@@ -92,8 +92,9 @@ class ModelConfig(Section):
     logprob_chunk: int = Field(
         512,
         ge=1,
-        description="Tokens of each device whose logits exist at once when log-probabilities are computed; bounds memory. With `mesh.fsdp` "
-        "each chunk gathers the output matrix, so few large ones send less.",
+        description="Tokens whose logits each device has at once when log-probabilities are computed (devices along `mesh.tensor` share "
+        "them, each a part of the vocabulary); bounds memory. With `mesh.fsdp` each chunk gathers the output matrix, so few large ones "
+        "send less.",
     )
 
     def dtype_on(self, platform: str) -> str:
@@ -108,6 +109,11 @@ class LoRAConfig(Section):
     lora_alpha: float = Field(32.0, gt=0, description="Scale: the update is (lora_alpha / r) B A, or (lora_alpha / sqrt(r)) with rsLoRA.")
     use_rslora: bool = Field(False, description="Rank-stabilised scale, lora_alpha / sqrt(r).")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in SFT and reward training only.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Storage of the factors. In bfloat16, small updates of large factors are lost to rounding; gradients are added up, "
+        "and the optimizer computes and keeps its moments, in float32 in either case.",
+    )
     target_modules: str = Field(
         "all-linear",
         description="`attention` (q, k, v, o: the paper), `all-linear` (also gate, up, down), or a regular expression that must match a "

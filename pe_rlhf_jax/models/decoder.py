@@ -158,7 +158,7 @@ class Decoder(nn.Module):
             seen = seen.within(windows[0])
         per_layer = PerLayer(jnp.arange(c.num_layers), window, kinds)
         (x, cache), _ = layers((x, cache), per_layer, rotation, seen, start, deterministic)
-        x = make_norm(c, self.dtype, self.param_dtype, "final_norm")(x)
+        x = make_norm(c, self.dtype, self.param_dtype, "final_norm")(x)  # still shared along `tensor`: readers take parts of rows
         if not c.tie_word_embeddings and self.is_initializing():
             self.param("lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.param_dtype)
         return x, cache

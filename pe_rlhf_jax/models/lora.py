@@ -44,7 +44,7 @@ def _uniform_fan_in(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Array
 class Linear(nn.Module):
     """y = x W + bias + scale (dropout(x) A) B. A is uniform in +-1/sqrt(d_in), B is zero, so a fresh adapter changes nothing.
 
-    `lora` is None where this layer is not targeted. Factors are stored in float32 and computed in `dtype`.
+    `lora` is None where this layer is not targeted. Factors are stored in `lora.dtype` and computed in `dtype`.
     """
 
     features: int
@@ -66,11 +66,11 @@ class Linear(nn.Module):
             y = y + bias.astype(self.dtype)
         if self.lora is None or not (self.has_variable("lora", "a") or self.is_mutable_collection("lora")):
             return y
-        r = self.lora.r
-        a = self.variable("lora", "a", lambda: _uniform_fan_in(self.make_rng("lora"), (d_in, r), jnp.float32)).value
-        b = self.variable("lora", "b", lambda: jnp.zeros((r, self.features), jnp.float32)).value
+        r, dtype = self.lora.r, self.lora.dtype
+        a = self.variable("lora", "a", lambda: _uniform_fan_in(self.make_rng("lora"), (d_in, r), jnp.float32).astype(dtype)).value
+        b = self.variable("lora", "b", lambda: jnp.zeros((r, self.features), dtype)).value
         x = nn.Dropout(self.lora.lora_dropout)(x, deterministic=deterministic)
-        return y + matmul(matmul(x, a.astype(self.dtype)), (b * self.lora.scale).astype(self.dtype))
+        return y + matmul(matmul(x, a.astype(self.dtype)), (b.astype(jnp.float32) * self.lora.scale).astype(self.dtype))
 
     def _init_kernel(self, key: jax.Array, shape: tuple[int, int]) -> PyTree:
         kernel = nn.initializers.lecun_normal()(key, shape, self.param_dtype)
@@ -93,7 +93,8 @@ def merge(params: PyTree, lora: PyTree, config: LoRAConfig, sign: float = 1.0) -
     """
     if isinstance(lora, Mapping) and "a" in lora and "b" in lora:
         kernel = params["kernel"]
-        update = sign * config.scale * jnp.matmul(lora["a"], lora["b"], precision="highest")
+        a, b = (lora[name].astype(jnp.float32) for name in "ab")
+        update = sign * config.scale * jnp.matmul(a, b, precision="highest")
         return {**params, "kernel": (kernel.astype(jnp.float32) + update).astype(kernel.dtype)}
     if not isinstance(lora, Mapping):
         return (params.astype(jnp.float32) + sign * lora).astype(params.dtype)

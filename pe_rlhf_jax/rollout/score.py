@@ -30,7 +30,8 @@ def token_logprobs(
     """Log-probability of each target and entropy of its distribution, in float32.
 
     Each device has logits of at most `chunk` tokens at a time (but at least one token of each of its rows); the backward pass recomputes
-    them. Chunks are cut along time, so that a batch that is sharded over devices stays sharded.
+    them. Chunks are cut along time, so that a batch that is sharded over devices stays sharded. Without a mesh in use (`jax.set_mesh`),
+    or where it does not divide the rows, `chunk` counts the tokens of the whole batch.
     """
     batch, length = targets_BT.shape
 

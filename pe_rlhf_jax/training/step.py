@@ -61,11 +61,12 @@ def make_step(
             def accumulate(sums: PyTree, inputs: tuple[PyTree, Array]) -> tuple[PyTree, None]:
                 rows, index = inputs
                 part = gradient(state.trainable, frozen, rows, normaliser, jax.random.fold_in(key, index))
-                return jax.tree.map(jnp.add, sums, part), None
+                return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, part), None
 
             first = jax.tree.map(lambda x: x[0], parts)
             shapes = jax.eval_shape(gradient, state.trainable, frozen, first, normaliser, key)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            # Not in a dtype that is narrower, in which trained parameters may be stored.
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
             ((value, statistics), gradients), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)

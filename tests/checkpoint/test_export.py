@@ -39,9 +39,9 @@ def assert_identical(found, expected) -> None:
         assert one.dtype == other.dtype and np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-@pytest.mark.parametrize("target", ["attention", "all-linear", r"mlp\..*"])
-def test_the_way_back_is_exact(tmp_path, target):
-    config = LoRAConfig(r=5, target_modules=target)
+@pytest.mark.parametrize(("target", "dtype"), [("attention", "float32"), ("all-linear", "bfloat16"), (r"mlp\..*", "float32")])
+def test_the_way_back_is_exact(tmp_path, target, dtype):
+    config = LoRAConfig(r=5, target_modules=target, dtype=dtype)
     lora = random_like(shapes(config))
     export_policy(tmp_path / "policy", lora, config, **SOURCE)
     export_reward(tmp_path / "reward", lora, HEAD, config, **SOURCE)

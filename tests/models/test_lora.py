@@ -109,10 +109,14 @@ def test_a_fresh_adapter_is_uniform_and_zero(fresh):
     assert abs(pooled.mean()) < 0.1 and abs(pooled.std() - 3**-0.5) < 0.05
 
 
-def test_a_fresh_adapter_depends_on_its_key_and_is_float32_under_bfloat16(tiny, fresh):
+def test_a_fresh_adapter_depends_on_its_key_and_is_stored_as_told_whatever_the_backbone(tiny, fresh):
     decoder = Decoder(tiny.config, tiny.decoder.lora, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     other = decoder.init_lora(jax.random.key(8))
     assert {x.dtype for x in jax.tree.leaves(other)} == {jnp.dtype(jnp.float32)}
+    narrow = tiny.decoder.lora.model_copy(update={"dtype": "bfloat16"})
+    stored = dataclasses.replace(tiny.decoder, lora=narrow).init_lora(jax.random.key(8))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), stored, other)
+    assert {x.dtype for x in jax.tree.leaves(stored)} == {jnp.dtype(jnp.bfloat16)}
     assert not np.array_equal(other["layers"]["mlp"]["up_proj"]["a"], fresh["layers"]["mlp"]["up_proj"]["a"])
 
 

@@ -83,6 +83,26 @@ def test_micro_batches_add_up_to_the_whole_batch():
     assert float(results[0][3]) == pytest.approx(1.0)
 
 
+def test_adapters_in_bfloat16_are_learned_in_float32():
+    """Of 64 micro-batches with gradients of 1 and 1/256, a sum in bfloat16 would lose the small ones; so would the second moment."""
+    trainable = {"lora": {"w": jnp.zeros(1, jnp.bfloat16)}}
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, mu_dtype="bfloat16", max_grad_norm=None, eps=1e-12), 10, "lora")
+
+    def loss(trainable, _, rows, total, key):
+        return jnp.sum(rows["x"] * trainable["lora"]["w"].astype(jnp.float32)), {}
+
+    rows = {"x": jnp.full((64, 1), 1 / 256).at[0].set(1.0)}
+    step = make_step(loss, lambda rows: jnp.float32(1), optimizer, 64, 1)
+    state, metrics = step(new_state(trainable, optimizer), None, rows, jax.random.key(0))
+    assert float(metrics["grad_norm"]) == 1 + 63 / 256
+    assert state.trainable["lora"]["w"].dtype == jnp.bfloat16 and float(state.trainable["lora"]["w"][0]) == -1.0
+    mu, nu = (optax.tree_utils.tree_get(state.opt_state, name)["lora"]["w"] for name in ("mu", "nu"))
+    assert (mu.dtype, nu.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_allclose(nu, 1e-3 * (1 + 63 / 256) ** 2, rtol=1e-6)
+    state, _ = step(state, None, rows, jax.random.key(0))  # of the same types: the program is not compiled again
+    assert step._cache_size() == 1
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_update_changes_nothing_but_the_counters(bad):
     step, optimizer = step_of(2, None), optax.sgd(0.1)
