@@ -1,8 +1,9 @@
 """The paper's memory and speed tables with figures of your own: adapters beside full tuning, on your model, batch and device.
 
     python benchmarks/paper_tables.py --config configs/quickstart.yaml [--grid lora.r=1,4,8,16] [--steps 3] [--output tables.json]
-    python benchmarks/paper_tables.py --config configs/quickstart.yaml --stages reward --grid reward.batch_size=8,16,32
-    python benchmarks/paper_tables.py --config configs/quickstart.yaml --model-config configs/shapes/*.json
+    python benchmarks/paper_tables.py --config configs/quickstart.yaml --set reward.micro_batch_size=null --grid reward.batch_size=4,8,16
+    python benchmarks/paper_tables.py --config configs/llama3_1b.yaml \\
+        --model-config configs/shapes/smollm2_135m.json configs/shapes/llama3_1b.json
 
 What is compared, per stage:
 
@@ -13,8 +14,8 @@ What is compared, per stage:
 Memory is what the compiler reports: everything resident (parameters, adapters, optimizer) and the largest need of any program of the
 step on top of it. Times are medians of `--steps` runs after one that compiled, the two sides taking turns, with random weights of the
 model's shape (the work is the same) and responses of full length. The paper's own figures stand beside. `--grid` takes every combination of
-values of some fields, as in sweep.py, so that one sees what rank, batch or length do; `--model-config` other shapes, in Hugging Face's
-layout.
+values of some fields, as in sweep.py, so that one sees what rank, batch or length do; `--model-config` the shapes of other models (a
+`config.json` of Hugging Face's layout), whose weights must fit this device.
 
 Rows of a model that sees have one picture each, whose features are there already: the frozen tower, one for all roles on both sides,
 makes them once.
@@ -27,6 +28,7 @@ import dataclasses
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -173,8 +175,8 @@ def rl_twin(context: Context) -> Twin:
     return Twin(trained, memory, run)
 
 
-def compare(config: Config, context: Context, stage: str, steps: int, what: str) -> dict[str, Any]:
-    """Both twins of a stage, in turns; `what` tells the table's row from others."""
+def compare(config: Config, context: Context, stage: str, steps: int, setting: str) -> dict[str, Any]:
+    """Both twins of a stage, in turns; `setting` tells the table's row from others."""
     twins: dict[str, Twin] = {}
     for tuning in ("lora", "full"):
         twins[tuning] = {"reward": reward_twin, "rl": rl_twin}[stage](_tuned(config, context, cast(Tuning, tuning)))
@@ -189,7 +191,7 @@ def compare(config: Config, context: Context, stage: str, steps: int, what: str)
     total = {name: sum(values.values()) for name, values in parts.items()}
     return {
         "stage": stage,
-        "what": what,
+        "setting": setting,
         "trained_share": lora.trained / full.trained,
         "memory_gib": {name: twin.memory / 2**30 for name, twin in twins.items()},
         "memory_share": lora.memory / full.memory,
@@ -202,14 +204,14 @@ def compare(config: Config, context: Context, stage: str, steps: int, what: str)
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, the paper's figures beside."""
     lines = [
-        "| stage | | trained share | memory, lora / full | share of full | paper | time, lora / full | speed-up | paper |",
+        "| stage | setting | trained share | memory, lora / full | share of full | paper | time, lora / full | speed-up | paper |",
         "|---" * 9 + "|",
     ]
     for row in rows:
         memory, total = row["memory_gib"], {name: sum(parts.values()) for name, parts in row["seconds"].items()}
         paper = PAPER[row["stage"]]
         lines.append(
-            f"| {row['stage']} | {row['what']} | {row['trained_share']:.2%} | {memory['lora']:.2f} / {memory['full']:.2f} GiB | "
+            f"| {row['stage']} | {row['setting']} | {row['trained_share']:.2%} | {memory['lora']:.2f} / {memory['full']:.2f} GiB | "
             f"{row['memory_share']:.0%} | {paper['memory']} | {total['lora']:.2f} / {total['full']:.2f} s | {row['speed_up']:.2f}x | "
             f"{paper['speed']} |"
         )
@@ -218,7 +220,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines += ["", "| rl | " + " | ".join(f"{part}, lora / full" for part in PARTS) + " |", "|---" * (len(PARTS) + 1) + "|"]
         for row in split:
             cells = [f"{row['seconds']['lora'][part]:.2f} / {row['seconds']['full'][part]:.2f} s" for part in PARTS]
-            lines.append(f"| {row['what']} | " + " | ".join(cells) + " |")
+            lines.append(f"| {row['setting']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -293,20 +295,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each side")
     parser.add_argument("--output", type=Path, help="also write all figures to this JSON file")
     arguments = parser.parse_args()
-    rows = []
+    rows, device = [], jax.devices()[0].device_kind
     for shape, point in itertools.product(arguments.model_config, sweep.points(arguments.grid)):
         config = configuration.load(arguments.config, [*arguments.overrides, *point])
         dtype = jnp.dtype(config.model.dtype_on(jax.default_backend()))
         context = abstract_context(config, architecture(config.model, shape), dtype)
         context = dataclasses.replace(context, backbone=jax.jit(context.decoder.init_params)(jax.random.key(0)))
-        what = " ".join([*([] if shape is None else [shape.stem]), *point]) or f"lora.r={config.lora.r}"
-        with jax.set_mesh(context.mesh):
-            rows += [compare(config, context, stage, arguments.steps, what) for stage in arguments.stages]
-    device = jax.devices()[0]
-    print(f"{config.model.source if shape is None else 'random weights'}, {dtype.name}, {jax.device_count()} x {device.device_kind}\n")
-    print(table(sorted(rows, key=lambda row: arguments.stages.index(row["stage"]))))
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"device": device.device_kind, "rows": rows}, indent=1) + "\n")
+        name = [] if shape is None else [shape.parent.name if shape.stem == "config" else shape.stem]
+        setting = " ".join([*name, *point]) or f"lora.r={config.lora.r}"
+        for stage in arguments.stages:
+            with jax.set_mesh(context.mesh):
+                rows.append(compare(config, context, stage, arguments.steps, setting))
+            print(f"{stage}, {setting}: done", file=sys.stderr)
+            if arguments.output:
+                arguments.output.write_text(json.dumps({"device": device, "rows": rows}, indent=1) + "\n")
+    print(f"{jax.device_count()} x {device}\n\n{table(sorted(rows, key=lambda row: arguments.stages.index(row['stage'])))}")
 
 
 if __name__ == "__main__":

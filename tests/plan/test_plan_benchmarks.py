@@ -44,6 +44,17 @@ def test_updates_alone_take_what_the_whole_plan_says_of_them(tiny):
     # Reference, reward model's and value model's backbones, two more of Adam's moments for each trained one, and gradients.
     assert full.whole > separate.whole + 6 * backbone
     assert f"{shared.whole / full.whole:.0%}" in paper_memory.line(shared, full)
+    last = paper_memory.table([shared, separate, full._replace(slice="two")]).splitlines()
+    assert last[0] == "| slice | rl, shared | rl, separate | rl, full |"
+    assert last[2:] == [f"| one | {shared.whole:.2f} | {separate.whole:.2f} |  |", f"| two |  |  | {full.whole:.2f} |"]
+
+
+@pytest.mark.parametrize(("devices", "data", "fsdp"), [(16, 1, 16), (192, 1, 192), (1024, 4, 256)])
+def test_batches_and_mesh_go_by_the_slice(devices, data, fsdp):
+    config = configuration.parse(CONFIG, paper_memory.by_the_device(3, devices))
+    assert (config.reward.batch_size, config.rl.batch_size, config.rl.num_mini_batches) == (3 * devices, 3 * devices, 1)
+    assert config.mesh.fsdp == fsdp and config.mesh.data == -1 and devices == data * fsdp
+    assert config.reward.micro_batch_size is None and config.rl.micro_batch_size is None
 
 
 def test_a_second_start_is_compared_with_the_first(monkeypatch, capsys):

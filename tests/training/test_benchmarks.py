@@ -22,7 +22,7 @@ def test_twins_are_run_and_weighed(make_context, stage, sees):
     sections = {"data": {"max_prompt_length": 8, "max_response_length": 8}, "reward": {"kind": "labels" if sees else "pairs"}}
     sections[stage] = {**sections.get(stage, {}), "batch_size": 1}
     context = seeing_context("paligemma", **sections) if sees else make_context(**sections)
-    row = paper_tables.compare(context.config, context, stage, steps=1, what="lora.r=4")
+    row = paper_tables.compare(context.config, context, stage, steps=1, setting="as it is")
     assert set(paper_tables._kept(context, "full")) == ({"vision"} if sees else set())  # a tower is one for all roles, on both sides
     small, large = (row["seconds"][name] for name in ("lora", "full"))
     assert small.keys() == large.keys() == set(paper_tables.PARTS if stage == "rl" else ["learning"])
@@ -31,6 +31,7 @@ def test_twins_are_run_and_weighed(make_context, stage, sees):
     assert row["memory_gib"]["full"] - row["memory_gib"]["lora"] > 3 * backbone / 2**30
     assert 0 < row["trained_share"] < 1 and 0 < row["memory_share"] < 1 and row["speed_up"] > 0
     table = paper_tables.table([row])
+    assert f"| {stage} | as it is |" in table
     assert paper_tables.PAPER[stage]["memory"] in table and f"{row['memory_share']:.0%}" in table
 
 
@@ -38,11 +39,14 @@ def test_twins_are_run_and_weighed(make_context, stage, sees):
 def test_the_command_reads_a_model_and_prints_its_table(tmp_path, monkeypatch, capsys):
     text = {"model": {"source": str(write_model(tmp_path / "model"))}, "reward": {"batch_size": 1}, "lora": {"r": 2}}
     (tmp_path / "config.yaml").write_text(json.dumps(text | {"data": {"max_prompt_length": 32, "max_response_length": 8}}))
-    monkeypatch.setattr(sys, "argv", ["paper_tables.py", "--config", str(tmp_path / "config.yaml"), "--stages", "reward", "--steps", "1"])
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--grid", "lora.r=2,4"])
+    given = ["--config", str(tmp_path / "config.yaml"), "--stages", "reward", "--steps", "1", "--output", str(tmp_path / "table.json")]
+    shape = ["--model-config", str(tmp_path / "model/config.json")]
+    monkeypatch.setattr(sys, "argv", ["paper_tables.py", *given, *shape, "--grid", "lora.r=2,4"])
     paper_tables.main()
-    printed = capsys.readouterr().out
-    assert "| reward | lora.r=2 |" in printed and "| reward | lora.r=4 |" in printed
+    small, large = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["setting"] for row in (small, large)] == ["model lora.r=2", "model lora.r=4"]
+    assert large["trained_share"] > 1.5 * small["trained_share"]
+    assert "| reward | model lora.r=4 |" in capsys.readouterr().out
 
 
 def test_a_copy_counts_and_a_second_name_for_it_does_not(make_context):
