@@ -6,9 +6,10 @@ pe-rlhf plan --config configs/llama3_8b_reward.yaml --topology v5e:4x4 --topolog
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -16,13 +17,13 @@ from rich.console import Console
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.plan.architecture import architecture
-from pe_rlhf_jax.plan.plan import GIB, STAGES, plan
-from pe_rlhf_jax.plan.suggest import suggest
+from pe_rlhf_jax.plan.plan import GIB, STAGES, Plan, plan
+from pe_rlhf_jax.plan.suggest import Suggestion, suggest
 from pe_rlhf_jax.plan.table import as_json, show
 from pe_rlhf_jax.plan.topology import LOCAL, describe
 
-TRIES = 8
-"""Changes that `--suggest` compiles at most; each takes as long as the plan itself."""
+TRIES = 12
+"""Changes that are compiled at most; each takes as long as the plan itself."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stage", action="append", choices=STAGES, help="plan this stage alone; may be given several times")
     parser.add_argument("--model-config", type=Path, metavar="FILE", help="Hugging Face's config.json, where model.source is not at hand")
-    parser.add_argument("--suggest", action="store_true", help="search mesh and micro-batch that fit the chips of --topology, by compiling")
+    parser.add_argument(
+        "--suggest", action="store_true", help="try other meshes and larger micro-batches where it fits; changes are tried anyway where not"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, one object a topology, in place of tables")
 
 
@@ -49,35 +52,56 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     config = configuration.load(arguments.config, arguments.set)
     shape = architecture(config.model, arguments.model_config)
     stages = arguments.stage or STAGES
-    results: list[dict[str, Any]] = []
-    fits = True
-    with console.status("") as status:
+    messages = Console(stderr=True)
+    everything = True
+    for name in names:
+        topology = describe(name)
+        with _telling(messages) as tell:
+            found = plan(config, shape, topology, tell, stages)
+        everything &= found.fits is not False
+        result = as_json(found)
+        if not arguments.json:
+            show(found, console)
+        if arguments.suggest or found.fits is False:
+            with _telling(messages) as tell:
+                better = suggest(config, shape, topology, found, TRIES, tell, stages)
+            result["suggestions"] = [
+                {"set": one.overrides, "same_results": one.same_results, "hbm": one.plan.hbm, "seconds": one.plan.seconds} for one in better
+            ]
+            if not arguments.json:
+                _show(better, found, console)
+        if arguments.json:
+            console.file.write(json.dumps(result) + "\n")
+            console.file.flush()
+    return everything
+
+
+@contextlib.contextmanager
+def _telling(messages: Console) -> Iterator[Callable[[str], None]]:
+    """Says what is being compiled: in a line that changes, or line by line where nobody watches a terminal."""
+    with messages.status("") as status:
 
         def tell(text: str) -> None:
             status.update(f"compiling {text}")
+            if not messages.is_terminal:
+                messages.print(f"compiling {text}", markup=False, highlight=False, soft_wrap=True)
 
-        for name in names:
-            topology = describe(name)
-            found = plan(config, shape, topology, tell, stages)
-            result = as_json(found)
-            fits &= found.fits is not False
-            if not arguments.json:
-                show(found, console)
-            if arguments.suggest:
-                better = suggest(config, shape, topology, found, TRIES, tell, stages)
-                result["suggestions"] = [{"set": one.overrides, "hbm": one.plan.hbm, "seconds": one.seconds} for one in better]
-                if not arguments.json:
-                    _show(better, console)
-            results.append(result)
-    if arguments.json:
-        for result in results:
-            console.file.write(json.dumps(result) + "\n")
-    return fits
+        yield tell
 
 
-def _show(better: list, console: Console) -> None:
-    if not better:
-        console.print("nothing that was tried fits: take more chips, or chips with more memory", markup=False)
+def _show(better: list[Suggestion], found: Plan, console: Console) -> None:
+    """Prints what may be set, one line each, to be copied."""
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    if found.fits:
+        line(f"as it is: at most {found.seconds:.3g} s a step of each stage")
+    if not better and found.fits:
+        line("no other mesh and no larger micro-batch that was tried fits")
+    if not better and not found.fits:
+        line("nothing that was tried fits: take more chips, or chips with more memory")
     for one in better:
         sets = " ".join(f"--set {override}" for override in one.overrides)
-        console.print(f"fits in {one.plan.hbm / GIB:.2f} GiB, at most {one.seconds:.3g} s a step of each stage: {sets}", markup=False)
+        results = "" if one.same_results else ", with other results"
+        line(f"fits in {one.plan.hbm / GIB:.2f} GiB, at most {one.plan.seconds:.3g} s a step of each stage{results}: {sets}")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import jax
 
+from pe_rlhf_jax.models.quantization import QuantizedMatrix
 from pe_rlhf_jax.plan import hlo
 from pe_rlhf_jax.plan.programs import Call
 from pe_rlhf_jax.sharding import with_places
@@ -39,7 +40,7 @@ class Program:
     """Of the arrays that it makes."""
     communication: hlo.Communication
     whole: tuple[str, ...]
-    """Matrices of the backbone, or logits, that stand unsharded on a device; see `unsharded`."""
+    """Matrices of the backbone, or logits, that stand unsharded on a device; see `unsharded` and `kept_whole`."""
     seconds: float
     """To trace and compile."""
     refused: str = ""
@@ -53,6 +54,7 @@ def compile_call(call: Call, mesh: jax.sharding.Mesh, matrices: Mapping[str, tup
         lowered = call.function.lower(*call.static, *call.arguments.values())
         parts = {name: device_bytes(tree) for name, tree in call.arguments.items()}
         staying = {name: tree for name, tree in call.arguments.items() if name not in call.passing}
+        kept = kept_whole(call.arguments, matrices) if mesh.size > 1 else ()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -62,7 +64,7 @@ def compile_call(call: Call, mesh: jax.sharding.Mesh, matrices: Mapping[str, tup
             read, words, spent = sum(parts.values()), str(error).split("\n")[0], time.perf_counter() - began
             nothing = hlo.Communication((), 0)
             stays = device_bytes(staying)
-            program = Program(call.name, call.repeats, read, peak - read, 0, 0, peak, parts, stays, (), nothing, (), spent, words)
+            program = Program(call.name, call.repeats, read, peak - read, 0, 0, peak, parts, stays, (), nothing, kept, spent, words)
             return program, lowered.out_info
     stats, text = compiled.memory_analysis(), compiled.as_text()
     arrays = hlo.arrays(text)
@@ -79,7 +81,7 @@ def compile_call(call: Call, mesh: jax.sharding.Mesh, matrices: Mapping[str, tup
         staying=device_bytes(_read(staying, dict(zip(call.arguments, compiled.input_shardings[0], strict=True)))),
         largest=tuple(arrays[:4]),
         communication=hlo.communication(text, mesh.size, call.loops),
-        whole=unsharded(arrays, matrices, vocabulary, mesh.shape["fsdp"]) if mesh.size > 1 else (),
+        whole=(*unsharded(arrays, matrices, vocabulary, mesh.shape["fsdp"]), *kept) if mesh.size > 1 else (),
         seconds=time.perf_counter() - began,
     )
     return program, with_places(lowered.out_info, compiled.output_shardings)
@@ -107,6 +109,26 @@ def unsharded(arrays: list[hlo.Array], matrices: Mapping[str, tuple[int, ...]], 
                 found[f"{name} {list(matrices[name])}"] = None
         if vocabulary in array.shape and not known and shape not in shares and math.prod(array.shape) >= 2 * vocabulary:
             found[f"logits {list(array.shape)}"] = None
+    return tuple(found)
+
+
+def kept_whole(arguments: PyTree, matrices: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Which matrices of the backbone, or of a trained copy of it, every device is given whole, in words.
+
+    They are known by shape and by the layer's name in their path, quantized ones by the matrix that they stand for.
+    """
+    found: dict[str, None] = {}
+    leaves = jax.tree_util.tree_leaves_with_path(arguments, is_leaf=lambda node: isinstance(node, QuantizedMatrix))
+    for path, leaf in leaves:
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        stored = leaf.values if isinstance(leaf, QuantizedMatrix) else leaf
+        place = getattr(stored, "sharding", None)
+        if place is not None and place.shard_shape(stored.shape) != stored.shape:
+            continue
+        module = names[-2] if names[-1] == "kernel" and len(names) > 1 else "embedding" if names[-1] in ("embed", "lm_head") else None
+        for name, matrix in matrices.items():
+            if name.split()[-1] == module and tuple(leaf.shape) == tuple(matrix):
+                found[f"{names[-1] if names[-1] == 'lm_head' else name} {list(matrix)}, kept whole"] = None
     return tuple(found)
 
 

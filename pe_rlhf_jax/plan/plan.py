@@ -98,6 +98,11 @@ class Plan:
     def hbm(self) -> int:
         return max(stage.hbm for stage in self.stages)
 
+    @property
+    def seconds(self) -> float:
+        """Of a step of each stage, nothing overlapping; 0 where no rates are published."""
+        return sum(timed.time.most for stage in self.stages for timed in stage.programs if timed.time is not None)
+
 
 def plan(
     config: Config,

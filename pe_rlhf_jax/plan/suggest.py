@@ -1,32 +1,38 @@
-"""Changes that make a configuration fit, or a faster mesh for one that does; each is tried by compiling."""
+"""Changes that make a configuration fit, or a faster mesh or micro-batch for one that does; each is tried by compiling."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import yaml
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.models.architecture import DecoderConfig
-from pe_rlhf_jax.plan.plan import STAGES, Plan, plan
+from pe_rlhf_jax.plan.plan import GIB, STAGES, Plan, plan
 from pe_rlhf_jax.plan.topology import Topology
 from pe_rlhf_jax.training import reward, rl
+
+ENOUGH = 3
+"""Changes that make it fit, after which no more are tried."""
+Overrides = tuple[str, ...]
+Axes = tuple[int, int, int]
+"""Sizes of `mesh.data`, `mesh.fsdp` and `mesh.tensor`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Suggestion:
     """Overrides (`--set` each) and what they give."""
 
-    overrides: tuple[str, ...]
+    overrides: Overrides
     plan: Plan
 
     @property
-    def seconds(self) -> float:
-        """Of a step of each stage, nothing overlapping."""
-        return sum(timed.time.most for stage in self.plan.stages for timed in stage.programs if timed.time is not None)
+    def same_results(self) -> bool:
+        """Whether a run computes what it did, up to rounding: where things lie, how many rows at once, what is computed again."""
+        fields = [override.partition("=")[0] for override in self.overrides]
+        return all(field.startswith("mesh.") or field == "model.remat" or field.endswith(".micro_batch_size") for field in fields)
 
 
 def suggest(
@@ -38,63 +44,95 @@ def suggest(
     tell: Callable[[str], None] = lambda _: None,
     only: Collection[str] = STAGES,
 ) -> list[Suggestion]:
-    """Tries changes, cheapest first, and returns those that fit, fastest first; where the plan fits already, only other meshes.
+    """Tries changes, those first that change least, and returns those that fit: the ones with the same results first, and of these and
+    of the others the fastest.
 
     Args:
-        limit: changes to try at most.
+        first: the plan of the configuration as it is, on a chip whose memory is known.
+        limit: changes to compile at most.
+        tell: is told what is being compiled, and with which change.
     """
+    assert first.chip is not None
+    room = first.chip.usable * GIB
+    crowded = any(sum(stage.resident.values()) > room for stage in first.stages)
     found: list[Suggestion] = []
-    for tried, overrides in enumerate(candidates(config, architecture, len(topology.devices), bool(first.fits))):
-        if tried == limit or (found and not first.fits and len(found) == 3):
+    tried = 0
+    for overrides in candidates(config, architecture, first.mesh, bool(first.fits), crowded):
+        if tried == limit or (not first.fits and len(found) == ENOUGH):
             break
-        tell("trying " + " ".join(overrides))
         try:
-            outcome = plan(changed(config, overrides), architecture, topology, tell, only)
+            outcome = plan(changed(config, overrides), architecture, topology, _with(tell, overrides), only)
         except ConfigError:
             continue
+        tried += 1
         if outcome.fits:
             found.append(Suggestion(overrides, outcome))
-    return sorted(found, key=lambda one: one.seconds)
+    return sorted(found, key=lambda one: (not one.same_results, one.plan.seconds))
 
 
-def changed(config: Config, overrides: tuple[str, ...]) -> Config:
+def _with(tell: Callable[[str], None], overrides: Overrides) -> Callable[[str], None]:
+    return lambda text: tell(f"{text}, with {' '.join(overrides)}")
+
+
+def changed(config: Config, overrides: Overrides) -> Config:
     """A configuration with `--set`s. Raises ConfigError if they do not go together."""
     return configuration.parse(yaml.safe_dump(config.model_dump(mode="json")), overrides)
 
 
-def candidates(config: Config, c: DecoderConfig, devices: int, fits: bool) -> Iterator[tuple[str, ...]]:
+def candidates(config: Config, c: DecoderConfig, mesh: Mapping[str, int], fits: bool, crowded: bool = False) -> Iterator[Overrides]:
     """Overrides to try: first what changes no result, which is meshes, smaller micro-batches and recomputation; then adapters in place
-    of full tuning, and shared roles. A configuration that fits is only tried on other meshes.
+    of full tuning, and shared roles; then the backbone in few bits. For a configuration that fits, larger micro-batches and meshes.
+
+    Args:
+        mesh: the sizes of its axes as they are.
+        crowded: what stays in memory is too much alone, so that fewer rows at once or recomputation do not help.
     """
     stages = [stage for stage in STAGES if stage in config.run.stages]
-    meshes = [(f"mesh.data={d}", f"mesh.fsdp={f}", f"mesh.tensor={t}") for d, f, t in _meshes(config, c, devices, stages)]
+    mine = mesh["data"], mesh["fsdp"], mesh["tensor"]
+    others = _meshes(config, c, mine, stages)
     if fits:
-        yield from meshes
+        yield from _larger(config, stages)
+        yield from map(_set, others)
         return
-    bases = [(), *meshes[:1]]  # its own mesh, and the most sharded one
-    smaller = {mesh: [_smaller(config, stages, _row_groups(config, mesh, devices), part) for part in (2, 4)] for mesh in bases}
-    for mesh in bases:
-        halves, quarters = smaller[mesh]
-        if mesh:
-            yield mesh
-        if halves:
-            yield (*mesh, *halves)
-        if config.model.remat != "full":
-            yield (*mesh, "model.remat=full", *halves)
-        if quarters and quarters != halves:
-            yield (*mesh, *quarters, *(["model.remat=full"] if config.model.remat != "full" else []))
-    yield from meshes[1:3]
-    lora = tuple(f"{stage}.tuning=lora" for stage in stages if getattr(config, stage).tuning == "full")
-    shared = ("rl.roles=shared",) if "rl" in stages and config.rl.roles == "separate" else ()
-    if lora or shared:
-        for mesh in bases:
-            yield (*mesh, *lora, *shared)
-            yield (*mesh, *lora, *shared, *smaller[mesh][0])
+    remat = ("model.remat=full",) if config.model.remat != "full" else ()
+    bases = [mine, *others[:1]]  # its own mesh, and the most sharded one
+    smaller = {base: [_smaller(config, stages, base[0] * base[1], part) for part in (2, 4)] for base in bases}
+    for base in bases:
+        if crowded and base[0] >= mine[0]:  # with as many copies as there are, as much stays in memory
+            continue
+        place, (halves, quarters) = _set(base) if base != mine else (), smaller[base]
+        tries = [place, place + halves, place + remat + halves, place + remat + quarters]
+        yield from dict.fromkeys(one for one in tries if one)
+    yield from (_set(one) for one in others[1:3] if one[0] < mine[0] or (one[0] == mine[0] and not crowded))
+    base = bases[-1] if bases[-1][0] < mine[0] else mine  # the one with fewer copies
+    place, less = _set(base) if base != mine else (), remat + smaller[base][0]
+    for change in _with_other_results(config, stages):
+        yield place + change
+        if less:
+            yield place + change + less
 
 
-def _meshes(config: Config, c: DecoderConfig, devices: int, stages: Sequence[str]) -> list[tuple[int, int, int]]:
-    """Axes that divide heads and batches; fully sharded first, then copies, then tensor axes."""
-    found = []
+def _with_other_results(config: Config, stages: Sequence[str]) -> Iterator[Overrides]:
+    """Adapters in place of full tuning, and shared roles; then also quantization, of which full tuning would have nothing."""
+    full = [field for field, tuning in config.tunings().items() if tuning == "full"]
+    if config.rl.value_tuning is None and "rl.value_tuning" in full:
+        full.remove("rl.value_tuning")  # goes with rl.tuning
+    shared = ("rl.roles=shared",) if rl.STAGE in stages and config.rl.roles == "separate" else ()
+    change = (*(f"{field}=lora" for field in full), *shared)
+    if change:
+        yield change
+    if config.model.quantization is None:
+        yield (*change, "model.quantization=int8")
+        yield (*change, "model.quantization=nf4")
+
+
+def _set(axes: Axes) -> Overrides:
+    return tuple(f"mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), axes, strict=True))
+
+
+def _meshes(config: Config, c: DecoderConfig, mine: Axes, stages: Sequence[str]) -> list[Axes]:
+    """Other axes that divide heads and batches; fully sharded first, then copies, then tensor axes."""
+    devices, found = mine[0] * mine[1] * mine[2], []
     for tensor in (1, 2, 4, 8, 16):
         if devices % tensor or c.num_kv_heads % tensor:
             continue
@@ -102,25 +140,34 @@ def _meshes(config: Config, c: DecoderConfig, devices: int, stages: Sequence[str
         for data in (1, 2, 4, 8, 16, 32):
             if rest % data == 0 and all(getattr(config, stage).batch_size % rest == 0 for stage in stages):
                 found.append((data, rest // data, tensor))
-    mine = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     return sorted((mesh for mesh in found if mesh != mine), key=lambda mesh: (mesh[0], mesh[2]))
 
 
-def _row_groups(config: Config, mesh: tuple[str, ...], devices: int) -> int:
-    """Into how many parts a mesh, given as overrides or in the configuration, splits rows."""
-    if mesh:
-        return math.prod(int(axis.partition("=")[2]) for axis in mesh[:2])
-    return devices // config.mesh.tensor if config.mesh.tensor > 0 else config.mesh.data * config.mesh.fsdp
-
-
-def _smaller(config: Config, stages: Sequence[str], groups: int, part: int) -> tuple[str, ...]:
+def _smaller(config: Config, stages: Sequence[str], groups: int, part: int) -> Overrides:
     """So small a part of the rows that are computed at once, in each stage where that divides its updates and the mesh it."""
     found = []
     for stage in stages:
-        section = getattr(config, stage)
-        rows = section.batch_size // (rl._mini_batches(config.rl) if stage == rl.STAGE else 1)
-        size = (section.micro_batch_size or rows) // part
+        rows = _rows(config, stage)
+        size = (getattr(config, stage).micro_batch_size or rows) // part
         sides = 2 if stage == reward.STAGE and config.reward.kind != "labels" else 1
         if size and rows % size == 0 and sides * size % groups == 0:
             found.append(f"{stage}.micro_batch_size={size}")
     return tuple(found)
+
+
+def _larger(config: Config, stages: Sequence[str]) -> list[Overrides]:
+    """All rows of an update at once, and twice as many as are set, in the stages that have a micro-batch."""
+    whole, twice = [], []
+    for stage in stages:
+        rows, size = _rows(config, stage), getattr(config, stage).micro_batch_size
+        if size is None or size == rows:
+            continue
+        whole.append(f"{stage}.micro_batch_size=null")
+        if rows % (2 * size) == 0:
+            twice.append(f"{stage}.micro_batch_size={2 * size if 2 * size < rows else 'null'}")
+    return list(dict.fromkeys(tuple(one) for one in (whole, twice) if one))
+
+
+def _rows(config: Config, stage: str) -> int:
+    """Of an update."""
+    return getattr(config, stage).batch_size // (rl._mini_batches(config.rl) if stage == rl.STAGE else 1)

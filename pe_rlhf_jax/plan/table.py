@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 from rich.console import Console
+from rich.segment import Segments
 from rich.table import Table
 
+from pe_rlhf_jax.plan.hlo import Communication
 from pe_rlhf_jax.plan.plan import GIB, Plan, StagePlan, Timed
 
 ASSUMPTIONS = (
@@ -15,6 +17,9 @@ ASSUMPTIONS = (
     "taken to use the two ports of one torus dimension. Runs reach about half of peak FLOP/s; FLOPs are by formula, at the longest "
     "texts, and generation is taken to run to its limit."
 )
+
+WIDTH = 200
+"""Columns that the table may take."""
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -30,14 +35,18 @@ def show(plan: Plan, console: Console) -> None:
     for stage in plan.stages:
         for timed in stage.programs:
             table.add_row(*_row(stage, timed, devices))
-    console.print(table)
+    # As wide as it is, also in a file or a narrow terminal, where figures would be cut.
+    console.print(Segments(console.render(table, console.options.update(max_width=WIDTH))), crop=False)
     for stage in plan.stages:
         console.print(f"{stage.stage}: " + dominates(stage), markup=False)
         for timed in stage.programs:
-            for name in timed.program.whole:
-                console.print(f"  {timed.program.name} holds whole: {name}", markup=False)
-            if timed.program.refused:
-                console.print(f"  {timed.program.name}: {timed.program.refused}", markup=False)
+            program = timed.program
+            if program.communication.collectives:
+                console.print(f"  {program.name} sends: {_sends(program.communication)}", markup=False)
+            if program.whole:
+                console.print(f"  {program.name} holds whole: {'; '.join(program.whole)}", markup=False)
+            if program.refused:
+                console.print(f"  {program.name}: {program.refused}", markup=False)
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
     if plan.chip is not None:
@@ -53,7 +62,13 @@ def dominates(stage: StagePlan) -> str:
     largest = sorted(parts.items(), key=lambda part: -part[1])[:4]
     text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in largest if size > 0.005 * GIB)
     arrays = ", ".join(f"{a.type}{list(a.shape)} {a.bytes / GIB:.2f}" for a in program.largest[:3])
-    return f"{stage.hbm / GIB:.2f} GiB in {program.name}: {text}" + (f"; largest arrays made: {arrays}" if arrays else "")
+    made = f"largest arrays made: {arrays}" if arrays else ""
+    return f"{stage.hbm / GIB:.2f} GiB in {program.name}: " + "; ".join(part for part in (text, made) if part)
+
+
+def _sends(communication: Communication) -> str:
+    """Its collectives by kind, in GiB as everywhere."""
+    return ", ".join(f"{one.kind} {one.bytes / GIB:.2f} in {one.count}" for one in communication.collectives)
 
 
 def _row(stage: StagePlan, timed: Timed, devices: int) -> list[str]:
@@ -69,7 +84,7 @@ def _row(stage: StagePlan, timed: Timed, devices: int) -> list[str]:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Everything in a plan; bytes, FLOPs and seconds."""
-    found = dataclasses.asdict(plan) | {"fits": plan.fits, "hbm": plan.hbm}
+    found = dataclasses.asdict(plan) | {"fits": plan.fits, "hbm": plan.hbm, "seconds": plan.seconds}
     for stage, one in zip(found["stages"], plan.stages, strict=True):
         stage |= {"hbm": one.hbm, "dominates": dominates(one)}
         for program, timed in zip(stage["programs"], one.programs, strict=True):

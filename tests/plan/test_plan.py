@@ -15,8 +15,9 @@ from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import main
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.plan.chips import CHIPS
+from pe_rlhf_jax.plan.command import TRIES
 from pe_rlhf_jax.plan.plan import GIB, _notes, plan
-from pe_rlhf_jax.plan.suggest import candidates, changed, suggest
+from pe_rlhf_jax.plan.suggest import Suggestion, candidates, changed, suggest
 from pe_rlhf_jax.plan.table import show
 from pe_rlhf_jax.plan.topology import Topology, describe
 
@@ -40,6 +41,7 @@ SHAPE = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
 }
+EIGHT = {"data": 1, "fsdp": 8, "tensor": 1}
 
 
 @pytest.fixture
@@ -94,15 +96,14 @@ def test_a_smaller_micro_batch_is_found_where_the_whole_one_does_not_fit(on_a_ch
     config, shape, topology = on_a_chip(small + 1)
     first = plan(config, shape, topology)
     assert first.fits is False
-    found = suggest(config, shape, topology, first, limit=4)
-    assert [one.overrides for one in found][:1] == [("reward.micro_batch_size=16",)]
-    assert found[0].plan.hbm == small
-    assert suggest(*on_a_chip(1), plan(*on_a_chip(1)), limit=3) == []
+    (found,) = suggest(config, shape, topology, first, limit=1)
+    assert found.overrides == ("reward.micro_batch_size=16",) and found.same_results
+    assert found.plan.hbm == small
 
 
 def test_candidates_divide_heads_and_batches(tiny):
     config = configuration.parse(CONFIG, ["mesh.fsdp=8", "reward.tuning=full", "rl.roles=separate", "model.remat=none"])
-    tried = list(candidates(config, tiny.config, 8, fits=False))
+    tried = list(candidates(config, tiny.config, EIGHT, fits=False))
     meshes = {one for one in tried if all(override.startswith("mesh.") for override in one)}
     assert ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2") in meshes
     assert not [one for one in meshes if "mesh.tensor=4" in one]  # 2 key-value heads
@@ -113,10 +114,87 @@ def test_candidates_divide_heads_and_batches(tiny):
 
 def test_a_stage_that_cannot_be_halved_leaves_the_others_their_halves(tiny):
     text = "{model: {source: x, remat: full}, sft: {batch_size: 8}, reward: {batch_size: 8}, rl: {batch_size: 64, num_mini_batches: 4}}"
-    tried = list(candidates(configuration.parse(text, ["mesh.fsdp=8"]), tiny.config, 8, fits=False))
+    tried = list(candidates(configuration.parse(text, ["mesh.fsdp=8"]), tiny.config, EIGHT, fits=False))
     assert tried[0] == ("reward.micro_batch_size=4", "rl.micro_batch_size=8")  # pairs are two rows; 4 of 8 rows are no multiple of 8
     for one in tried:
         changed(configuration.parse(text, ["mesh.fsdp=8"]), one)
+
+
+def test_few_bits_are_tried_after_what_changes_no_result_and_where_nothing_is_tuned_in_full(tiny):
+    text = CONFIG.replace("stages: [reward]", "stages: [reward, rl]")
+    copies = {"data": 4, "fsdp": 2, "tensor": 1}
+
+    def tried(*overrides: str, **named) -> list[tuple[str, ...]]:
+        found = list(candidates(configuration.parse(text, ["rl.batch_size=32", *overrides]), tiny.config, copies, fits=False, **named))
+        assert len(set(found)) == len(found)
+        return found
+
+    def first(found: list[tuple[str, ...]], override: str) -> int:
+        return next(index for index, one in enumerate(found) if override in one)
+
+    found = tried("rl.roles=separate", "model.remat=dots")
+    exact = [Suggestion(one, None).same_results for one in found]
+    assert exact == sorted(exact, reverse=True) and not all(exact)
+    kinds = [first(found, override) for override in ("rl.roles=shared", "model.quantization=int8", "model.quantization=nf4")]
+    assert exact.index(False) == kinds[0] < kinds[1] < kinds[2]
+    assert all("mesh.data=1" in one for one in found[kinds[0] :])  # where most of what stays is shared out
+    found = tried()
+    assert first(found, "model.quantization=nf4") < TRIES
+    # No row fewer makes room where what stays in memory is too much: not on this mesh, and not on others with as many copies.
+    crowded = tried(crowded=True)
+    assert crowded[0] == ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1") and set(crowded) < set(found)
+    assert all("mesh.data=1" in one or "mesh.data=2" in one for one in crowded)
+    full = tried("rl.tuning=full", "rl.roles=separate", "reward.tuning=full")
+    assert all({"rl.tuning=lora", "reward.tuning=lora"} <= set(one) for one in full if any("quantization" in override for override in one))
+    assert not [one for one in full if "rl.value_tuning=lora" in one]  # which goes with the policy's, unless it is set
+    assert tried("rl.value_tuning=full", "rl.roles=separate")[-1][3:6] == (
+        "rl.value_tuning=lora",
+        "rl.roles=shared",
+        "model.quantization=nf4",
+    )
+    assert not any("quantization" in override for one in tried("model.quantization=int4") for override in one)
+
+
+def test_few_bits_are_found_where_the_backbone_is_what_takes_the_room(on_a_chip):
+    wide = dataclasses.replace(on_a_chip(1)[1], intermediate_size=2048)
+    config, _, topology = on_a_chip(GIB, "model.quantization=int8", "reward.batch_size=1")
+    room = plan(config, wide, topology).hbm + 1
+    config, _, topology = on_a_chip(room, "reward.batch_size=1")
+    first = plan(config, wide, topology)
+    told: list[str] = []
+    found = suggest(config, wide, topology, first, 1, told.append)
+    assert [one.overrides for one in found] == [("model.quantization=int8",)] and not found[0].same_results
+    assert first.hbm > room == found[0].plan.hbm + 1
+    assert told == ["reward: update, with model.quantization=int8"]
+
+
+def test_where_it_fits_fewer_and_larger_micro_batches_and_other_meshes_are_tried(tiny):
+    def tried(*overrides: str) -> list[tuple[str, ...]]:
+        return list(candidates(configuration.parse(CONFIG, ["run.stages=[reward, rl]", *overrides]), tiny.config, EIGHT, fits=True))
+
+    none, both = tried("rl.batch_size=64"), tried("rl.batch_size=64", "reward.micro_batch_size=8", "rl.micro_batch_size=32")
+    assert none and all(override.startswith("mesh.") for one in none for override in one)
+    assert ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1") not in none  # its own
+    assert both == [
+        ("reward.micro_batch_size=null", "rl.micro_batch_size=null"),
+        ("reward.micro_batch_size=16", "rl.micro_batch_size=null"),
+        *none,
+    ]
+    assert tried("reward.micro_batch_size=32", "rl.batch_size=64") == none  # all rows already
+    assert tried("reward.micro_batch_size=16", "rl.batch_size=64")[1:] == none  # twice is all
+
+
+def test_nothing_of_the_model_is_allocated(on_a_chip):
+    before = jax.live_arrays()
+    known = {id(array) for array in before}
+    new: list[tuple[int, ...]] = []
+
+    def look(_: str) -> None:
+        new.extend(array.shape for array in jax.live_arrays() if id(array) not in known)
+
+    plan(*on_a_chip(GIB, "run.stages=[reward, rl]", "rl.num_mini_batches=2"), look, ["rl"])
+    look("after")
+    assert [shape for shape in new if shape] == []  # but for constants of the programs
 
 
 def test_heads_that_the_mesh_does_not_divide_are_named(tiny):
@@ -138,6 +216,56 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(on_a_chip, tiny):
     console = Console(file=io.StringIO(), width=120)
     show(broken, console)
     assert "RESOURCE_EXHAUSTED: too much" in console.file.getvalue() and "does not fit" in console.file.getvalue()
+
+
+@pytest.fixture
+def on_a_chip_by_command(tmp_path: Path, capsys, monkeypatch, quick_compile):
+    """on_a_chip_by_command(hbm in bytes, argument, ...) -> exit code, stdout, stderr of `plan` for a chip of so much memory."""
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+
+    def run(hbm: float, *arguments: str) -> tuple[int, str, str]:
+        chip = dataclasses.replace(CHIPS["v5e"], usable=hbm / GIB)
+        monkeypatch.setattr("pe_rlhf_jax.plan.command.describe", lambda name: Topology(name, jax.devices()[:1], chip))
+        files = ["--config", str(tmp_path / "c.yaml"), "--model-config", str(tmp_path / "config.json")]
+        code = main.cli(["plan", *files, "--topology", "v5e:1x1", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_what_makes_it_fit_is_printed_unasked(on_a_chip_by_command, monkeypatch):
+    code, shown, _ = on_a_chip_by_command(GIB, "--json", "--set", "reward.micro_batch_size=16")
+    small = json.loads(shown)
+    assert code == 0 and "suggestions" not in small
+    monkeypatch.setattr("pe_rlhf_jax.plan.command.TRIES", 1)
+    code, shown, told = on_a_chip_by_command(small["hbm"] + 1)
+    assert code == 1 and "does not fit: " in shown
+    assert [line for line in shown.splitlines() if line.startswith("fits in ")] == [
+        f"fits in 0.00 GiB, at most {small['seconds']:.3g} s a step of each stage: --set reward.micro_batch_size=16"
+    ]
+    assert told.splitlines() == ["compiling reward: update", "compiling reward: update, with reward.micro_batch_size=16"]
+    code, shown, told = on_a_chip_by_command(1)
+    assert code == 1 and "nothing that was tried fits: take more chips, or chips with more memory" in shown
+    # What stays is too much for any micro-batch.
+    assert told.splitlines()[1:] == ["compiling reward: update, with model.quantization=int8"]
+
+
+def test_what_may_be_faster_is_printed_where_it_is_asked_for(on_a_chip_by_command):
+    arguments = ["--suggest", "--set", "reward.micro_batch_size=16"]
+    code, shown, _ = on_a_chip_by_command(GIB, *arguments, "--json")
+    result = json.loads(shown)
+    (one,) = result["suggestions"]
+    assert code == 0 and one["set"] == ["reward.micro_batch_size=null"] and one["same_results"] is True
+    assert one["hbm"] > result["hbm"] and one["seconds"] == pytest.approx(result["seconds"])  # one device sends nothing
+    code, shown, told = on_a_chip_by_command(GIB, *arguments)
+    assert code == 0 and f"as it is: at most {result['seconds']:.3g} s a step of each stage" in shown
+    assert [line.partition("stage: ")[2] for line in shown.splitlines() if line.startswith("fits in ")] == [
+        "--set reward.micro_batch_size=null"
+    ]
+    assert told.splitlines()[1:] == ["compiling reward: update, with reward.micro_batch_size=null"]
+    code, shown, _ = on_a_chip_by_command(GIB, "--suggest")
+    assert code == 0 and "no other mesh and no larger micro-batch that was tried fits" in shown
 
 
 @pytest.mark.usefixtures("quick_compile")
