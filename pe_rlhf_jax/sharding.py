@@ -5,10 +5,12 @@ Mesh axes: `data` holds copies of the model, `fsdp` shards parameters and batch,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pe_rlhf_jax.config import Config, ConfigError, MeshConfig
@@ -30,12 +32,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if -1 in sizes:
         rest = -int(np.prod(sizes))
         if len(devices) % rest:
-            raise ConfigError(f"mesh: {len(devices)} devices cannot be divided by the given axes' {rest}")
+            raise ConfigError(
+                f"mesh: the given axes take {rest} devices, which does not divide the {len(devices)} that are present; "
+                f"let them take one of {_divisors(len(devices))}"
+            )
         sizes[sizes.index(-1)] = len(devices) // rest
     if int(np.prod(sizes)) != len(devices):
         axes = ", ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
-        raise ConfigError(f"mesh: {axes} makes {int(np.prod(sizes))} devices, but {len(devices)} are present; set one axis to -1")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        raise ConfigError(
+            f"mesh: {axes} makes {int(np.prod(sizes))} devices, but {len(devices)} are present; set one axis to -1 and "
+            f"let the others together take one of {_divisors(len(devices))}"
+        )
+    # Where the sizes of the axes do not suit the dimensions of the torus, one of these is split.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _divisors(count: int) -> str:
+    return ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
 
 
 def parameter_spec(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -190,7 +204,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
         sizes["rl.sampling.max_num_seqs"] = config.rl.sampling.max_num_seqs
     for field, size in sizes.items():
         # A pair is two rows.
-        multiple = -(-devices // 2) if field == "reward.micro_batch_size" and config.reward.kind != "labels" else devices
+        multiple = devices // math.gcd(devices, 2) if field == "reward.micro_batch_size" and config.reward.kind != "labels" else devices
         if size is not None and size % multiple:
             raise ConfigError(
                 f"{field} {size} must be a multiple of {multiple}, for the {devices} devices along mesh axes data and fsdp: "

@@ -72,18 +72,19 @@ REFILL = """
 import sys
 sys.path.insert(0, {tests!r})
 
-import re
+import dataclasses, re
 import tiny_decoder
 import jax
 import numpy as np
 
 from pe_rlhf_jax.config import LoRAConfig, MeshConfig, SamplingConfig
+from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import generate
 from pe_rlhf_jax.sharding import make_mesh, place, place_rows
 from pe_rlhf_jax.types import PromptBatch
 
-model = tiny_decoder.make_model(tiny_decoder.TINY, LoRAConfig(r=3, lora_alpha=6.0))
+model = tiny_decoder.make_model(dataclasses.replace(tiny_decoder.TINY, vocab_size=44), LoRAConfig(r=3, lora_alpha=6.0))
 lengths = np.arange(32) % 3 + 2
 prompts = PromptBatch(np.arange(128).reshape(32, 4) % 29, np.arange(4) >= 4 - lengths[:, None])
 
@@ -114,6 +115,17 @@ for axes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
         # The cache is never copied but for its beginning: 2 layers, 2 rows of a device, 15 slots, 2 heads of 4.
         copies = re.findall(r"= f32\\[2,(?:1,)?2,15,2,4\\]\\S* (?:copy|transpose)\\(", text)
         assert len(copies) <= 1, copies
+    else:
+        # Logits of a device: four rows, and half of the columns.
+        products = set(re.findall(r"f32\\[4,(\\d+)\\][^=]* dot\\(", text))
+        assert "22" in products and "44" not in products, products
+        # Heads that `tensor` does not divide are whole on every device; layers, rows, heads, slots, width.
+        for heads, found in ((2, 1), (4, 2), (3, 3)):
+            decoder = Decoder(dataclasses.replace(tiny_decoder.TINY, num_heads=12, num_kv_heads=heads))
+            with jax.set_mesh(mesh):
+                cache = jax.jit(lambda: decoder.new_cache(8, 6))()
+            for leaf in jax.tree.leaves(cache):
+                assert leaf.sharding.shard_shape(leaf.shape) == (2, 2, found, 6, 4), (heads, leaf.sharding)
 print("same")
 """
 

@@ -10,6 +10,7 @@ SCRIPT = """
 import sys
 sys.path[:0] = [{tests!r}, {here!r}]
 
+import dataclasses
 import tiny_decoder
 import jax
 import numpy as np
@@ -29,6 +30,9 @@ section |= dict(sampling=dict(max_new_tokens=6, temperature=0.8), missing_eos_pe
 
 def trained(devices, mesh):
     context = tiny_context(model, devices, mesh=mesh, rl=section)
+    # One device has all logits at once; eight have them in several chunks, of one or two tokens of each row.
+    chunked = context.config.model.model_copy(update=dict(logprob_chunk=1024 if devices == 1 else 2))
+    context = dataclasses.replace(context, config=context.config.model_copy(update=dict(model=chunked)))
     with jax.set_mesh(context.mesh):
         start = reward.init(context, Role()).trainable
         state, rows = rl.init(context, Role(), start), []
