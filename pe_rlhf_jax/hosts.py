@@ -62,7 +62,7 @@ def start(timeout_s: int) -> None:
         gpus = os.environ.get("SLURM_GPUS_ON_NODE")
         if gpus and os.environ["SLURM_NTASKS"] == os.environ.get("SLURM_STEP_NUM_NODES"):
             arguments = {"local_device_ids": list(range(int(gpus)))}  # JAX would give the only task of a node one of its GPUs
-    elif not _on_tpu():
+    elif not on_tpu():
         return
     # Its handler would take SIGTERM away from ours, and does not know Ctrl-C.
     jax.config.update("jax_enable_preemption_service", False)
@@ -80,7 +80,7 @@ def _in_slurm() -> bool:
     return all(f"SLURM_{name}" in os.environ for name in names) and int(os.environ["SLURM_NTASKS"]) > 1
 
 
-def _on_tpu() -> bool:
+def on_tpu() -> bool:
     """Whether this is a TPU VM whose TPU is to be used: JAX's own answer, for which no device has to be started."""
     from jax._src import cloud_tpu_init
 

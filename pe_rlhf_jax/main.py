@@ -8,7 +8,8 @@
 On several hosts the same command runs on each; `hosts` says how they find each other.
 
 Exit codes: 0 done; 1 a plan that does not fit, another process of the run was lost, the store of its folder is out of reach, or an error
-that nobody foresaw, with its traceback; 2 an error that the message explains; 75 stopped by SIGTERM or Ctrl-C with everything saved.
+that nobody foresaw, with its traceback; 2 an error that the message explains; 75 stopped by SIGTERM, Ctrl-C or the notice that a TPU VM
+is taken away, with everything saved.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import jax
 from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
-from pe_rlhf_jax import hosts, run_folder
+from pe_rlhf_jax import hosts, maintenance, run_folder
 from pe_rlhf_jax.answering import Answerer, chat, show
 from pe_rlhf_jax.checkpoint.peft_import import AdapterError
 from pe_rlhf_jax.checkpoint.store import CheckpointError
@@ -48,16 +49,20 @@ from pe_rlhf_jax.training.step import NonFiniteError
 STOPPED = 75
 """Exit code of a run that was stopped and can be continued (EX_TEMPFAIL)."""
 FULL = """out of memory: {}
-Compute fewer rows at once (sft.micro_batch_size, reward.micro_batch_size, rl.micro_batch_size, evaluate.batch_size), recompute \
-activations (model.remat: full) or spread the model over more devices (mesh.fsdp); a run may be continued with these changed. `plan` \
-says beforehand what fits."""
+Compute fewer rows at once (sft.micro_batch_size, reward.micro_batch_size, rl.micro_batch_size, evaluate.batch_size), or logits of fewer \
+tokens (model.logprob_chunk), recompute activations (model.remat: full), or spread the model over more devices (mesh.fsdp); a run may be \
+continued with these changed. `plan` says beforehand what fits."""
+
+
+REASONS = ("", signal.SIGTERM.name, signal.SIGINT.name, *maintenance.NOTICES.values())
+"""Why a run stops early; processes tell each other the number."""
 
 
 class StopSignal:
     """Turns the first SIGTERM or Ctrl-C into a flag that is looked at between steps; a second Ctrl-C acts at once."""
 
     def __init__(self) -> None:
-        self._received = 0
+        self._reason = 0
 
     def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -68,17 +73,20 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: object) -> None:
-        self._received = number
+        self.ask(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def ask(self, reason: str) -> None:
+        """Sets the flag for one of `REASONS`; from any thread."""
+        self._reason = max(self._reason, REASONS.index(reason))
+
     def asked(self) -> str | None:
-        """The signal that one of the run's processes has received; all of them ask at the same time and get the same answer."""
-        number = int(hosts.largest(self._received))
-        return signal.Signals(number).name if number else None
+        """Why one of the run's processes is to stop; all of them ask at the same time and get the same answer."""
+        return REASONS[int(hosts.largest(self._reason))] or None
 
 
 def run(config: Config, restart: bool = False, console: Console | None = None, command: str | None = None) -> dict[str, Any]:
-    """Runs or continues a configuration; returns its summary. Raises Stopped if SIGTERM or Ctrl-C ended it early.
+    """Runs or continues a configuration; returns its summary. Raises Stopped if one of `REASONS` ended it early.
 
     `command` is what the user typed, which the model cards repeat.
     """
@@ -87,7 +95,7 @@ def run(config: Config, restart: bool = False, console: Console | None = None, c
     hosts.start(config.run.host_timeout_s)
     hosts.same({"configuration": configuration.dump(config).encode()})
     progress = Progress(console if hosts.first() else Console(quiet=True))
-    with StopSignal() as stop, run_folder.opened(config, restart) as folder:
+    with StopSignal() as stop, maintenance.watched(stop.ask), run_folder.opened(config, restart) as folder:
         this = Run(config, folder, progress, stop, command)
         try:
             with jax.set_mesh(this.context.mesh):

@@ -32,12 +32,13 @@ MAY_IMPORT = {
     "checkpoint": GROUND | {"data", "models"},
     "plan": GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint"},
     "report": {"config", "files", "types"},
+    "maintenance": {"hosts"},
     "run_folder": {"config", "files", "hosts"},
     "loading": PARTS,
     "outcomes": PARTS | {"loading", "run_folder"},
     "run": PARTS | {"loading", "outcomes", "run_folder"},
     "answering": PARTS | {"loading", "outcomes", "run_folder"},
-    "main": PARTS | {"answering", "devices", "loading", "outcomes", "run_folder", "run"},
+    "main": PARTS | {"answering", "devices", "loading", "maintenance", "outcomes", "run_folder", "run"},
 }
 """What each part of the package may import besides itself."""
 

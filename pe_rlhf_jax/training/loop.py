@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from pe_rlhf_jax import hosts
 from pe_rlhf_jax.config import RewardConfig, SFTConfig
 from pe_rlhf_jax.data import BatchOrder, as_read
 from pe_rlhf_jax.training.context import Context, peak_memory_gib
@@ -35,6 +36,7 @@ def updates(
     """Yields the state and its metrics after each update, from where `state` stands; every `evaluate_every` with held-out figures.
 
     What happens at a step depends on the seed and the step alone, so that a run continued from a checkpoint is the same run.
+    `perf/peak_memory_gib` is the fullest host's: all tell theirs at the first step and with held-out figures.
     """
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
     step = make_step(loss, total, optimizer, config.batch_size, config.micro_batch_size)
@@ -47,7 +49,7 @@ def updates(
         rows = [examples[i] for i in order(index)]
         return context.seen(collate(rows), rows)
 
-    first = int(state.step)
+    first, peak = int(state.step), 0.0
     ahead: Any = made(first) if first < config.steps else None
     for index in range(first, config.steps):
         began = time.perf_counter()
@@ -66,7 +68,11 @@ def updates(
         seconds = time.perf_counter() - began
         tokens = float(np.sum(batch.mask))
         values |= {"lr": float(rate(index)), "time/step": seconds, "perf/tokens_per_s": tokens / seconds}
-        values |= {"perf/padding": 1 - tokens / batch.mask.size, "perf/peak_memory_gib": peak_memory_gib()}
-        if (index + 1) % config.evaluate_every == 0 or index + 1 == config.steps:
+        evaluates = (index + 1) % config.evaluate_every == 0 or index + 1 == config.steps
+        peak = max(peak, peak_memory_gib())
+        if index == first or evaluates:  # asking the other hosts at every step would hold up short ones
+            peak = hosts.largest(peak)
+        values |= {"perf/padding": 1 - tokens / batch.mask.size, "perf/peak_memory_gib": peak}
+        if evaluates:
             values |= {f"eval/{name}": value for name, value in evaluate(state).items()}
         yield state, values

@@ -20,11 +20,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from pe_rlhf_jax import hosts
 from pe_rlhf_jax.algorithms import kl, ppo, reinforce
 from pe_rlhf_jax.algorithms.masked import masked_mean, select
 from pe_rlhf_jax.config import ConfigError, RLConfig
 from pe_rlhf_jax.data import BatchOrder, pad_prompts
-from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.heads import zero_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training.context import Context, peak_memory_gib
@@ -119,7 +119,7 @@ def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards
         values["lr"] = float(rate(index * _updates_per_batch(config)))
         values |= {"time/rollout": rolled - began, "time/score": scored - rolled, "time/learn": now - scored}
         values["perf/tokens_per_s"] = values["objective/length"] * config.batch_size / (now - began)
-        values["perf/peak_memory_gib"] = peak_memory_gib()
+        values["perf/peak_memory_gib"] = hosts.largest(peak_memory_gib())
         state = RLState(train.replace(step=train.step + 1), _next_kl_coef(config, state.kl_coef, values["objective/kl"]), statistics)
         stop_if_not_finite(state.train, context.config.run.max_nonfinite, STAGE)
         yield state, values
@@ -222,7 +222,7 @@ def _take(experience: Experience, rows: Array) -> Experience:
 
 def _of_responses(rollout: Rollout) -> Metrics:
     """Length, endings and variety of a rollout's responses."""
-    responses, ended = response_tokens(rollout), fetch(rollout.ended)
+    responses, ended = response_tokens(rollout), hosts.fetch(rollout.ended)
     return {
         "objective/length": float(np.mean([len(response) for response in responses])),
         "objective/ended": float(np.mean(ended)),

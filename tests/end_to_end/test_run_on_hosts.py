@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,16 @@ def alone(project, compiled, tmp_path_factory) -> Callable[[int], Path]:
     return of
 
 
+def begin(config: Path, compiled: Path, metrics: Path, until: str) -> list[subprocess.Popen]:
+    """A run of two hosts that has got so far."""
+    processes = start([*RUN, str(config)], 2, PE_RLHF_CACHE=str(compiled))
+    limit = time.monotonic() + 900
+    while until not in (metrics.read_text() if metrics.exists() else "") and all(p.poll() is None for p in processes):
+        assert time.monotonic() < limit, "nothing happened"
+        time.sleep(0.02)
+    return processes
+
+
 def test_two_hosts_make_the_run_of_one(alone, project, compiled, tmp_path):
     """To the bit; what is said is said once, and the summary knows the hosts."""
     first, second = finish(start([*RUN, str(write_config(project, tmp_path))], 2, PE_RLHF_CACHE=str(compiled)), 0)
@@ -50,35 +61,34 @@ def test_two_hosts_make_the_run_of_one(alone, project, compiled, tmp_path):
 
 
 def test_four_hosts_with_a_sharded_model_learn_what_one_does(alone, project, compiled, tmp_path):
-    """Parameters are sharded over hosts, and all is merged and exported; to rounding, which four summands leave open."""
+    """Parameters are sharded over hosts, and all is merged and exported; to rounding, which four summands leave open.
+
+    Differences of log-probabilities (KL, ratios) keep the rounding of what they are differences of: 1e-5 of the figure or on its own. No
+    sampled token was so close to another that rounding would choose between them.
+    """
     config = write_config(project, tmp_path, mesh={"data": 2, "fsdp": 2}, export={"merged": True})
-    finish(start([*RUN, str(config), "--set", "run.stages=[sft, reward, export]"], 4, PE_RLHF_CACHE=str(compiled)), 0)
+    finish(start([*RUN, str(config), "--set", "run.stages=[sft, reward, rl, export]"], 4, PE_RLHF_CACHE=str(compiled)), 0)
     (_, four), (_, one) = result(tmp_path), result(alone(4))
-    for row, other in zip(four, [row for row in one if row["stage"] != "rl"], strict=True):
-        assert (row["stage"], row["step"]) == (other["stage"], other["step"])
-        np.testing.assert_allclose(row["loss"], other["loss"], rtol=1e-4)
-    assert (tmp_path / "runs/run/export/merged/model.safetensors").is_file()
+    assert {row["stage"] for row in four} == {"sft", "reward", "rl"}
+    for row, other in zip(four, one, strict=True):
+        assert row.keys() == other.keys() and row["stage"] == other["stage"]
+        for name in row.keys() - {"stage"}:
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-4, atol=1e-5, err_msg=f"{row['stage']} {row['step']} {name}")
+    for role in ("policy", "reward"):
+        assert (tmp_path / "runs/run/export/merged" / role / "model.safetensors").is_file()
 
 
 def test_killed_stopped_and_continued_on_another_number_of_hosts_it_ends_the_same(alone, project, compiled, tmp_path):
     config = write_config(project, tmp_path, run={"host_timeout_s": 10})
     metrics, checkpoints = tmp_path / "runs/run/metrics.jsonl", tmp_path / "runs/run/checkpoints"
 
-    def begin(count: int, devices: int, until: str) -> list:
-        processes = start([*RUN, str(config)], count, devices, PE_RLHF_CACHE=str(compiled))
-        limit = time.monotonic() + 900
-        while until not in (metrics.read_text() if metrics.exists() else "") and all(p.poll() is None for p in processes):
-            assert time.monotonic() < limit, "nothing happened"
-            time.sleep(0.02)
-        return processes
-
-    processes = begin(2, 1, '"sft", "step": 3')
+    processes = begin(config, compiled, metrics, '"sft", "step": 3')
     processes[1].kill()
     killed = time.monotonic()
     first, _ = finish(processes, 1, -signal.SIGKILL)
     assert hosts.LOST in first and time.monotonic() - killed < 60
 
-    processes = begin(2, 1, '"rl", "step": 1')
+    processes = begin(config, compiled, metrics, '"rl", "step": 1')
     processes[1].send_signal(signal.SIGTERM)
     for output in finish(processes, 75):
         assert "Stopped by SIGTERM; everything is saved" in output
@@ -87,6 +97,20 @@ def test_killed_stopped_and_continued_on_another_number_of_hosts_it_ends_the_sam
 
     finish(start([*RUN, str(config)], 1, 2, PE_RLHF_CACHE=str(compiled)), 0)
     assert result(tmp_path) == result(alone(2))
+
+
+def test_when_the_first_host_is_killed_the_other_ends_soon_and_says_why(project, compiled, tmp_path):
+    """The first is the one that all the others report to. JAX aborts a process that did not wait for it at that moment."""
+    config = write_config(project, tmp_path, run={"host_timeout_s": 10})
+    processes = begin(config, compiled, tmp_path / "runs/run/metrics.jsonl", '"sft", "step": 3')
+    processes[0].kill()
+    try:
+        code = processes[1].wait(60)
+    finally:
+        processes[1].kill()
+    _, second = finish(processes, -signal.SIGKILL, code)
+    assert code in (1, -signal.SIGABRT), second
+    assert (hosts.LOST if code == 1 else "the JAX distributed service detected fatal errors") in second
 
 
 def test_hosts_that_were_given_something_else_say_so_and_none_waits(project, compiled, tmp_path):
