@@ -20,7 +20,7 @@ import tempfile
 
 def seconds(arguments: list[str], cache: str) -> dict[str, float]:
     """Trace and compile of each program, by stage and name."""
-    command = [sys.executable, "-m", "pe_rlhf_jax.main", "plan", "--json", *arguments]
+    command = [sys.executable, "-m", "pe_rlhf_jax.main", "plan", "--json", "--no-suggest", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache})
     if done.returncode not in (0, 1):
         sys.exit(done.stdout)

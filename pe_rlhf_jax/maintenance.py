@@ -27,7 +27,8 @@ _TIMEOUT = 2.0  # seconds that an answer may take
 def watched(tell: Callable[[str], None], every_s: float = 5.0) -> Iterator[None]:
     """Within it, on a TPU VM, `tell` is called with the first of `NOTICES`, in a thread of its own that asks every so many seconds.
 
-    A server that does not answer, as outside Google Cloud, announces nothing.
+    A notice that stands already is none: the run was started in spite of it, and goes on until SIGTERM or the end. A server that does
+    not answer, as outside Google Cloud, announces nothing.
     """
     if not hosts.on_tpu():
         yield
@@ -41,12 +42,14 @@ def watched(tell: Callable[[str], None], every_s: float = 5.0) -> Iterator[None]
 
 
 def _watch(tell: Callable[[str], None], over: threading.Event, every_s: float) -> None:
-    while not over.is_set():
+    standing = {field: _read(field) for field, _ in NOTICES}
+    while not over.wait(every_s):
         for (field, value), notice in NOTICES.items():
-            if _read(field) == value:
+            now = _read(field)
+            if now == value != standing[field]:
                 tell(notice)
                 return
-        over.wait(every_s)
+            standing[field] = now or standing[field]
 
 
 def _read(field: str) -> str:

@@ -26,8 +26,11 @@ _ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices. Raises ConfigError if the axes do not multiply to their number."""
+    """A mesh over all devices, of one slice. Raises ConfigError if the axes do not multiply to their number."""
     devices = jax.devices() if devices is None else devices
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(slices) > 1:
+        raise ConfigError(f"the devices belong to {len(slices)} TPU slices, between which nothing is planned: expected one slice")
     sizes = [config.data, config.fsdp, config.tensor]
     if -1 in sizes:
         rest = -int(np.prod(sizes))

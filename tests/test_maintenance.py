@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -85,6 +86,17 @@ def test_a_notice_asks_the_run_to_stop(server, field, value, said):
         assert said in str(asked(stop))
 
 
+def test_a_run_that_was_started_under_a_notice_goes_on_until_another(server):
+    """Else it would stop before its first step, and whatever starts it again would do so for nothing."""
+    stop = main.StopSignal()
+    server.fields["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+    with maintenance.watched(stop.ask, every_s=0.01):
+        server.wait_until_asked(6)
+        assert stop.asked() is None
+        server.fields["preempted"] = "TRUE"
+        assert "spot" in str(asked(stop))
+
+
 def test_the_watch_ends_with_the_run(server):
     with maintenance.watched(lambda _: None, every_s=0.01):
         server.wait_until_asked(1)
@@ -134,15 +146,17 @@ def test_a_run_ends_with_75_and_says_what_was_announced(server, tmp_path, monkey
             self.stop, self.context = stop, type("Context", (), {"mesh": None})
 
         def execute(self):
+            server.wait_until_asked(2)
+            server.fields["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
             raise Stopped(str(asked(self.stop)))
 
         def close(self):
             pass
 
     monkeypatch.setattr(main, "Run", Run)
+    monkeypatch.setattr(maintenance, "watched", functools.partial(maintenance.watched, every_s=0.01))
     monkeypatch.setattr(main.jax, "set_mesh", lambda _: contextlib.nullcontext())
     (tmp_path / "c.yaml").write_text(f"model: {{source: x}}\nrun: {{compilation_cache: false, folder: {tmp_path / 'runs'}}}")
-    server.fields["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
     monkeypatch.setattr(hosts, "start", lambda _: None)  # which would look for a slice
     assert main.cli(["--config", str(tmp_path / "c.yaml")]) == main.STOPPED
     assert "Stopped by Google's notice of maintenance of a TPU VM; everything is saved." in " ".join(capsys.readouterr().out.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -105,6 +106,15 @@ class StandIn:
     process_index: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class TPUStandIn(StandIn):
+    device_kind: str = "TPU v5"
+    platform: str = "tpu"
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+    slice_index: int = 0
+
+
 @pytest.mark.parametrize(
     ("axes", "count", "expected"),
     [
@@ -144,6 +154,24 @@ def test_a_free_axis_takes_what_the_others_leave(axes, count, expected):
 def test_a_mesh_that_does_not_fit_names_what_would(axes, count, expected):
     with pytest.raises(ConfigError, match=f"^.*{expected}$"):
         make_mesh(MeshConfig(**axes), [StandIn(i) for i in range(count)])
+
+
+def torus(x: int, y: int, z: int, slice_index: int = 0) -> list[TPUStandIn]:
+    places = itertools.product(range(x), range(y), range(z))
+    return [TPUStandIn(number, coords=place, slice_index=slice_index) for number, place in enumerate(places)]
+
+
+def test_axes_that_do_not_suit_the_torus_split_one_of_its_dimensions():
+    """No subset of 8, 8 and 16 makes 256."""
+    devices = torus(8, 8, 16)
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=256), devices)
+    assert mesh.devices.shape == (4, 256, 1)
+    assert {device.id for device in mesh.devices.ravel()} == set(range(1024))
+
+
+def test_several_slices_are_refused():
+    with pytest.raises(ConfigError, match="belong to 2 TPU slices"):
+        make_mesh(MeshConfig(data=-1), [*torus(2, 2, 1), *torus(2, 2, 1, slice_index=1)])
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def import_adapter(
 ) -> tuple[PyTree, PyTree | None]:
     """Read an adapter in PEFT's format: (lora, head), the inverse of the exports to the bit; the head is None where there is no score.
 
-    Of what is trained whole the file has sums, and what they add to the backbone is read: that is the inverse to a float32's rounding.
+    Factors are rounded to the dtype of `like`. Of what is trained whole the file has sums, and what they add to the backbone is read: that
+    is the inverse to a float32's rounding.
 
     Args:
         like: the decoder's adapter, or its shapes by `jax.eval_shape(decoder.init_lora, key)`.

@@ -111,8 +111,8 @@ class LoRAConfig(Section):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input, in SFT and reward training only.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Storage of the factors. In bfloat16, small updates of large factors are lost to rounding; gradients are added up, "
-        "and the optimizer computes and keeps its moments, in float32 in either case.",
+        description="Storage of the factors. In bfloat16, small updates of large factors are lost to rounding, and an adapter that is "
+        "read is rounded. Gradients and what the optimizer computes are float32 in either case.",
     )
     target_modules: str = Field(
         "all-linear",

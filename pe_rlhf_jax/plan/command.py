@@ -1,6 +1,6 @@
 """`pe-rlhf plan`: arguments, and what it prints.
 
-pe-rlhf plan --config configs/llama3_8b_reward.yaml --topology v5e:4x4 --topology v5p:2x2x2 [--suggest] [--json]
+pe-rlhf plan --config configs/llama3_8b_reward.yaml --topology v5e:4x4 --topology v5p:2x2x2 [--suggest | --no-suggest] [--json]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pe_rlhf_jax.plan.suggest import Suggestion, suggest
 from pe_rlhf_jax.plan.table import as_json, show
 from pe_rlhf_jax.plan.topology import LOCAL, describe
 
-TRIES = 12
+TRIES = 14
 """Changes that are compiled at most; each takes as long as the plan itself."""
 
 
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", action="append", choices=STAGES, help="plan this stage alone; may be given several times")
     parser.add_argument("--model-config", type=Path, metavar="FILE", help="Hugging Face's config.json, where model.source is not at hand")
     parser.add_argument(
-        "--suggest", action="store_true", help="try other meshes and larger micro-batches where it fits; changes are tried anyway where not"
+        "--suggest",
+        action=argparse.BooleanOptionalAction,
+        help="also where it fits, try other meshes and larger micro-batches; or not even where it does not fit, try what would make it fit",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one object a topology, in place of tables")
 
@@ -53,16 +55,16 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     shape = architecture(config.model, arguments.model_config)
     stages = arguments.stage or STAGES
     messages = Console(stderr=True)
-    everything = True
+    plans = []
     for name in names:
         topology = describe(name)
         with _telling(messages) as tell:
-            found = plan(config, shape, topology, tell, stages)
-        everything &= found.fits is not False
-        result = as_json(found)
+            plans.append((topology, plan(config, shape, topology, tell, stages)))
         if not arguments.json:
-            show(found, console)
-        if arguments.suggest or found.fits is False:
+            show(plans[-1][1], console)
+    for topology, found in plans:
+        result = as_json(found)
+        if arguments.suggest or (arguments.suggest is None and found.fits is False):
             with _telling(messages) as tell:
                 better = suggest(config, shape, topology, found, TRIES, tell, stages)
             result["suggestions"] = [
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
         if arguments.json:
             console.file.write(json.dumps(result) + "\n")
             console.file.flush()
-    return everything
+    return all(found.fits is not False for _, found in plans)
 
 
 @contextlib.contextmanager
@@ -95,13 +97,15 @@ def _show(better: list[Suggestion], found: Plan, console: Console) -> None:
     def line(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
+    line("")
     if found.fits:
-        line(f"as it is: at most {found.seconds:.3g} s a step of each stage")
+        line(f"{found.topology} as it is: at most {found.seconds:.3g} s a step of each stage")
     if not better and found.fits:
         line("no other mesh and no larger micro-batch that was tried fits")
     if not better and not found.fits:
-        line("nothing that was tried fits: take more chips, or chips with more memory")
+        line(f"{found.topology}: nothing that was tried fits: take more chips, or chips with more memory")
     for one in better:
         sets = " ".join(f"--set {override}" for override in one.overrides)
         results = "" if one.same_results else ", with other results"
-        line(f"fits in {one.plan.hbm / GIB:.2f} GiB, at most {one.plan.seconds:.3g} s a step of each stage{results}: {sets}")
+        gib, seconds = one.plan.hbm / GIB, one.plan.seconds
+        line(f"{found.topology}: fits in {gib:.2f} GiB, at most {seconds:.3g} s a step of each stage{results}: {sets}")

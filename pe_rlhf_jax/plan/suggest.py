@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+import jax
 import yaml
 
 from pe_rlhf_jax import config as configuration
@@ -27,12 +28,18 @@ class Suggestion:
 
     overrides: Overrides
     plan: Plan
+    same_results: bool
 
-    @property
-    def same_results(self) -> bool:
-        """Whether a run computes what it did, up to rounding: where things lie, how many rows at once, what is computed again."""
-        fields = [override.partition("=")[0] for override in self.overrides]
-        return all(field.startswith("mesh.") or field == "model.remat" or field.endswith(".micro_batch_size") for field in fields)
+
+def same_results(config: Config, overrides: Overrides) -> bool:
+    """Whether a run computes what it did, up to rounding: where things lie, how many rows at once, what is computed again.
+
+    With dropout, which is drawn anew for each device and micro-batch, it is recomputation alone.
+    """
+    fields = [override.partition("=")[0] for override in overrides if override != "model.remat=full"]
+    if config.lora.lora_dropout > 0 and {"sft", reward.STAGE} & {*config.run.stages}:
+        return not fields
+    return all(field.startswith("mesh.") or field.endswith(".micro_batch_size") for field in fields)
 
 
 def suggest(
@@ -45,7 +52,7 @@ def suggest(
     only: Collection[str] = STAGES,
 ) -> list[Suggestion]:
     """Tries changes, those first that change least, and returns those that fit: the ones with the same results first, and of these and
-    of the others the fastest.
+    of the others the fastest. Ctrl-C ends the tries, not what was found.
 
     Args:
         first: the plan of the configuration as it is, on a chip whose memory is known.
@@ -57,16 +64,18 @@ def suggest(
     crowded = any(sum(stage.resident.values()) > room for stage in first.stages)
     found: list[Suggestion] = []
     tried = 0
-    for overrides in candidates(config, architecture, first.mesh, bool(first.fits), crowded):
+    for overrides in candidates(config, architecture, first.mesh, bool(first.fits), crowded, only):
         if tried == limit or (not first.fits and len(found) == ENOUGH):
             break
         try:
             outcome = plan(changed(config, overrides), architecture, topology, _with(tell, overrides), only)
-        except ConfigError:
+        except KeyboardInterrupt:
+            break
+        except (ConfigError, jax.errors.JaxRuntimeError):  # what cannot be computed is no suggestion
             continue
         tried += 1
         if outcome.fits:
-            found.append(Suggestion(overrides, outcome))
+            found.append(Suggestion(overrides, outcome, same_results(config, overrides)))
     return sorted(found, key=lambda one: (not one.same_results, one.plan.seconds))
 
 
@@ -79,24 +88,28 @@ def changed(config: Config, overrides: Overrides) -> Config:
     return configuration.parse(yaml.safe_dump(config.model_dump(mode="json")), overrides)
 
 
-def candidates(config: Config, c: DecoderConfig, mesh: Mapping[str, int], fits: bool, crowded: bool = False) -> Iterator[Overrides]:
+def candidates(
+    config: Config, c: DecoderConfig, mesh: Mapping[str, int], fits: bool, crowded: bool = False, only: Collection[str] = STAGES
+) -> Iterator[Overrides]:
     """Overrides to try: first what changes no result, which is meshes, smaller micro-batches and recomputation; then adapters in place
     of full tuning, and shared roles; then the backbone in few bits. For a configuration that fits, larger micro-batches and meshes.
 
     Args:
         mesh: the sizes of its axes as they are.
         crowded: what stays in memory is too much alone, so that fewer rows at once or recomputation do not help.
+        only: the stages that are planned.
     """
     stages = [stage for stage in STAGES if stage in config.run.stages]
+    planned = [stage for stage in stages if stage in only]
     mine = mesh["data"], mesh["fsdp"], mesh["tensor"]
     others = _meshes(config, c, mine, stages)
     if fits:
-        yield from _larger(config, stages)
+        yield from _larger(config, planned)
         yield from map(_set, others)
         return
     remat = ("model.remat=full",) if config.model.remat != "full" else ()
     bases = [mine, *others[:1]]  # its own mesh, and the most sharded one
-    smaller = {base: [_smaller(config, stages, base[0] * base[1], part) for part in (2, 4)] for base in bases}
+    smaller = {base: [_smaller(config, planned, base[0] * base[1], part) for part in (2, 4)] for base in bases}
     for base in bases:
         if crowded and base[0] >= mine[0]:  # with as many copies as there are, as much stays in memory
             continue
@@ -106,24 +119,21 @@ def candidates(config: Config, c: DecoderConfig, mesh: Mapping[str, int], fits: 
     yield from (_set(one) for one in others[1:3] if one[0] < mine[0] or (one[0] == mine[0] and not crowded))
     base = bases[-1] if bases[-1][0] < mine[0] else mine  # the one with fewer copies
     place, less = _set(base) if base != mine else (), remat + smaller[base][0]
-    for change in _with_other_results(config, stages):
+    change, few_bits = _with_other_results(config, stages)
+    if change:
         yield place + change
         if less:
             yield place + change + less
+    yield from (place + change + (f"model.quantization={name}",) + less for name in few_bits)
 
 
-def _with_other_results(config: Config, stages: Sequence[str]) -> Iterator[Overrides]:
-    """Adapters in place of full tuning, and shared roles; then also quantization, of which full tuning would have nothing."""
+def _with_other_results(config: Config, stages: Sequence[str]) -> tuple[Overrides, Sequence[str]]:
+    """Adapters in place of full tuning and shared roles, where there are others; and quantizations, of which full tuning has nothing."""
     full = [field for field, tuning in config.tunings().items() if tuning == "full"]
     if config.rl.value_tuning is None and "rl.value_tuning" in full:
         full.remove("rl.value_tuning")  # goes with rl.tuning
     shared = ("rl.roles=shared",) if rl.STAGE in stages and config.rl.roles == "separate" else ()
-    change = (*(f"{field}=lora" for field in full), *shared)
-    if change:
-        yield change
-    if config.model.quantization is None:
-        yield (*change, "model.quantization=int8")
-        yield (*change, "model.quantization=nf4")
+    return (*(f"{field}=lora" for field in full), *shared), ("int8", "nf4") if config.model.quantization is None else ()
 
 
 def _set(axes: Axes) -> Overrides:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from pe_rlhf_jax.sharding import keep_placed
 from pe_rlhf_jax.training.micro_batches import micro_batches
+from pe_rlhf_jax.training.optimizer import float32
 from pe_rlhf_jax.types import PyTree, TrainState
 
 Loss = Callable[[PyTree, PyTree, PyTree, Float[Array, ""], jax.Array], tuple[Float[Array, ""], dict[str, Array]]]
@@ -53,20 +54,20 @@ def make_step(
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[TrainState, dict[str, Array]]:
         normaliser = total(batch)
+        trained = float32(state.trainable)  # so that gradients are, however it is stored
         if count == 1:
-            (value, statistics), gradients = gradient(state.trainable, frozen, batch, normaliser, key)
+            (value, statistics), gradients = gradient(trained, frozen, batch, normaliser, key)
         else:
             parts = micro_batches(batch, count)
 
             def accumulate(sums: PyTree, inputs: tuple[PyTree, Array]) -> tuple[PyTree, None]:
                 rows, index = inputs
-                part = gradient(state.trainable, frozen, rows, normaliser, jax.random.fold_in(key, index))
-                return jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, part), None
+                part = gradient(trained, frozen, rows, normaliser, jax.random.fold_in(key, index))
+                return jax.tree.map(jnp.add, sums, part), None
 
             first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(gradient, state.trainable, frozen, first, normaliser, key)
-            # Not in a dtype that is narrower, in which trained parameters may be stored.
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
+            shapes = jax.eval_shape(gradient, trained, frozen, first, normaliser, key)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             ((value, statistics), gradients), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)

@@ -17,7 +17,7 @@ from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.plan.chips import CHIPS
 from pe_rlhf_jax.plan.command import TRIES
 from pe_rlhf_jax.plan.plan import GIB, _notes, plan
-from pe_rlhf_jax.plan.suggest import Suggestion, candidates, changed, suggest
+from pe_rlhf_jax.plan.suggest import candidates, changed, same_results, suggest
 from pe_rlhf_jax.plan.table import show
 from pe_rlhf_jax.plan.topology import Topology, describe
 
@@ -133,13 +133,18 @@ def test_few_bits_are_tried_after_what_changes_no_result_and_where_nothing_is_tu
         return next(index for index, one in enumerate(found) if override in one)
 
     found = tried("rl.roles=separate", "model.remat=dots")
-    exact = [Suggestion(one, None).same_results for one in found]
+    dropping = configuration.parse(text, ["lora.lora_dropout=0.1"])
+    assert {one for one in found if same_results(dropping, one)} <= {("model.remat=full",)}  # else it is drawn for other rows
+    exact = [same_results(configuration.parse(text), one) for one in found]
     assert exact == sorted(exact, reverse=True) and not all(exact)
     kinds = [first(found, override) for override in ("rl.roles=shared", "model.quantization=int8", "model.quantization=nf4")]
     assert exact.index(False) == kinds[0] < kinds[1] < kinds[2]
     assert all("mesh.data=1" in one for one in found[kinds[0] :])  # where most of what stays is shared out
     found = tried()
     assert first(found, "model.quantization=nf4") < TRIES
+    assert first(tried("rl.roles=separate", "model.remat=dots"), "model.quantization=nf4") < TRIES
+    of_rl = tried("sft.micro_batch_size=8", only=["rl"])
+    assert not any(override.startswith(("sft.", "reward.")) for one in of_rl for override in one)  # which are not compiled
     # No row fewer makes room where what stays in memory is too much: not on this mesh, and not on others with as many copies.
     crowded = tried(crowded=True)
     assert crowded[0] == ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1") and set(crowded) < set(found)
@@ -241,14 +246,30 @@ def test_what_makes_it_fit_is_printed_unasked(on_a_chip_by_command, monkeypatch)
     monkeypatch.setattr("pe_rlhf_jax.plan.command.TRIES", 1)
     code, shown, told = on_a_chip_by_command(small["hbm"] + 1)
     assert code == 1 and "does not fit: " in shown
-    assert [line for line in shown.splitlines() if line.startswith("fits in ")] == [
-        f"fits in 0.00 GiB, at most {small['seconds']:.3g} s a step of each stage: --set reward.micro_batch_size=16"
+    assert [line for line in shown.splitlines() if ": fits in " in line] == [
+        f"v5e:1x1: fits in 0.00 GiB, at most {small['seconds']:.3g} s a step of each stage: --set reward.micro_batch_size=16"
     ]
     assert told.splitlines() == ["compiling reward: update", "compiling reward: update, with reward.micro_batch_size=16"]
     code, shown, told = on_a_chip_by_command(1)
     assert code == 1 and "nothing that was tried fits: take more chips, or chips with more memory" in shown
     # What stays is too much for any micro-batch.
-    assert told.splitlines()[1:] == ["compiling reward: update, with model.quantization=int8"]
+    assert told.splitlines()[1:] == ["compiling reward: update, with model.quantization=int8 reward.micro_batch_size=16"]
+    code, shown, told = on_a_chip_by_command(1, "--no-suggest")
+    assert code == 1 and "fits:" not in shown and told.splitlines() == ["compiling reward: update"]
+
+
+def test_ctrl_c_among_the_tries_leaves_what_was_found(on_a_chip, monkeypatch):
+    need = plan(*on_a_chip(GIB, "reward.micro_batch_size=16")).hbm
+    config, shape, topology = on_a_chip(need + 1)
+    first, plans = plan(config, shape, topology), [plan(*on_a_chip(need + 1, "reward.micro_batch_size=16"))]
+
+    def interrupted(*_):
+        if plans:
+            return plans.pop()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pe_rlhf_jax.plan.suggest.plan", interrupted)
+    assert [one.overrides for one in suggest(config, shape, topology, first, limit=5)] == [("reward.micro_batch_size=16",)]
 
 
 def test_what_may_be_faster_is_printed_where_it_is_asked_for(on_a_chip_by_command):
@@ -260,9 +281,7 @@ def test_what_may_be_faster_is_printed_where_it_is_asked_for(on_a_chip_by_comman
     assert one["hbm"] > result["hbm"] and one["seconds"] == pytest.approx(result["seconds"])  # one device sends nothing
     code, shown, told = on_a_chip_by_command(GIB, *arguments)
     assert code == 0 and f"as it is: at most {result['seconds']:.3g} s a step of each stage" in shown
-    assert [line.partition("stage: ")[2] for line in shown.splitlines() if line.startswith("fits in ")] == [
-        "--set reward.micro_batch_size=null"
-    ]
+    assert [line.partition("stage: ")[2] for line in shown.splitlines() if ": fits in " in line] == ["--set reward.micro_batch_size=null"]
     assert told.splitlines()[1:] == ["compiling reward: update, with reward.micro_batch_size=null"]
     code, shown, _ = on_a_chip_by_command(GIB, "--suggest")
     assert code == 0 and "no other mesh and no larger micro-batch that was tried fits" in shown

@@ -103,6 +103,19 @@ def test_adapters_in_bfloat16_are_learned_in_float32():
     assert step._cache_size() == 1
 
 
+def test_gradients_of_adapters_in_bfloat16_are_float32():
+    """Of a whole batch too: the norm of leaves of 1 and 1/256 is more than 1."""
+    trainable = {"lora": {"a": jnp.ones(1, jnp.bfloat16), "b": jnp.ones(1, jnp.bfloat16)}}
+    optimizer = make_optimizer(OptimizerConfig(), 10, "lora")
+
+    def loss(trainable, _, rows, total, key):
+        return jnp.sum(trainable["lora"]["a"] + trainable["lora"]["b"] / 256) * jnp.sum(rows["x"]), {}
+
+    step = make_step(loss, lambda rows: jnp.float32(1), optimizer, 1, None)
+    _, metrics = step(new_state(trainable, optimizer), None, {"x": jnp.ones(1)}, jax.random.key(0))
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(1 + 2.0**-16), rtol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_update_changes_nothing_but_the_counters(bad):
     step, optimizer = step_of(2, None), optax.sgd(0.1)
