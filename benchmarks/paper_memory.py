@@ -96,11 +96,11 @@ HEAD = """
 def line(row: Row, full: Row | None, compiled: bool = True) -> str:
     """A row of the table; `compiled` is whether its update was, or is another row's."""
     share, held = f"{row.whole / full.whole:.0%}" if full else "", "; ".join(row.update.whole) or "nothing"
-    sent = sum(collective.bytes for collective in row.update.communication.collectives)
-    arguments, temporaries, sent = (f"{size / GIB:.2f}" for size in (row.update.arguments, row.update.temporaries, sent))
+    sizes = row.update.arguments, row.update.temporaries, row.update.communication.bytes
+    arguments, temporaries, sent = (f"{size / GIB:.2f}" for size in sizes)
     seconds = f"{row.update.seconds:.0f} s" if compiled else "as shared"
-    sizes = f"{arguments} | {temporaries} | {_whole(row)} | {seconds} | {share} | {'' if row.update.refused else sent}"
-    return f"| {row.slice} | {row.stage} | {row.mode} | {sizes} | {held} |"
+    figures = f"{arguments} | {temporaries} | {_whole(row)} | {seconds} | {share} | {'' if row.update.refused else sent}"
+    return f"| {row.slice} | {row.stage} | {row.mode} | {figures} | {held} |"
 
 
 def table(rows: list[Row]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from pathlib import Path
 
 import jax
 import pytest
+from stand_in_devices import StandIn
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.models.decoder import Decoder
@@ -26,16 +26,6 @@ BILLIONS = {
     "llama3_8b_reward": 8.03,
     "llama3_70b": 70.55,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class StandIn:
-    """What a mesh asks of a device."""
-
-    id: int
-    device_kind: str = "stand-in"
-    platform: str = "cpu"
-    process_index: int = 0
 
 
 def command(path: Path) -> re.Match | None:

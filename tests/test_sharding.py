@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from jax.sharding import AbstractMesh
+from stand_in_devices import StandIn, TPUStandIn
 from tiny_families import CASES, Tiny
 
 from pe_rlhf_jax import config as configuration
@@ -94,25 +95,6 @@ def test_adapters_and_adams_moments_follow_their_matrix(tuning):
             moments = [path for path in found if path.startswith("moments/") and path.endswith("/" + name)]
             assert len(moments) == 2, (name, moments)  # mu and nu
             assert {found[path] for path in moments} == {expected}, name
-
-
-@dataclasses.dataclass(frozen=True)
-class StandIn:
-    """What a mesh asks of a device."""
-
-    id: int
-    device_kind: str = "stand-in"
-    platform: str = "cpu"
-    process_index: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class TPUStandIn(StandIn):
-    device_kind: str = "TPU v5"
-    platform: str = "tpu"
-    coords: tuple[int, ...] = ()
-    core_on_chip: int = 0
-    slice_index: int = 0
 
 
 @pytest.mark.parametrize(

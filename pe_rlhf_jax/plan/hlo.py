@@ -54,6 +54,11 @@ class Communication:
     unknown_loops: int
     """Loops with collectives whose length the text does not tell; they are counted as `unknown` says."""
 
+    @property
+    def bytes(self) -> float:
+        """That a device sends."""
+        return sum(collective.bytes for collective in self.collectives)
+
 
 class _Instruction:
     def __init__(self, name: str, text: str):

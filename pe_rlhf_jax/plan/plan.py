@@ -157,7 +157,7 @@ def _timed(stage: str, program: Program, resident: Mapping[str, int], costs: Cos
     hbm = program.peak + max(0, sum(resident.values()) - program.staying)
     chip, time = topology.chip, None
     if chip is not None:
-        sent = sum(collective.bytes for collective in program.communication.collectives)
+        sent = program.communication.bytes
         memory = 0.0
         if program.name == "rollout":
             # A chip that holds a share of a matrix reads what it computes with: the whole matrix over its tensor axis.

@@ -74,7 +74,7 @@ def _sends(communication: Communication) -> str:
 def _row(stage: StagePlan, timed: Timed, devices: int) -> list[str]:
     p, time = timed.program, timed.time
     calls = f" x {p.repeats}" if p.repeats > 1 else ""
-    sent = sum(collective.bytes for collective in p.communication.collectives)
+    sent = p.communication.bytes
     seconds = "" if time is None or not timed.flops else f"{time.least:.2g}-{time.most:.2g}"
     mark = "" if not p.communication.unknown_loops else " *"
     figures = [f"{size / GIB:.2f}" for size in (p.arguments, p.temporaries, p.peak, timed.hbm, sent)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from pe_rlhf_jax.config import OptimizerConfig
@@ -44,25 +43,7 @@ def make_optimizer(config: OptimizerConfig, updates: int, tuning: Tuning) -> opt
         )
     if config.max_grad_norm is not None:
         rule = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
-    rule = _in_float32(rule)
     return optax.partition({"train": rule, "freeze": optax.set_to_zero()}, lambda tree: labels(tree, tuning))
-
-
-def _in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The rule as if parameters and gradients were float32, however they are stored; so are its moments, and the updates."""
-
-    def init(params: PyTree) -> PyTree:
-        return rule.init(float32(params))
-
-    def update(gradients: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
-        return rule.update(float32(gradients), state, float32(params))
-
-    return optax.GradientTransformation(init, update)
-
-
-def float32(tree: PyTree) -> PyTree:
-    """Each leaf in float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def labels(tree: PyTree, tuning: Tuning) -> PyTree:

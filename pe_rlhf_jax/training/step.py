@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from pe_rlhf_jax.sharding import keep_placed
 from pe_rlhf_jax.training.micro_batches import micro_batches
-from pe_rlhf_jax.training.optimizer import float32
 from pe_rlhf_jax.types import PyTree, TrainState
 
 Loss = Callable[[PyTree, PyTree, PyTree, Float[Array, ""], jax.Array], tuple[Float[Array, ""], dict[str, Array]]]
@@ -31,7 +30,7 @@ def new_state(trainable: PyTree, optimizer: optax.GradientTransformation) -> Tra
 
     @jax.jit
     def start(trainable: PyTree) -> PyTree:
-        return keep_placed((*jnp.zeros((3,), jnp.int32), optimizer.init(trainable)))
+        return keep_placed((*jnp.zeros((3,), jnp.int32), optimizer.init(_float32(trainable))))
 
     step, skipped, in_a_row, opt_state = start(trainable)
     return TrainState(step, trainable, opt_state, skipped=skipped, skipped_in_a_row=in_a_row)
@@ -54,7 +53,7 @@ def make_step(
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[TrainState, dict[str, Array]]:
         normaliser = total(batch)
-        trained = float32(state.trainable)  # so that gradients are, however it is stored
+        trained = _float32(state.trainable)  # so that gradients, moments and updates are, however it is stored
         if count == 1:
             (value, statistics), gradients = gradient(trained, frozen, batch, normaliser, key)
         else:
@@ -71,7 +70,7 @@ def make_step(
             ((value, statistics), gradients), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         trainable = optax.apply_updates(state.trainable, updates)
 
         def keep(new: Array, old: Array) -> Array:
@@ -86,6 +85,10 @@ def make_step(
         return keep_placed(state), {"loss": value, "grad_norm": norm, "skipped": state.skipped, **statistics}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _float32(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def stop_if_not_finite(state: TrainState, limit: int, stage: str) -> None:

@@ -99,6 +99,7 @@ def test_a_smaller_micro_batch_is_found_where_the_whole_one_does_not_fit(on_a_ch
     (found,) = suggest(config, shape, topology, first, limit=1)
     assert found.overrides == ("reward.micro_batch_size=16",) and found.same_results
     assert found.plan.hbm == small
+    assert suggest(*on_a_chip(1), plan(*on_a_chip(1)), limit=3) == []
 
 
 def test_candidates_divide_heads_and_batches(tiny):
