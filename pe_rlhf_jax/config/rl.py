@@ -36,6 +36,10 @@ class SamplingConfig(Section):
             raise ValueError("a stop string must not be empty")
         return value
 
+    def rows_at_once(self, batch_size: int) -> int:
+        """Responses of a batch that are sampled at once."""
+        return min(self.max_num_seqs or batch_size, batch_size)
+
 
 class RewardTermConfig(Section):
     """One of the rewards whose weighted sum RL maximises: a reward model or a function."""
@@ -147,11 +151,6 @@ class RLConfig(Section):
     def has_critic(self) -> bool:
         """Whether the algorithm learns a value model."""
         return self.algorithm in ("ppo", "reinforce")
-
-    @property
-    def rows_at_once(self) -> int:
-        """Responses of a rollout batch that are sampled at once."""
-        return min(self.sampling.max_num_seqs or self.batch_size, self.batch_size)
 
     @property
     def uses_reward_stage(self) -> bool:

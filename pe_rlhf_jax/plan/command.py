@@ -46,8 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> bool:
     """Plans and prints; whether everything fits (True where nobody can tell). Raises this package's errors."""
     names = arguments.topology or [LOCAL]
-    if arguments.suggest and LOCAL in names:
-        raise ConfigError(f"--suggest needs --topology: how much memory the devices of `{LOCAL}` have is not known")
     if LOCAL not in names:
         # Only the compiler is wanted: looking for real accelerators takes long where libtpu is installed and there is none.
         jax.config.update("jax_platforms", "cpu")
@@ -55,16 +53,17 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     shape = architecture(config.model, arguments.model_config)
     stages = arguments.stage or STAGES
     messages = Console(stderr=True)
-    plans = []
-    for name in names:
-        topology = describe(name)
+    topologies, plans = list(map(describe, names)), []
+    for topology in topologies:
+        if arguments.suggest and topology.usable is None:
+            raise ConfigError(f"--suggest: how much memory the devices of {topology.name} have is not known; name a slice with --topology")
         with _telling(messages) as tell:
             plans.append((topology, plan(config, shape, topology, tell, stages)))
         if not arguments.json:
             show(plans[-1][1], console)
     for topology, found in plans:
         result = as_json(found)
-        if arguments.suggest or (arguments.suggest is None and found.fits is False):
+        if found.usable is not None and (arguments.suggest or (arguments.suggest is None and not found.fits)):
             with _telling(messages) as tell:
                 better = suggest(config, shape, topology, found, TRIES, tell, stages)
             result["suggestions"] = [
@@ -97,9 +96,12 @@ def _show(better: list[Suggestion], found: Plan, console: Console) -> None:
     def line(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
+    def seconds(plan: Plan) -> str:
+        return f", at most {plan.seconds:.3g} s a step of each stage" if plan.chip else ""  # else there are no published rates
+
     line("")
     if found.fits:
-        line(f"{found.topology} as it is: at most {found.seconds:.3g} s a step of each stage")
+        line(f"{found.topology} as it is: {found.hbm / GIB:.2f} GiB{seconds(found)}")
     if not better and found.fits:
         line("no other mesh and no larger micro-batch that was tried fits")
     if not better and not found.fits:
@@ -107,5 +109,4 @@ def _show(better: list[Suggestion], found: Plan, console: Console) -> None:
     for one in better:
         sets = " ".join(f"--set {override}" for override in one.overrides)
         results = "" if one.same_results else ", with other results"
-        gib, seconds = one.plan.hbm / GIB, one.plan.seconds
-        line(f"{found.topology}: fits in {gib:.2f} GiB, at most {seconds:.3g} s a step of each stage{results}: {sets}")
+        line(f"{found.topology}: fits in {one.plan.hbm / GIB:.2f} GiB{seconds(one.plan)}{results}: {sets}")

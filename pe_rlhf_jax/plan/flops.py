@@ -21,7 +21,7 @@ from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.models.architecture import DecoderConfig, matrices
 from pe_rlhf_jax.models.attention import blocks_of, keys_met
 from pe_rlhf_jax.models.lora import is_target
-from pe_rlhf_jax.training import reward, rl, sft
+from pe_rlhf_jax.training import evaluate, reward, rl, sft
 from pe_rlhf_jax.training.shared_rows import answers_for, longest_pair
 
 
@@ -88,6 +88,8 @@ class Costs:
             return self.update(rows * config.reward.batch_size, text, 0, config.reward.tuning)
         one, rows, response = config.rl, config.rl.batch_size, sampling.max_new_tokens
         at_once, values = one.micro_batch_size or rows, one.has_critic and one.value_model == "adapter"
+        if stage == evaluate.STAGE:
+            return self._of_evaluation(program)
         if program == "rollout":
             answers = math.gcd(one.answers_each, rows // self.devices)
             return self.generate(rows, data.max_prompt_length, response, answers)
@@ -103,6 +105,14 @@ class Costs:
         policy_rows, length, response = self._shared(rows, min(at_once, rows), rl._group_to_learn(one))
         policy = self.update(policy_rows, length, response, one.tuning)
         return policy + (self.update(rows, length, 0, one.tuning_of("value")) if values else 0)
+
+    def _of_evaluation(self, program: str) -> float:
+        rows, prompt, response = self.config.evaluate.batch_size, self.config.data.max_prompt_length, self.config.rl.sampling.max_new_tokens
+        if program == "rollout":
+            return self.generate(rows, prompt, response)
+        if program == "score":
+            return self.forward(rows, prompt + response, adapter=self.config.rl.roles == "shared")
+        return 2 * self.forward(rows, prompt + response, response)  # the policy's log-probabilities, and the reference's
 
     def _shared(self, episodes: int, at_once: int, group: int) -> tuple[int, int, int]:
         """Rows of so many episodes, their tokens, and how many of these are responses', with `group` episodes to a prompt."""

@@ -15,13 +15,12 @@ from pe_rlhf_jax.plan.chips import Chip
 from pe_rlhf_jax.plan.compiled import Program, compile_call, device_bytes
 from pe_rlhf_jax.plan.flops import Costs
 from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
-from pe_rlhf_jax.plan.topology import Topology
+from pe_rlhf_jax.plan.topology import GIB, Topology
 from pe_rlhf_jax.sharding import check_batches, row_multiple
-from pe_rlhf_jax.training import reward, rl, sft
+from pe_rlhf_jax.training import evaluate, reward, rl, sft
 from pe_rlhf_jax.types import PyTree
 
-STAGES = (sft.STAGE, reward.STAGE, rl.STAGE)
-GIB = 2**30
+STAGES = (sft.STAGE, reward.STAGE, rl.STAGE, evaluate.STAGE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +79,8 @@ class Plan:
 
     topology: str
     chip: Chip | None
+    usable: float | None
+    """GiB of each device that programs and their data may have."""
     mesh: Mapping[str, int]
     dtype: str
     parameters: int
@@ -88,11 +89,11 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether every stage fits; None where no memory size is published."""
-        if self.chip is None:
+        """Whether every stage fits; None where nobody says how much memory there is."""
+        if self.usable is None:
             return None
         refused = any(timed.program.refused for stage in self.stages for timed in stage.programs)
-        return not refused and self.hbm <= self.chip.usable * GIB
+        return not refused and self.hbm <= self.usable * GIB
 
     @property
     def hbm(self) -> int:
@@ -111,7 +112,7 @@ def plan(
     tell: Callable[[str], None] = lambda _: None,
     only: Collection[str] = STAGES,
 ) -> Plan:
-    """Compiles every program of the configuration's training stages for the topology; nothing is allocated.
+    """Compiles every program of the configuration's stages for the topology; nothing is allocated.
 
     Args:
         only: the stages to plan, of those that the configuration runs; what the others leave in memory is counted in any case.
@@ -126,7 +127,9 @@ def plan(
     costs = Costs(config, architecture, row_multiple(context.mesh), dtype.name)
     whole = backbone_matrices(architecture)
     stages = []
-    chosen = [stage for stage in STAGES if stage in config.run.stages and stage in only]
+    runs = [stage for stage in STAGES if stage in config.run.stages]
+    # Without a policy there is nothing in an evaluation but held-out rows.
+    chosen = [stage for stage in runs if stage in only and (stage != evaluate.STAGE or rl.STAGE in runs)]
     if not chosen:
         raise ConfigError(f"nothing to plan: run.stages is {', '.join(config.run.stages)}, asked for were {', '.join(only)}")
     for stage in chosen:
@@ -142,7 +145,8 @@ def plan(
         stages.append(StagePlan(stage, tuple(_timed(stage, p, resident, costs, context, topology) for p in programs), resident))
     mesh = {axis: int(size) for axis, size in context.mesh.shape.items()}
     parameters = quantization.count(context.backbone)
-    return Plan(topology.name, topology.chip, mesh, dtype.name, parameters, tuple(stages), tuple(_notes(config, architecture, mesh)))
+    notes = tuple(_notes(config, architecture, mesh))
+    return Plan(topology.name, topology.chip, topology.usable, mesh, dtype.name, parameters, tuple(stages), notes)
 
 
 def backbone_matrices(c: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -164,19 +168,20 @@ def _timed(stage: str, program: Program, resident: Mapping[str, int], costs: Cos
             config, size = context.config.rl, jnp.dtype(context.decoder.dtype).itemsize
             read = program.parts["policy"] * size / 4 if config.tuning == "full" else program.parts["backbone"]
             backbone = read * context.mesh.shape["fsdp"]
-            tokens = config.sampling.max_new_tokens * config.batch_size / config.rows_at_once
-            memory = tokens * (backbone + _cache(context)) / chip.hbm_rate
+            count = getattr(context.config, stage).batch_size
+            at_once = config.sampling.rows_at_once(count)
+            memory = config.sampling.max_new_tokens * count / at_once * (backbone + _cache(context, at_once)) / chip.hbm_rate
         n = program.repeats
         time = Time(n * flops / len(topology.devices) / chip.flops, n * memory, n * sent / chip.axis_rate)
     return Timed(program, flops, hbm, time)
 
 
-def _cache(context: Any) -> float:
-    """Bytes of keys and values on each device."""
+def _cache(context: Any, at_once: int) -> float:
+    """Bytes of keys and values on each device, of so many rows on all of them."""
     c, config, mesh = context.decoder.config, context.config, context.mesh.shape
     slots = config.data.max_prompt_length + config.rl.sampling.max_new_tokens
     heads = c.num_kv_heads / (mesh["tensor"] if c.num_kv_heads % mesh["tensor"] == 0 else 1)
-    rows = config.rl.rows_at_once / (mesh["data"] * mesh["fsdp"])
+    rows = at_once / (mesh["data"] * mesh["fsdp"])
     return 2 * c.num_layers * rows * slots * heads * c.head_dim * jnp.dtype(context.decoder.dtype).itemsize
 
 

@@ -28,8 +28,9 @@ from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import block_steps
 from pe_rlhf_jax.rollout.refill import prompts_at_once
 from pe_rlhf_jax.sharding import ROWS, make_mesh, placed_shapes, row_multiple, with_places
-from pe_rlhf_jax.training import reward, rl, sft
+from pe_rlhf_jax.training import evaluate, reward, rl, sft
 from pe_rlhf_jax.training.context import Context
+from pe_rlhf_jax.training.evaluate import _log_ratio
 from pe_rlhf_jax.training.experience import make_experience
 from pe_rlhf_jax.training.images import AT_ONCE
 from pe_rlhf_jax.training.images import _encode as encode
@@ -122,17 +123,22 @@ def placed_update(context: Context, stage: str) -> Call:
 
 
 def stage_calls(context: Context, stage: str, compile: Compile) -> dict[str, PyTree]:
-    """Compiles what a step of the stage calls, in its order, and returns everything that stays in memory meanwhile, by what it is."""
+    """Compiles what a step of the stage calls, in its order, and returns everything that stays in memory meanwhile, by what it is.
+
+    A step of `evaluate` is a batch of prompts, answered by the reference and by the policy; it needs RL among the run's stages.
+    """
     _encode(context, getattr(context.config, stage).batch_size, compile)
+    if stage == evaluate.STAGE:
+        return _evaluate_calls(context, compile)
     if stage != rl.STAGE:
         call = placed_update(context, stage)
         compile(call)
-        _evaluate(context, stage, call, compile)
+        _held_out(context, stage, call, compile)
         return {name: tree for name, tree in call.arguments.items() if name != "batch"} | _other_roles(context, stage)
     return _rl_calls(context, compile)
 
 
-def _evaluate(context: Context, stage: str, learning: Call, compile: Compile) -> None:
+def _held_out(context: Context, stage: str, learning: Call, compile: Compile) -> None:
     """Compiles the scores of held-out pairs where the mesh has it that there are more of them at once than an update computes.
 
     A forward pass over as many rows as an update computes needs less memory than the update, and rows that are not pairs are never more.
@@ -163,23 +169,9 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
     state, backbone = placed(context, found.state), placed(context, context.backbone)
     reference, model = (placed(context, role) for role in jax.eval_shape(lambda params: roles(context, params), context.backbone))
     whole = {name: role.join(placed(context, found.frozen.roles[name])) for name, role in state.trainable.items()}
-    prompt = _rounded(context, context.config.data.max_prompt_length)
-    shapes = PromptBatch(_ints(config.batch_size, prompt), _flags(config.batch_size, prompt), _images(context, config.batch_size))
-    prompts = rows(context, shapes)
-    sampler = Sampler(context.decoder, config.sampling, END_TOKENS, context.pad_token, config.answers_each)
-    arguments = {"policy": whole["policy"], "backbone": backbone, "prompts": prompts, "key": _key()}
-    rollout = compile(Call("rollout", _respond, (sampler,), arguments, loops=_rollout_loops(context)))
-    if config.sampling.stop_strings:  # cut on the host, and placed again
-        rollout = rows(context, rollout)
+    rollout = _respond_call(context, whole["policy"], backbone, config.batch_size, config.answers_each, 1, compile)
     resident = {"backbone": backbone, "training state": state, "reference": reference, "reward model": model}
-    for index in range(sum(term.model is not None for term in config.rewards)):
-        scorer, params = model, backbone
-        # Merged, into a backbone of its own; a quantized one is shared as it is.
-        if config.roles == "separate" and model.lora is not None and context.config.model.quantization is None:
-            scorer, params = Role(head=model.head), backbone if model.params is None else model.params
-            resident[f"reward backbone {index}"] = params
-        arguments = {"reward model": scorer, "backbone": params, "rollout": rollout}
-        compile(Call("score", _score, (context.decoder, config.answers_each, config.micro_batch_size), arguments))
+    resident |= _score_calls(context, rollout, model, backbone, config.answers_each, config.micro_batch_size, 1, compile)
     scores = rows(context, _floats(config.batch_size))
     arguments = {
         "backbone": backbone,
@@ -199,16 +191,58 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
     return resident
 
 
-def _rollout_loops(context: Context) -> tuple[int, ...]:
+def _evaluate_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
+    """With the policy's rollout for the reference's too, which is no larger."""
+    config = context.config
+    found, backbone = update(context, rl.STAGE), placed(context, context.backbone)
+    reference, model = (placed(context, role) for role in jax.eval_shape(lambda params: roles(context, params), context.backbone))
+    trained = {name: placed(context, role) for name, role in found.state.trainable.items()}
+    policy = trained["policy"].join(placed(context, found.frozen.roles["policy"]))
+    rollout = _respond_call(context, policy, backbone, config.evaluate.batch_size, 1, 2, compile)
+    resident = {"backbone": backbone, "policy and value model": trained, "reference": reference, "reward model": model}
+    resident |= _score_calls(context, rollout, model, backbone, 1, None, 2, compile)
+    static = context.decoder, config.rl.sampling.temperature, config.model.logprob_chunk
+    arguments = {"policy": policy, "reference": reference, "backbone": backbone, "rollout": rollout}
+    compile(Call("log-ratio", _log_ratio, static, arguments))
+    return resident
+
+
+def _respond_call(context: Context, policy: Role, backbone: PyTree, count: int, answers: int, repeats: int, compile: Compile) -> PyTree:
+    """Compiles the sampling of so many responses, and returns the placed shapes of them."""
+    sampling, prompt = context.config.rl.sampling, _rounded(context, context.config.data.max_prompt_length)
+    prompts = rows(context, PromptBatch(_ints(count, prompt), _flags(count, prompt), _images(context, count)))
+    sampler = Sampler(context.decoder, sampling, END_TOKENS, context.pad_token, answers)
+    arguments = {"policy": policy, "backbone": backbone, "prompts": prompts, "key": _key()}
+    rollout = compile(Call("rollout", _respond, (sampler,), arguments, repeats, _rollout_loops(context, count, answers)))
+    return rows(context, rollout) if sampling.stop_strings else rollout  # cut on the host, and placed again
+
+
+def _score_calls(
+    context: Context, rollout: PyTree, model: Role, backbone: PyTree, group: int, at_once: int | None, repeats: int, compile: Compile
+) -> dict[str, PyTree]:
+    """Compiles the scores of each reward model, and returns the backbones of their own that they keep."""
+    kept = {}
+    for index in range(sum(term.model is not None for term in context.config.rl.rewards)):
+        scorer, params = model, backbone
+        # Merged, into a backbone of its own; a quantized one is shared as it is.
+        if context.config.rl.roles == "separate" and model.lora is not None and context.config.model.quantization is None:
+            scorer, params = Role(head=model.head), backbone if model.params is None else model.params
+            kept[f"reward backbone {index}"] = params
+        arguments = {"reward model": scorer, "backbone": params, "rollout": rollout}
+        compile(Call("score", _score, (context.decoder, group, at_once), arguments, repeats))
+    return kept
+
+
+def _rollout_loops(context: Context, count: int, answers_each: int) -> tuple[int, ...]:
     """Rounds of the rollout's loops where every response has full length: blocks; or readings of prompts, and blocks between them."""
-    config, groups = context.config.rl, row_multiple(context.mesh)
-    blocks = -(-config.sampling.max_new_tokens // block_steps(config.sampling.max_new_tokens))
-    if config.rows_at_once == config.batch_size:
+    sampling, groups = context.config.rl.sampling, row_multiple(context.mesh)
+    blocks, at_once = -(-sampling.max_new_tokens // block_steps(sampling.max_new_tokens)), sampling.rows_at_once(count)
+    if at_once == count:
         return (blocks,)
-    responses = config.batch_size // groups
-    answers = math.gcd(config.answers_each, responses)
-    readings = -(-responses // (answers * prompts_at_once(config.rows_at_once // groups, answers)))
-    return readings, -(-blocks * config.batch_size // config.rows_at_once // readings)
+    responses = count // groups
+    answers = math.gcd(answers_each, responses)
+    readings = -(-responses // (answers * prompts_at_once(at_once // groups, answers)))
+    return readings, -(-blocks * count // at_once // readings)
 
 
 def _update_call(context: Context, stage: str, step: Any, state: PyTree, frozen: PyTree, batch: PyTree) -> Call:

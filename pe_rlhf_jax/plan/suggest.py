@@ -13,8 +13,9 @@ from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.plan.plan import GIB, STAGES, Plan, plan
 from pe_rlhf_jax.plan.topology import Topology
-from pe_rlhf_jax.training import reward, rl
+from pe_rlhf_jax.training import evaluate, reward, rl
 
+TRAINED = tuple(stage for stage in STAGES if stage != evaluate.STAGE)
 ENOUGH = 3
 """Changes that make it fit, after which no more are tried."""
 Overrides = tuple[str, ...]
@@ -32,14 +33,14 @@ class Suggestion:
 
 
 def same_results(config: Config, overrides: Overrides) -> bool:
-    """Whether a run computes what it did, up to rounding: where things lie, how many rows at once, what is computed again.
+    """Whether a run trains as it did, up to rounding: where things lie, how many rows at once, what is computed again.
 
-    With dropout, which is drawn anew for each device and micro-batch, it is recomputation alone.
+    An evaluation of other batches draws other samples. With dropout, drawn anew for each device and micro-batch, it is recomputation alone.
     """
     fields = [override.partition("=")[0] for override in overrides if override != "model.remat=full"]
     if config.lora.lora_dropout > 0 and {"sft", reward.STAGE} & {*config.run.stages}:
         return not fields
-    return all(field.startswith("mesh.") or field.endswith(".micro_batch_size") for field in fields)
+    return all(field.startswith("mesh.") or field.endswith(".micro_batch_size") or field == "evaluate.batch_size" for field in fields)
 
 
 def suggest(
@@ -55,16 +56,18 @@ def suggest(
     of the others the fastest. Ctrl-C ends the tries, not what was found.
 
     Args:
-        first: the plan of the configuration as it is, on a chip whose memory is known.
+        first: the plan of the configuration as it is, on devices whose memory is known.
         limit: changes to compile at most.
         tell: is told what is being compiled, and with which change.
     """
-    assert first.chip is not None
-    room = first.chip.usable * GIB
+    assert first.usable is not None
+    room = first.usable * GIB
     crowded = any(sum(stage.resident.values()) > room for stage in first.stages)
+    large = [stage.stage for stage in first.stages if stage.hbm > room]
     found: list[Suggestion] = []
     tried = 0
-    for overrides in candidates(config, architecture, first.mesh, bool(first.fits), crowded, only):
+    changing = [stage for stage in only if stage in TRAINED or stage in large]
+    for overrides in candidates(config, architecture, first.mesh, bool(first.fits), crowded, changing):
         if tried == limit or (not first.fits and len(found) == ENOUGH):
             break
         try:
@@ -89,7 +92,7 @@ def changed(config: Config, overrides: Overrides) -> Config:
 
 
 def candidates(
-    config: Config, c: DecoderConfig, mesh: Mapping[str, int], fits: bool, crowded: bool = False, only: Collection[str] = STAGES
+    config: Config, c: DecoderConfig, mesh: Mapping[str, int], fits: bool, crowded: bool = False, only: Collection[str] = TRAINED
 ) -> Iterator[Overrides]:
     """Overrides to try: first what changes no result, which is meshes, smaller micro-batches and recomputation; then adapters in place
     of full tuning, and shared roles; then the backbone in few bits. For a configuration that fits, larger micro-batches and meshes.
@@ -97,7 +100,7 @@ def candidates(
     Args:
         mesh: the sizes of its axes as they are.
         crowded: what stays in memory is too much alone, so that fewer rows at once or recomputation do not help.
-        only: the stages that are planned.
+        only: the stages whose rows at once may change.
     """
     stages = [stage for stage in STAGES if stage in config.run.stages]
     planned = [stage for stage in stages if stage in only]
@@ -157,11 +160,11 @@ def _smaller(config: Config, stages: Sequence[str], groups: int, part: int) -> O
     """So small a part of the rows that are computed at once, in each stage where that divides its updates and the mesh it."""
     found = []
     for stage in stages:
-        rows = _rows(config, stage)
-        size = (getattr(config, stage).micro_batch_size or rows) // part
+        rows, field = _rows(config, stage), "batch_size" if stage == evaluate.STAGE else "micro_batch_size"
+        size = (getattr(getattr(config, stage), field) or rows) // part
         sides = 2 if stage == reward.STAGE and config.reward.kind != "labels" else 1
         if size and rows % size == 0 and sides * size % groups == 0:
-            found.append(f"{stage}.micro_batch_size={size}")
+            found.append(f"{stage}.{field}={size}")
     return tuple(found)
 
 
@@ -169,7 +172,7 @@ def _larger(config: Config, stages: Sequence[str]) -> list[Overrides]:
     """All rows of an update at once, and twice as many as are set, in the stages that have a micro-batch."""
     whole, twice = [], []
     for stage in stages:
-        rows, size = _rows(config, stage), getattr(config, stage).micro_batch_size
+        rows, size = _rows(config, stage), getattr(getattr(config, stage), "micro_batch_size", None)
         if size is None or size == rows:
             continue
         whole.append(f"{stage}.micro_batch_size=null")

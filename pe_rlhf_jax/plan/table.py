@@ -51,8 +51,10 @@ def show(plan: Plan, console: Console) -> None:
         console.print(f"note: {note}", markup=False)
     if plan.chip is not None:
         console.print(ASSUMPTIONS, markup=False, style="dim")
+    if plan.usable is not None:
         verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
-        console.print(f"{verdict}: {plan.hbm / GIB:.2f} of {plan.chip.usable:.2f} GiB ({plan.chip.name}: {plan.chip.hbm:g} published)")
+        of = f"{plan.chip.name}: {plan.chip.hbm:g} published" if plan.chip else f"{plan.topology}: all that a device has of this machine"
+        console.print(f"{verdict}: {plan.hbm / GIB:.2f} of {plan.usable:.2f} GiB ({of})")
 
 
 def dominates(stage: StagePlan) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,25 +17,30 @@ from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.plan.chips import CHIPS, Chip
 
 LOCAL = "local"
+GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices, and the published figures of one of them; None where there are none (CPU and GPU)."""
+    """Devices, and what is known of one of them."""
 
     name: str
     devices: Sequence[jax.Device]
     chip: Chip | None
+    """Published figures; None of a CPU or GPU."""
+    usable: float | None
+    """GiB that programs and their data may have on each; None where nobody says."""
 
 
 def describe(name: str) -> Topology:
-    """`v5e:4x4`, `v5p:8x8x16`, ... or `local`. Nothing is reached: the compiler is asked for a description of the slice.
+    """`v5e:4x4`, `v5p:8x8x16`, ... or `local`, this machine's devices. No slice is reached: the compiler is asked to describe it.
 
     Raises:
         ConfigError: no such generation or shape, or libtpu is not installed.
     """
     if name == LOCAL:
-        return Topology(name, jax.devices(), None)
+        devices = jax.devices()
+        return Topology(name, devices, None, _memory(devices))
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
     if found is None or found[1] not in CHIPS:
         raise ConfigError(f"topology {name!r}: expected GENERATION:SHAPE such as v5e:4x4 or v5p:8x8x16, of {', '.join(CHIPS)}, or {LOCAL}")
@@ -52,4 +59,20 @@ def describe(name: str) -> Topology:
         if "not installed" in str(error) or isinstance(error, ImportError):
             raise ConfigError(f"topology {name}: needs the TPU compiler; pip install 'pe_rlhf_jax[tpu-plan]'") from error
         raise ConfigError(f"topology {name}: the TPU compiler knows no such slice ({error})") from error
-    return Topology(name, described.devices, CHIPS[generation])
+    chip = CHIPS[generation]
+    return Topology(name, described.devices, chip, chip.usable)
+
+
+def _memory(devices: Sequence[jax.Device]) -> float | None:
+    """GiB of each: what JAX's allocator may take of a GPU, or an equal part of this machine's memory, or of this container's."""
+    if devices[0].platform != "cpu":
+        limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+        return None if limit is None else limit / GIB
+    try:
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, OSError, ValueError):  # Windows
+        return None
+    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(file.read_text()))
+    return min(limits) / GIB / len(devices)

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -19,7 +20,7 @@ from pe_rlhf_jax.plan.command import TRIES
 from pe_rlhf_jax.plan.plan import GIB, _notes, plan
 from pe_rlhf_jax.plan.suggest import candidates, changed, same_results, suggest
 from pe_rlhf_jax.plan.table import show
-from pe_rlhf_jax.plan.topology import Topology, describe
+from pe_rlhf_jax.plan.topology import Topology, _memory, describe
 
 CONFIG = """
 model: {source: unused, logprob_chunk: 16, dtype: float32}
@@ -50,7 +51,7 @@ def on_a_chip(tiny, quick_compile):
 
     def of(hbm: float, *overrides: str) -> tuple[Config, object, Topology]:
         chip = dataclasses.replace(CHIPS["v5e"], usable=hbm / GIB)
-        return configuration.parse(CONFIG, overrides), tiny.config, Topology("one", jax.devices()[:1], chip)
+        return configuration.parse(CONFIG, overrides), tiny.config, Topology("one", jax.devices()[:1], chip, chip.usable)
 
     return of
 
@@ -73,6 +74,33 @@ def test_what_it_takes_is_what_the_stage_keeps_and_what_its_fullest_program_adds
     assert rollout.hbm - rollout.program.peak > rl.resident["training state"] / 2  # Adam's moments wait meanwhile
     assert found.hbm == max(timed.hbm for stage in found.stages for timed in stage.programs)
     assert rl.fullest.hbm == rl.hbm
+
+
+def test_an_evaluation_of_the_policy_is_planned_too(on_a_chip):
+    """With what RL left: no optimizer, but the value model."""
+    stages = ["run.stages=[rl, evaluate]", "rl.value_init=zero", "rl.rewards=[{function: 'math:sqrt'}]"]
+    found = plan(*on_a_chip(GIB, *stages, "evaluate.batch_size=8"))
+    rl, evaluation = found.stages
+    assert evaluation.stage == "evaluate"
+    assert [(timed.program.name, timed.program.repeats) for timed in evaluation.programs] == [("rollout", 2), ("log-ratio", 1)]
+    assert evaluation.resident["backbone"] == rl.resident["backbone"]
+    # Adam has two moments; and there is a counter or two.
+    assert rl.resident["training state"] == pytest.approx(3 * evaluation.resident["policy and value model"], rel=0.01)
+    rollouts = [stage.programs[0].program.temporaries for stage in found.stages]
+    assert 1.3 < rollouts[1] / rollouts[0] < 2.1  # of twice as many rows
+    costs = [stage.programs[0].flops for stage in found.stages]
+    assert costs[1] == 2 * costs[0]
+    with pytest.raises(ConfigError, match="nothing to plan"):
+        plan(*on_a_chip(GIB, "run.stages=[reward, evaluate]"), only=["evaluate"])
+
+
+def test_an_evaluation_that_does_not_fit_is_given_fewer_prompts_at_once(on_a_chip):
+    stages = ["run.stages=[rl, evaluate]", "rl.value_init=zero", "rl.rewards=[{function: 'math:sqrt'}]"]
+    half = plan(*on_a_chip(GIB, *stages, "evaluate.batch_size=64"))
+    assert half.stages[1].hbm > 2 * half.stages[0].hbm
+    config, shape, topology = on_a_chip(half.hbm + 1, *stages, "evaluate.batch_size=128")
+    (found,) = suggest(config, shape, topology, plan(config, shape, topology), limit=1)
+    assert found.overrides == ("rl.micro_batch_size=2", "evaluate.batch_size=64") and found.same_results
 
 
 def test_a_backbone_that_full_tuning_does_not_read_stays_in_memory_all_the_same(on_a_chip):
@@ -232,7 +260,7 @@ def on_a_chip_by_command(tmp_path: Path, capsys, monkeypatch, quick_compile):
 
     def run(hbm: float, *arguments: str) -> tuple[int, str, str]:
         chip = dataclasses.replace(CHIPS["v5e"], usable=hbm / GIB)
-        monkeypatch.setattr("pe_rlhf_jax.plan.command.describe", lambda name: Topology(name, jax.devices()[:1], chip))
+        monkeypatch.setattr("pe_rlhf_jax.plan.command.describe", lambda name: Topology(name, jax.devices()[:1], chip, chip.usable))
         files = ["--config", str(tmp_path / "c.yaml"), "--model-config", str(tmp_path / "config.json")]
         code = main.cli(["plan", *files, "--topology", "v5e:1x1", *arguments])
         return code, *capsys.readouterr()
@@ -281,7 +309,7 @@ def test_what_may_be_faster_is_printed_where_it_is_asked_for(on_a_chip_by_comman
     assert code == 0 and one["set"] == ["reward.micro_batch_size=null"] and one["same_results"] is True
     assert one["hbm"] > result["hbm"] and one["seconds"] == pytest.approx(result["seconds"])  # one device sends nothing
     code, shown, told = on_a_chip_by_command(GIB, *arguments)
-    assert code == 0 and f"as it is: at most {result['seconds']:.3g} s a step of each stage" in shown
+    assert code == 0 and f"as it is: 0.00 GiB, at most {result['seconds']:.3g} s a step of each stage" in shown
     assert [line.partition("stage: ")[2] for line in shown.splitlines() if ": fits in " in line] == ["--set reward.micro_batch_size=null"]
     assert told.splitlines()[1:] == ["compiling reward: update, with reward.micro_batch_size=null"]
     code, shown, _ = on_a_chip_by_command(GIB, "--suggest")
@@ -298,7 +326,7 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, capsys):
     assert main.cli([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     (program,) = found["stages"][0]["programs"]
-    assert found["topology"] == "local" and found["fits"] is None and found["hbm"] == program["hbm"] > 0
+    assert found["topology"] == "local" and found["fits"] is True and found["hbm"] == program["hbm"] > 0
     assert program["program"]["name"] == "update" and program["flops"] > 0
 
 
@@ -309,8 +337,10 @@ def test_a_topology_that_is_none_and_a_model_that_is_not_there_are_explained(tmp
     for name in ("v5e", "v9:4x4", "v5e:4by4"):
         assert main.cli([*arguments, str(tmp_path / "config.json"), "--topology", name]) == 2
         assert "expected GENERATION:SHAPE such as v5e:4x4" in " ".join(capsys.readouterr().out.split())
-    assert main.cli([*arguments, str(tmp_path / "config.json"), "--suggest"]) == 2
-    assert "--suggest needs --topology" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("pe_rlhf_jax.plan.topology._memory", lambda _: None)
+        assert main.cli([*arguments, str(tmp_path / "config.json"), "--suggest"]) == 2
+    assert "--suggest: how much memory the devices of local have is not known" in " ".join(capsys.readouterr().out.split())
     assert main.cli([*arguments, str(tmp_path / "missing.json")]) == 2
     assert "expected Hugging Face's config.json" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"model_type": "mamba"}))
@@ -318,14 +348,52 @@ def test_a_topology_that_is_none_and_a_model_that_is_not_there_are_explained(tmp
     assert "model_type 'mamba' is not supported" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.usefixtures("quick_compile")
+def test_this_machine_has_a_verdict_and_changes_that_fit_too(tmp_path: Path, capsys, monkeypatch):
+    """Without a time, since no rates of its devices are published."""
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    files = ["--config", str(tmp_path / "c.yaml"), "--model-config", str(tmp_path / "config.json")]
+    assert main.cli(["plan", *files, "--json", "--set", "reward.micro_batch_size=16"]) == 0
+    need = json.loads(capsys.readouterr().out)["hbm"] + 1
+    monkeypatch.setattr("pe_rlhf_jax.plan.topology._memory", lambda _: need / GIB)
+    assert main.cli(["plan", *files]) == 1
+    shown = capsys.readouterr().out
+    assert "does not fit: 0.00 of 0.00 GiB (local: all that a device has of this machine)" in shown
+    assert "local: fits in 0.00 GiB: --set reward.micro_batch_size=16" in shown
+    monkeypatch.setattr("pe_rlhf_jax.plan.topology._memory", lambda _: None)
+    assert main.cli(["plan", *files]) == 0
+    assert "fit" not in capsys.readouterr().out
+
+
+def test_a_device_has_what_its_allocator_may_take_or_its_part_of_the_memory_that_there_is(monkeypatch):
+    gpu = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 3 * GIB})
+    silent = SimpleNamespace(platform="METAL", memory_stats=lambda: None)
+    cpu = SimpleNamespace(platform="cpu")
+    assert (_memory([gpu, gpu]), _memory([silent])) == (3, None)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 8 * GIB // 4096}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    files = {"/sys/fs/cgroup/memory.max": "max\n"}
+
+    def read_text(path: Path) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert (_memory([cpu]), _memory([cpu] * 4)) == (8, 2)
+    files["/sys/fs/cgroup/memory.max"] = f"{2 * GIB}\n"  # a container's
+    assert (_memory([cpu]), _memory([cpu] * 4)) == (2, 0.5)
+
+
 def test_a_batch_that_does_not_divide_is_refused_before_anything_is_compiled(tiny, monkeypatch):
     config = configuration.parse(CONFIG, ["reward.batch_size=6"])
     monkeypatch.setattr("pe_rlhf_jax.plan.programs.make_mesh", lambda *_: jax.sharding.AbstractMesh((4, 1, 1), ("data", "fsdp", "tensor")))
     with pytest.raises(ConfigError, match=r"reward.batch_size 6 must be a multiple of 4.*: 8 is one"):
-        plan(config, tiny.config, Topology("four", jax.devices()[:1], None))
+        plan(config, tiny.config, Topology("four", jax.devices()[:1], None, None))
     config = configuration.parse(CONFIG, ["run.stages=[rl]", "rl.sampling.max_num_seqs=6"])
     with pytest.raises(ConfigError, match=r"rl.sampling.max_num_seqs 6 must be a multiple of 4.*: 8 is one"):
-        plan(config, tiny.config, Topology("four", jax.devices()[:1], None))
+        plan(config, tiny.config, Topology("four", jax.devices()[:1], None, None))
 
 
 def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):

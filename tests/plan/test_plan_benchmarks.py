@@ -27,7 +27,7 @@ rl: {batch_size: 4, num_mini_batches: 2, sampling: {max_new_tokens: 6}}
 
 @pytest.mark.usefixtures("quick_compile")
 def test_updates_alone_take_what_the_whole_plan_says_of_them(tiny):
-    here = Topology("one", jax.devices()[:1], None)
+    here = Topology("one", jax.devices()[:1], None, None)
     config = configuration.parse(CONFIG, paper_memory.MODES["shared"])
     shared = paper_memory.measure(config, tiny.config, here, "rl", "shared")
     update = plan(config, tiny.config, here, only=["rl"]).stages[0].programs[-1]

@@ -18,7 +18,7 @@ from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.plan import programs
 from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
 from pe_rlhf_jax.training import context as training_context
-from pe_rlhf_jax.training import images, loop, reward_kinds, rewards, rl, rollouts, sft
+from pe_rlhf_jax.training import evaluate, images, loop, reward_kinds, rewards, rl, rollouts, sft
 from pe_rlhf_jax.training import reward as reward_stage
 
 FIELDS = {
@@ -113,6 +113,32 @@ def test_sft_and_reward_call_what_was_planned(tiny, caught, tuning):
         reference = sft.init(context).trainable
         next(reward_stage.run(context, reference, reward_stage.init(context, reference)))
     assert caught == planned(context, "reward")
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(("algorithm", "rows"), [("ppo", None), ("grpo", 2)])
+def test_an_evaluation_calls_what_was_planned(tiny, caught, monkeypatch, algorithm, rows):
+    """Of the policy; the reference has fewer roles or as many."""
+    sampling = FIELDS["rl"]["sampling"] | {"max_num_seqs": rows}
+    changes = {"rl": FIELDS["rl"] | {"algorithm": algorithm, "group_size": 2, "sampling": sampling}, "evaluate": {"batch_size": 2}}
+    context = run_context(tiny, **changes)
+    seen: list[list[str]] = []
+
+    def log_ratio(*arguments, original=evaluate._log_ratio):
+        seen.append(signature(list(arguments[3:])))
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluate, "_log_ratio", log_ratio)
+    with jax.set_mesh(context.mesh):
+        reference = sft.init(context).trainable
+        model = reward_stage.init(context, reference).trainable
+        trained = rl.init(context, reference, model).train.trainable
+        roles = {"reference": reference, "policy": rl.whole(context, reference, model, trained)["policy"]}
+        given = rewards.Rewards(context, {"run": rewards.RewardModel(context.decoder, context.backbone, model)})
+        list(evaluate.policy(context, roles, given))
+    calls = planned(context, "evaluate")
+    assert seen == [calls.pop("log-ratio")] and caught == calls
+    assert calls.keys() == {"rollout", "score"}
 
 
 @pytest.mark.usefixtures("quick_compile")

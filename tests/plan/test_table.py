@@ -35,7 +35,8 @@ def made() -> Plan:
         Timed(update, 24e12, int(6.75 * GIB), Time(compute=0.4, memory=0.1, links=0.3)),
     )
     resident = {"backbone": 4 * GIB, "training state": GIB, "reference": 12}
-    return Plan("v0:2x4", CHIP, {"data": 1, "fsdp": 4, "tensor": 2}, "bfloat16", 7_500_000_000, (StagePlan("rl", timed, resident),), ("a",))
+    mesh, stages = {"data": 1, "fsdp": 4, "tensor": 2}, (StagePlan("rl", timed, resident),)
+    return Plan("v0:2x4", CHIP, CHIP.usable, mesh, "bfloat16", 7_500_000_000, stages, ("a",))
 
 
 def shown(plan: Plan, width: int) -> list[str]:

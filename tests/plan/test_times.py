@@ -16,7 +16,7 @@ from pe_rlhf_jax.plan.topology import Topology
 
 # 10^12 FLOP/s, 1000 bytes a second from memory, 10^9 over two of four ports.
 CHIP = Chip("hand", hbm=1, usable=1, flops=1e12, hbm_rate=1000, ici_rate=2e9, ports=4)
-FOUR = Topology("four", (None,) * 4, CHIP)
+FOUR = Topology("four", (None,) * 4, CHIP, CHIP.usable)
 COSTS = SimpleNamespace(of=lambda stage, name: {"update": 8e12, "rollout": 2e13}[name])
 SENT = Communication((Collective("all-gather", 7, 1e9), Collective("all-reduce", 2, 5e8)), 0)
 TEXT = """
@@ -80,4 +80,4 @@ def test_each_generated_token_reads_the_backbone_and_the_cache(tiny, mesh, overr
 
 
 def test_without_published_rates_there_is_no_time(tiny):
-    assert _timed("rl", program("update"), {}, COSTS, context(tiny), Topology("local", (None,), None)).time is None
+    assert _timed("rl", program("update"), {}, COSTS, context(tiny), Topology("local", (None,), None, None)).time is None
