@@ -134,6 +134,18 @@ def keep_placed(tree: PyTree) -> PyTree:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, _specs(tree, mesh))
 
 
+def gathered(tree: PyTree) -> PyTree:
+    """Inside a compiled program: leaves whole over `fsdp`, and for the rest by the parameter rule; unchanged without a mesh."""
+    mesh = _mesh_in_use()
+    if mesh is None:
+        return tree
+
+    def whole(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
+
+    return jax.tree.map(whole, tree, _specs(tree, mesh))
+
+
 def _mesh_in_use() -> AbstractMesh | None:
     """The mesh of `jax.set_mesh`, if it is one of ours with several devices."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -25,6 +25,11 @@ class SamplingConfig(Section):
         "places of responses that have ended (continuous batching): a few long ones hold up nothing, the cache is smaller, and the samples "
         "are the same. null for the whole batch.",
     )
+    gather_weights: bool = Field(
+        False,
+        description="Gather the weights over `mesh.fsdp` once for all the tokens of a batch of responses, in place of once for each token: "
+        "far faster, and each device meanwhile holds them whole, or its part of `mesh.tensor`. The samples are the same.",
+    )
     stop_strings: tuple[str, ...] = Field(
         (), strict=False, description="A response ends with the token that completes one of these; what was sampled after it is dropped."
     )

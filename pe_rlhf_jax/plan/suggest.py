@@ -16,6 +16,7 @@ from pe_rlhf_jax.plan.topology import Topology
 from pe_rlhf_jax.training import evaluate, reward, rl
 
 TRAINED = tuple(stage for stage in STAGES if stage != evaluate.STAGE)
+GATHER = "rl.sampling.gather_weights"
 ENOUGH = 3
 """Changes that make it fit, after which no more are tried."""
 Overrides = tuple[str, ...]
@@ -40,7 +41,8 @@ def same_results(config: Config, overrides: Overrides) -> bool:
     fields = [override.partition("=")[0] for override in overrides if override != "model.remat=full"]
     if config.lora.lora_dropout > 0 and {"sft", reward.STAGE} & {*config.run.stages}:
         return not fields
-    return all(field.startswith("mesh.") or field.endswith(".micro_batch_size") or field == "evaluate.batch_size" for field in fields)
+    known = ("evaluate.batch_size", GATHER)
+    return all(field.startswith("mesh.") or field.endswith(".micro_batch_size") or field in known for field in fields)
 
 
 def suggest(
@@ -94,8 +96,9 @@ def changed(config: Config, overrides: Overrides) -> Config:
 def candidates(
     config: Config, c: DecoderConfig, mesh: Mapping[str, int], fits: bool, crowded: bool = False, only: Collection[str] = TRAINED
 ) -> Iterator[Overrides]:
-    """Overrides to try: first what changes no result, which is meshes, smaller micro-batches and recomputation; then adapters in place
-    of full tuning, and shared roles; then the backbone in few bits. For a configuration that fits, larger micro-batches and meshes.
+    """Overrides to try: first what changes no result, which is weights gathered for each token, meshes, smaller micro-batches and
+    recomputation; then adapters in place of full tuning, and shared roles; then the backbone in few bits. For a configuration that fits,
+    weights gathered once for all tokens, larger micro-batches and meshes.
 
     Args:
         mesh: the sizes of its axes as they are.
@@ -107,9 +110,13 @@ def candidates(
     mine = mesh["data"], mesh["fsdp"], mesh["tensor"]
     others = _meshes(config, c, mine, stages)
     if fits:
+        if rl.STAGE in planned and mesh["fsdp"] > 1 and not config.rl.sampling.gather_weights:
+            yield (f"{GATHER}=true",)
         yield from _larger(config, planned)
         yield from map(_set, others)
         return
+    if rl.STAGE in planned and mesh["fsdp"] > 1 and config.rl.sampling.gather_weights:
+        yield (f"{GATHER}=false",)
     remat = ("model.remat=full",) if config.model.remat != "full" else ()
     bases = [mine, *others[:1]]  # its own mesh, and the most sharded one
     smaller = {base: [_smaller(config, planned, base[0] * base[1], part) for part in (2, 4)] for base in bases}

@@ -13,6 +13,7 @@ from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.decode import DecodeState, Sampler, advance, begin, so_far
 from pe_rlhf_jax.rollout.generate import generate
+from pe_rlhf_jax.sharding import gathered
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
@@ -53,15 +54,16 @@ def _sampler(context: Context, sampling: SamplingConfig, answers: int = 1) -> Sa
 
 
 def _variables(sampler: Sampler, policy: Role, backbone: PyTree) -> PyTree:
-    """The policy's, its matrices in the type in which they are computed: those of full tuning are float32, which every step would read."""
+    """The policy's as they are read at every step: matrices in the type in which they are computed, which full tuning's are not, and where
+    `sampling` wants them."""
     variables, dtype = policy.variables(backbone), sampler.decoder.dtype
-    if policy.params is None:
-        return variables
 
     def narrow(path: tuple, leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if path[-1].key in ("kernel", "embed", "lm_head") else leaf
 
-    return {**variables, "params": jax.tree_util.tree_map_with_path(narrow, variables["params"])}
+    if policy.params is not None:
+        variables = {**variables, "params": jax.tree_util.tree_map_with_path(narrow, variables["params"])}
+    return gathered(variables) if sampler.sampling.gather_weights else variables
 
 
 @jax.jit(static_argnums=0)

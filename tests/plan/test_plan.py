@@ -172,6 +172,8 @@ def test_few_bits_are_tried_after_what_changes_no_result_and_where_nothing_is_tu
     found = tried()
     assert first(found, "model.quantization=nf4") < TRIES
     assert first(tried("rl.roles=separate", "model.remat=dots"), "model.quantization=nf4") < TRIES
+    gathered = tried("rl.sampling.gather_weights=true")
+    assert gathered[0] == ("rl.sampling.gather_weights=false",) and gathered[1:] == found
     of_rl = tried("sft.micro_batch_size=8", only=["rl"])
     assert not any(override.startswith(("sft.", "reward.")) for one in of_rl for override in one)  # which are not compiled
     # No row fewer makes room where what stays in memory is too much: not on this mesh, and not on others with as many copies.
@@ -207,15 +209,20 @@ def test_where_it_fits_fewer_and_larger_micro_batches_and_other_meshes_are_tried
         return list(candidates(configuration.parse(CONFIG, ["run.stages=[reward, rl]", *overrides]), tiny.config, EIGHT, fits=True))
 
     none, both = tried("rl.batch_size=64"), tried("rl.batch_size=64", "reward.micro_batch_size=8", "rl.micro_batch_size=32")
-    assert none and all(override.startswith("mesh.") for one in none for override in one)
+    assert len(none) > 1 and all(override.startswith("mesh.") for one in none[1:] for override in one)
     assert ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1") not in none  # its own
     assert both == [
+        none[0],
         ("reward.micro_batch_size=null", "rl.micro_batch_size=null"),
         ("reward.micro_batch_size=16", "rl.micro_batch_size=null"),
-        *none,
+        *none[1:],
     ]
     assert tried("reward.micro_batch_size=32", "rl.batch_size=64") == none  # all rows already
-    assert tried("reward.micro_batch_size=16", "rl.batch_size=64")[1:] == none  # twice is all
+    assert none[0] == ("rl.sampling.gather_weights=true",)
+    assert tried("rl.batch_size=64", "rl.sampling.gather_weights=true") == none[1:]
+    alone = list(candidates(configuration.parse(CONFIG, ["run.stages=[rl]"]), tiny.config, EIGHT | {"fsdp": 1}, fits=True))
+    assert not any("gather" in override for one in alone for override in one)
+    assert tried("reward.micro_batch_size=16", "rl.batch_size=64")[2:] == none[1:]  # twice is all
 
 
 def test_nothing_of_the_model_is_allocated(on_a_chip):

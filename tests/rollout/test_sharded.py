@@ -129,8 +129,57 @@ for axes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
 print("same")
 """
 
+GATHERED = """
+import sys
+sys.path.insert(0, {tests!r})
 
-@pytest.mark.parametrize("script", [SCRIPT, REFILL], ids=["batch", "refill"])
+import dataclasses
+import tiny_decoder
+import jax
+import numpy as np
+
+from pe_rlhf_jax.config import LoRAConfig, MeshConfig, SamplingConfig
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.plan import hlo
+from pe_rlhf_jax.rollout.decode import Sampler
+from pe_rlhf_jax.sharding import make_mesh, place, place_rows
+from pe_rlhf_jax.training.rollouts import _respond
+from pe_rlhf_jax.types import PromptBatch
+
+model = tiny_decoder.make_model(tiny_decoder.TINY, LoRAConfig(r=3, lora_alpha=6.0))
+prompts = PromptBatch(np.arange(32).reshape(8, 4) % 29, np.ones((8, 4), bool))
+blocks = 4  # of 6 tokens, at most
+ROLES = dict(lora=Role(lora=model.lora), full=Role(params=jax.tree.map(np.copy, model.params)))
+
+
+def sampled(role, mesh, **sampling):
+    sampler = Sampler(model.decoder, SamplingConfig(max_new_tokens=24, **sampling), (), 30)
+    with jax.set_mesh(mesh):
+        arguments = place(role, mesh), place(model.params, mesh), place_rows(prompts, mesh), jax.random.key(0)
+        compiled = _respond.lower(sampler, *arguments).compile()
+        return np.asarray(compiled(*arguments).response), hlo.communication(compiled.as_text(), mesh.size, (blocks,))
+
+
+def weights(sent):
+    return sum(one.bytes for one in sent.collectives if one.kind == "all-gather")
+
+
+for role in ROLES.values():
+    one, _ = sampled(role, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    assert one.shape == (8, 24) and len(set(map(tuple, one))) > 6
+    for axes in (dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)):
+        mesh = make_mesh(MeshConfig(**axes))
+        each, each_sent = sampled(role, mesh)
+        once, once_sent = sampled(role, mesh, gather_weights=True)
+        np.testing.assert_array_equal(each, one)
+        np.testing.assert_array_equal(once, one)
+        # 24 tokens and the prompt: 25 times the weights, or once; what is sent over `tensor` stays.
+        assert 15 < weights(each_sent) / weights(once_sent) < 30, (axes, each_sent, once_sent)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("script", [SCRIPT, REFILL, GATHERED], ids=["batch", "refill", "gathered"])
 def test_eight_devices_give_the_results_of_one(script):
     script = script.format(tests=str(Path(__file__).parents[1]))
     same_on_eight_devices(script)
