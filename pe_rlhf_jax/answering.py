@@ -129,11 +129,13 @@ class Answerer:
 def _to_answer(config: Config) -> Config:
     """What answering needs of a run's configuration, which may have been trained on other devices, with functions that are not here."""
     run, reward, mesh = config.run.model_copy(update={"stages": []}), config.reward.model_copy(update={"adapter": None}), config.mesh
+    sampling = config.rl.sampling
     try:
         make_mesh(mesh)
     except ConfigError:
-        mesh = MeshConfig(data=1, fsdp=-1)
-    return config.model_copy(update={"run": run, "reward": reward, "mesh": mesh})
+        mesh, sampling = MeshConfig(data=1, fsdp=-1), sampling.model_copy(update={"gather_weights": False})  # there may be no room for it
+    rl = config.rl.model_copy(update={"sampling": sampling})
+    return config.model_copy(update={"run": run, "reward": reward, "mesh": mesh, "rl": rl})
 
 
 class _Refused(Skipped):

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suggest",
         action=argparse.BooleanOptionalAction,
-        help="also where it fits, try other meshes and larger micro-batches; or not even where it does not fit, try what would make it fit",
+        help="also where it fits, try what may be faster; or not even where it does not fit, try what would make it fit",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, one object a topology, in place of tables")
 
@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     stages = arguments.stage or STAGES
     messages = Console(stderr=True)
     topologies, plans = list(map(describe, names)), []
+    if arguments.suggest and any(topology.usable is None for topology in topologies):
+        raise ConfigError(f"--suggest: how much memory the devices of `{LOCAL}` have is not known; name a slice with --topology")
     for topology in topologies:
-        if arguments.suggest and topology.usable is None:
-            raise ConfigError(f"--suggest: how much memory the devices of {topology.name} have is not known; name a slice with --topology")
         with _telling(messages) as tell:
             plans.append((topology, plan(config, shape, topology, tell, stages)))
         if not arguments.json:
@@ -103,7 +103,7 @@ def _show(better: list[Suggestion], found: Plan, console: Console) -> None:
     if found.fits:
         line(f"{found.topology} as it is: {found.hbm / GIB:.2f} GiB{seconds(found)}")
     if not better and found.fits:
-        line("no other mesh and no larger micro-batch that was tried fits")
+        line("nothing else that was tried fits")
     if not better and not found.fits:
         line(f"{found.topology}: nothing that was tried fits: take more chips, or chips with more memory")
     for one in better:

@@ -131,7 +131,9 @@ def plan(
     # Without a policy there is nothing in an evaluation but held-out rows.
     chosen = [stage for stage in runs if stage in only and (stage != evaluate.STAGE or rl.STAGE in runs)]
     if not chosen:
-        raise ConfigError(f"nothing to plan: run.stages is {', '.join(config.run.stages)}, asked for were {', '.join(only)}")
+        raise ConfigError(
+            f"nothing to plan: run.stages is {', '.join(config.run.stages)}, asked for were {', '.join(only)} (evaluate is planned with rl)"
+        )
     for stage in chosen:
         programs: list[Program] = []
 

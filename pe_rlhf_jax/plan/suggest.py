@@ -1,4 +1,4 @@
-"""Changes that make a configuration fit, or a faster mesh or micro-batch for one that does; each is tried by compiling."""
+"""Changes that make a configuration fit, or a faster one of one that does; each is tried by compiling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pe_rlhf_jax.plan.plan import GIB, STAGES, Plan, plan
 from pe_rlhf_jax.plan.topology import Topology
 from pe_rlhf_jax.training import evaluate, reward, rl
 
-TRAINED = tuple(stage for stage in STAGES if stage != evaluate.STAGE)
 GATHER = "rl.sampling.gather_weights"
 ENOUGH = 3
 """Changes that make it fit, after which no more are tried."""
@@ -36,13 +35,14 @@ class Suggestion:
 def same_results(config: Config, overrides: Overrides) -> bool:
     """Whether a run trains as it did, up to rounding: where things lie, how many rows at once, what is computed again.
 
-    An evaluation of other batches draws other samples. With dropout, drawn anew for each device and micro-batch, it is recomputation alone.
+    An evaluation of other batches draws other samples. With dropout, which is drawn anew for each device and micro-batch, meshes and
+    micro-batches change results.
     """
-    fields = [override.partition("=")[0] for override in overrides if override != "model.remat=full"]
+    free = ("model.remat", "evaluate.batch_size", GATHER)
+    fields = [field for field in (override.partition("=")[0] for override in overrides) if field not in free]
     if config.lora.lora_dropout > 0 and {"sft", reward.STAGE} & {*config.run.stages}:
         return not fields
-    known = ("evaluate.batch_size", GATHER)
-    return all(field.startswith("mesh.") or field.endswith(".micro_batch_size") or field in known for field in fields)
+    return all(field.startswith("mesh.") or field.endswith(".micro_batch_size") for field in fields)
 
 
 def suggest(
@@ -65,11 +65,11 @@ def suggest(
     assert first.usable is not None
     room = first.usable * GIB
     crowded = any(sum(stage.resident.values()) > room for stage in first.stages)
-    large = [stage.stage for stage in first.stages if stage.hbm > room]
+    large = [stage.stage for stage in first.stages if stage.hbm > room or any(timed.program.refused for timed in stage.programs)]
     found: list[Suggestion] = []
     tried = 0
-    changing = [stage for stage in only if stage in TRAINED or stage in large]
-    for overrides in candidates(config, architecture, first.mesh, bool(first.fits), crowded, changing):
+    tries = candidates(config, architecture, first.mesh, bool(first.fits), crowded, large or only)
+    for overrides in _gathering(config, first, room, tries):
         if tried == limit or (not first.fits and len(found) == ENOUGH):
             break
         try:
@@ -84,6 +84,20 @@ def suggest(
     return sorted(found, key=lambda one: (not one.same_results, one.plan.seconds))
 
 
+def _gathering(config: Config, first: Plan, room: float, tries: Iterator[Overrides]) -> Iterator[Overrides]:
+    """The tries, all with weights gathered for each token where they are too much at once; or first with them at once, where all fits."""
+    rollouts = [timed for stage in first.stages for timed in stage.programs if timed.program.name == "rollout"]
+    sharded, gathers = first.mesh["fsdp"] > 1, config.rl.sampling.gather_weights
+    if first.fits and rollouts and sharded and not gathers:
+        yield (f"{GATHER}=true",)
+    off: Overrides = ()
+    if gathers and any(timed.hbm > room or timed.program.refused for timed in rollouts):
+        off = (f"{GATHER}=false",)
+        if sharded:
+            yield off
+    yield from (one + off for one in tries)
+
+
 def _with(tell: Callable[[str], None], overrides: Overrides) -> Callable[[str], None]:
     return lambda text: tell(f"{text}, with {' '.join(overrides)}")
 
@@ -94,11 +108,10 @@ def changed(config: Config, overrides: Overrides) -> Config:
 
 
 def candidates(
-    config: Config, c: DecoderConfig, mesh: Mapping[str, int], fits: bool, crowded: bool = False, only: Collection[str] = TRAINED
+    config: Config, c: DecoderConfig, mesh: Mapping[str, int], fits: bool, crowded: bool = False, only: Collection[str] = STAGES
 ) -> Iterator[Overrides]:
-    """Overrides to try: first what changes no result, which is weights gathered for each token, meshes, smaller micro-batches and
-    recomputation; then adapters in place of full tuning, and shared roles; then the backbone in few bits. For a configuration that fits,
-    weights gathered once for all tokens, larger micro-batches and meshes.
+    """Overrides to try: first what trains as before, which is meshes, smaller micro-batches and recomputation; then adapters in place of
+    full tuning, and shared roles; then the backbone in few bits. For a configuration that fits, larger micro-batches and meshes.
 
     Args:
         mesh: the sizes of its axes as they are.
@@ -110,13 +123,9 @@ def candidates(
     mine = mesh["data"], mesh["fsdp"], mesh["tensor"]
     others = _meshes(config, c, mine, stages)
     if fits:
-        if rl.STAGE in planned and mesh["fsdp"] > 1 and not config.rl.sampling.gather_weights:
-            yield (f"{GATHER}=true",)
         yield from _larger(config, planned)
         yield from map(_set, others)
         return
-    if rl.STAGE in planned and mesh["fsdp"] > 1 and config.rl.sampling.gather_weights:
-        yield (f"{GATHER}=false",)
     remat = ("model.remat=full",) if config.model.remat != "full" else ()
     bases = [mine, *others[:1]]  # its own mesh, and the most sharded one
     smaller = {base: [_smaller(config, planned, base[0] * base[1], part) for part in (2, 4)] for base in bases}

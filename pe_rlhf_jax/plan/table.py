@@ -53,7 +53,7 @@ def show(plan: Plan, console: Console) -> None:
         console.print(ASSUMPTIONS, markup=False, style="dim")
     if plan.usable is not None:
         verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
-        of = f"{plan.chip.name}: {plan.chip.hbm:g} published" if plan.chip else f"{plan.topology}: all that a device has of this machine"
+        of = f"{plan.chip.name}: {plan.chip.hbm:g} published" if plan.chip else f"{plan.topology}: what programs may take of each device"
         console.print(f"{verdict}: {plan.hbm / GIB:.2f} of {plan.usable:.2f} GiB ({of})")
 
 

@@ -36,7 +36,7 @@ def respond(
 def watch(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, sampling: SamplingConfig) -> Iterator[Rollout]:
     """The same responses as `respond`'s while they are sampled: what there is after every few tokens, until all have ended.
 
-    All prompts are answered at once, whatever `max_num_seqs` says.
+    All prompts are answered at once, whatever `max_num_seqs` says, and weights are gathered for each token.
     """
     sampler = _sampler(context, sampling)
     state = _begin(sampler, policy, context.backbone, prompts)
@@ -54,21 +54,21 @@ def _sampler(context: Context, sampling: SamplingConfig, answers: int = 1) -> Sa
 
 
 def _variables(sampler: Sampler, policy: Role, backbone: PyTree) -> PyTree:
-    """The policy's as they are read at every step: matrices in the type in which they are computed, which full tuning's are not, and where
-    `sampling` wants them."""
+    """The policy's, its matrices in the type in which they are computed: those of full tuning are float32, which every step would read."""
     variables, dtype = policy.variables(backbone), sampler.decoder.dtype
+    if policy.params is None:
+        return variables
 
     def narrow(path: tuple, leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if path[-1].key in ("kernel", "embed", "lm_head") else leaf
 
-    if policy.params is not None:
-        variables = {**variables, "params": jax.tree_util.tree_map_with_path(narrow, variables["params"])}
-    return gathered(variables) if sampler.sampling.gather_weights else variables
+    return {**variables, "params": jax.tree_util.tree_map_with_path(narrow, variables["params"])}
 
 
 @jax.jit(static_argnums=0)
 def _respond(sampler: Sampler, policy: Role, backbone: PyTree, prompts: PromptBatch, key: jax.Array) -> Rollout:
-    return generate(sampler, _variables(sampler, policy, backbone), prompts, key)
+    variables = _variables(sampler, policy, backbone)
+    return generate(sampler, gathered(variables) if sampler.sampling.gather_weights else variables, prompts, key)
 
 
 @jax.jit(static_argnums=0)

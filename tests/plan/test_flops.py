@@ -63,6 +63,16 @@ def test_a_prompt_that_is_shared_costs_once(tiny):
     assert shuffled.of("rl", "update") == costs.update(2, 32 + 16, 16, "lora")
 
 
+def test_an_evaluation_costs_two_passes_for_its_ratios_and_one_for_its_scores(tiny):
+    config = configuration.parse(CONFIG % "full", ["evaluate.batch_size=3"])
+    costs = Costs(config, tiny.config)
+    assert costs.of("evaluate", "rollout") == costs.generate(3, 32, 32)
+    assert costs.of("evaluate", "score") == costs.forward(3, 64)
+    assert costs.of("evaluate", "log-ratio") == 2 * costs.forward(3, 64, 32)
+    separate = Costs(configuration.parse(CONFIG % "full", ["evaluate.batch_size=3", "rl.roles=separate"]), tiny.config)
+    assert separate.of("evaluate", "score") == costs.forward(3, 64, adapter=False)  # merged
+
+
 def test_what_a_70b_model_costs(tiny):
     """2 FLOPs a parameter and token, within what attention and embeddings differ."""
     big = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""The predicted peak against what a process really takes on this machine's CPU: every program of the reward and RL stages. Linux only."""
+"""Predicted peaks beside what a process really takes on this machine's CPU: of stages, and of their programs. Linux only."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_peak_of_a_stage_is_what_a_process_takes(stage, tuning):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize("stage", ["rl", "evaluate"])
+@pytest.mark.parametrize("stage", ["reward", "rl", "evaluate"])
 def test_without_the_kernels_scratch_every_program_takes_what_was_predicted(stage, tuning):
     for name, predicted, measured in programs(stage, tuning, "--xla_cpu_experimental_ynn_fusion_type=invalid"):
         assert measured == pytest.approx(predicted, rel=0.1), (name, predicted, measured)

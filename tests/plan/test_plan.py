@@ -18,7 +18,7 @@ from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.plan.chips import CHIPS
 from pe_rlhf_jax.plan.command import TRIES
 from pe_rlhf_jax.plan.plan import GIB, _notes, plan
-from pe_rlhf_jax.plan.suggest import candidates, changed, same_results, suggest
+from pe_rlhf_jax.plan.suggest import _gathering, candidates, changed, same_results, suggest
 from pe_rlhf_jax.plan.table import show
 from pe_rlhf_jax.plan.topology import Topology, _memory, describe
 
@@ -42,6 +42,7 @@ SHAPE = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
 }
+OFF = "rl.sampling.gather_weights=false"
 EIGHT = {"data": 1, "fsdp": 8, "tensor": 1}
 
 
@@ -100,7 +101,8 @@ def test_an_evaluation_that_does_not_fit_is_given_fewer_prompts_at_once(on_a_chi
     assert half.stages[1].hbm > 2 * half.stages[0].hbm
     config, shape, topology = on_a_chip(half.hbm + 1, *stages, "evaluate.batch_size=128")
     (found,) = suggest(config, shape, topology, plan(config, shape, topology), limit=1)
-    assert found.overrides == ("rl.micro_batch_size=2", "evaluate.batch_size=64") and found.same_results
+    assert found.overrides == ("evaluate.batch_size=64",) and found.same_results  # and nothing of RL, which fits
+    assert same_results(configuration.parse(CONFIG, ["lora.lora_dropout=0.1"]), found.overrides)
 
 
 def test_a_backbone_that_full_tuning_does_not_read_stays_in_memory_all_the_same(on_a_chip):
@@ -143,7 +145,8 @@ def test_candidates_divide_heads_and_batches(tiny):
 
 def test_a_stage_that_cannot_be_halved_leaves_the_others_their_halves(tiny):
     text = "{model: {source: x, remat: full}, sft: {batch_size: 8}, reward: {batch_size: 8}, rl: {batch_size: 64, num_mini_batches: 4}}"
-    tried = list(candidates(configuration.parse(text, ["mesh.fsdp=8"]), tiny.config, EIGHT, fits=False))
+    config = configuration.parse(text, ["mesh.fsdp=8"])
+    tried = list(candidates(config, tiny.config, EIGHT, fits=False, only=["sft", "reward", "rl"]))
     assert tried[0] == ("reward.micro_batch_size=4", "rl.micro_batch_size=8")  # pairs are two rows; 4 of 8 rows are no multiple of 8
     for one in tried:
         changed(configuration.parse(text, ["mesh.fsdp=8"]), one)
@@ -172,8 +175,6 @@ def test_few_bits_are_tried_after_what_changes_no_result_and_where_nothing_is_tu
     found = tried()
     assert first(found, "model.quantization=nf4") < TRIES
     assert first(tried("rl.roles=separate", "model.remat=dots"), "model.quantization=nf4") < TRIES
-    gathered = tried("rl.sampling.gather_weights=true")
-    assert gathered[0] == ("rl.sampling.gather_weights=false",) and gathered[1:] == found
     of_rl = tried("sft.micro_batch_size=8", only=["rl"])
     assert not any(override.startswith(("sft.", "reward.")) for one in of_rl for override in one)  # which are not compiled
     # No row fewer makes room where what stays in memory is too much: not on this mesh, and not on others with as many copies.
@@ -209,20 +210,38 @@ def test_where_it_fits_fewer_and_larger_micro_batches_and_other_meshes_are_tried
         return list(candidates(configuration.parse(CONFIG, ["run.stages=[reward, rl]", *overrides]), tiny.config, EIGHT, fits=True))
 
     none, both = tried("rl.batch_size=64"), tried("rl.batch_size=64", "reward.micro_batch_size=8", "rl.micro_batch_size=32")
-    assert len(none) > 1 and all(override.startswith("mesh.") for one in none[1:] for override in one)
+    assert none and all(override.startswith("mesh.") for one in none for override in one)
     assert ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1") not in none  # its own
     assert both == [
-        none[0],
         ("reward.micro_batch_size=null", "rl.micro_batch_size=null"),
         ("reward.micro_batch_size=16", "rl.micro_batch_size=null"),
-        *none[1:],
+        *none,
     ]
     assert tried("reward.micro_batch_size=32", "rl.batch_size=64") == none  # all rows already
-    assert none[0] == ("rl.sampling.gather_weights=true",)
-    assert tried("rl.batch_size=64", "rl.sampling.gather_weights=true") == none[1:]
-    alone = list(candidates(configuration.parse(CONFIG, ["run.stages=[rl]"]), tiny.config, EIGHT | {"fsdp": 1}, fits=True))
-    assert not any("gather" in override for one in alone for override in one)
-    assert tried("reward.micro_batch_size=16", "rl.batch_size=64")[2:] == none[1:]  # twice is all
+    assert tried("reward.micro_batch_size=16", "rl.batch_size=64")[1:] == none  # twice is all
+
+
+@pytest.mark.parametrize(
+    ("gathers", "fsdp", "rollout", "update", "expected"),
+    [
+        (False, 8, 4, 6, [("rl.sampling.gather_weights=true",), ("a=1",), ("b=2",)]),
+        (False, 1, 4, 6, [("a=1",), ("b=2",)]),
+        (True, 8, 4, 6, [("a=1",), ("b=2",)]),
+        # What does not fit is an update: rollouts stay fast.
+        (True, 8, 4, 9, [("a=1",), ("b=2",)]),
+        (False, 8, 9, 4, [("a=1",), ("b=2",)]),
+        (True, 8, 9, 4, [(OFF,), ("a=1", OFF), ("b=2", OFF)]),
+        # Nothing to gather here, but on the meshes that are tried.
+        (True, 1, 9, 9, [("a=1", OFF), ("b=2", OFF)]),
+    ],
+)
+def test_weights_are_gathered_at_once_where_there_is_room(gathers, fsdp, rollout, update, expected):
+    """Sizes in GiB, of 8."""
+    config = configuration.parse(CONFIG, [f"rl.sampling.gather_weights={gathers}".lower()])
+    sizes = {"rollout": rollout, "update": update}
+    timed = [SimpleNamespace(program=SimpleNamespace(name=name, refused=""), hbm=size) for name, size in sizes.items()]
+    first = SimpleNamespace(mesh={"fsdp": fsdp}, stages=[SimpleNamespace(programs=timed)], fits=max(rollout, update) <= 8)
+    assert list(_gathering(config, first, 8, iter([("a=1",), ("b=2",)]))) == expected
 
 
 def test_nothing_of_the_model_is_allocated(on_a_chip):
@@ -320,7 +339,7 @@ def test_what_may_be_faster_is_printed_where_it_is_asked_for(on_a_chip_by_comman
     assert [line.partition("stage: ")[2] for line in shown.splitlines() if ": fits in " in line] == ["--set reward.micro_batch_size=null"]
     assert told.splitlines()[1:] == ["compiling reward: update, with reward.micro_batch_size=null"]
     code, shown, _ = on_a_chip_by_command(GIB, "--suggest")
-    assert code == 0 and "no other mesh and no larger micro-batch that was tried fits" in shown
+    assert code == 0 and "nothing else that was tried fits" in shown
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -347,7 +366,7 @@ def test_a_topology_that_is_none_and_a_model_that_is_not_there_are_explained(tmp
     with monkeypatch.context() as patch:
         patch.setattr("pe_rlhf_jax.plan.topology._memory", lambda _: None)
         assert main.cli([*arguments, str(tmp_path / "config.json"), "--suggest"]) == 2
-    assert "--suggest: how much memory the devices of local have is not known" in " ".join(capsys.readouterr().out.split())
+    assert "--suggest: how much memory the devices of `local` have is not known" in " ".join(capsys.readouterr().out.split())
     assert main.cli([*arguments, str(tmp_path / "missing.json")]) == 2
     assert "expected Hugging Face's config.json" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"model_type": "mamba"}))
@@ -366,7 +385,7 @@ def test_this_machine_has_a_verdict_and_changes_that_fit_too(tmp_path: Path, cap
     monkeypatch.setattr("pe_rlhf_jax.plan.topology._memory", lambda _: need / GIB)
     assert main.cli(["plan", *files]) == 1
     shown = capsys.readouterr().out
-    assert "does not fit: 0.00 of 0.00 GiB (local: all that a device has of this machine)" in shown
+    assert "does not fit: 0.00 of 0.00 GiB (local: what programs may take of each device)" in shown
     assert "local: fits in 0.00 GiB: --set reward.micro_batch_size=16" in shown
     monkeypatch.setattr("pe_rlhf_jax.plan.topology._memory", lambda _: None)
     assert main.cli(["plan", *files]) == 0

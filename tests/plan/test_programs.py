@@ -116,21 +116,26 @@ def test_sft_and_reward_call_what_was_planned(tiny, caught, tuning):
 
 
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize(("algorithm", "rows"), [("ppo", None), ("grpo", 2)])
-def test_an_evaluation_calls_what_was_planned(tiny, caught, monkeypatch, algorithm, rows):
-    """Of the policy; the reference has fewer roles or as many."""
+@pytest.mark.parametrize(("algorithm", "rows", "stages"), [("ppo", None, ["reward", "rl"]), ("grpo", 2, ["sft", "reward", "rl"])])
+def test_an_evaluation_calls_what_was_planned(tiny, caught, monkeypatch, algorithm, rows, stages):
+    """Of the policy, which is asked last; the reference without SFT has no adapter."""
     sampling = FIELDS["rl"]["sampling"] | {"max_num_seqs": rows}
-    changes = {"rl": FIELDS["rl"] | {"algorithm": algorithm, "group_size": 2, "sampling": sampling}, "evaluate": {"batch_size": 2}}
-    context = run_context(tiny, **changes)
+    learning = FIELDS["rl"] | {"algorithm": algorithm, "group_size": 2, "sampling": sampling}
+    context = run_context(tiny, rl=learning, evaluate={"batch_size": 2}, run={"stages": stages})
     seen: list[list[str]] = []
+
+    def respond(*arguments, original=evaluate.respond):
+        caught.clear()
+        return original(*arguments)
 
     def log_ratio(*arguments, original=evaluate._log_ratio):
         seen.append(signature(list(arguments[3:])))
         return original(*arguments)
 
     monkeypatch.setattr(evaluate, "_log_ratio", log_ratio)
+    monkeypatch.setattr(evaluate, "respond", respond)
     with jax.set_mesh(context.mesh):
-        reference = sft.init(context).trainable
+        reference = sft.init(context).trainable if "sft" in stages else Role()
         model = reward_stage.init(context, reference).trainable
         trained = rl.init(context, reference, model).train.trainable
         roles = {"reference": reference, "policy": rl.whole(context, reference, model, trained)["policy"]}
