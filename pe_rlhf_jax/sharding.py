@@ -128,22 +128,19 @@ def keep_placed(tree: PyTree) -> PyTree:
 
     What a program returns and is given again must lie where it lay, or the second call would compile it anew.
     """
-    mesh = _mesh_in_use()
-    if mesh is None:
-        return tree
-    return jax.tree.map(jax.lax.with_sharding_constraint, tree, _specs(tree, mesh))
+    return _constrained(tree, lambda spec: spec)
 
 
 def gathered(tree: PyTree) -> PyTree:
     """Inside a compiled program: leaves whole over `fsdp`, and for the rest by the parameter rule; unchanged without a mesh."""
+    return _constrained(tree, lambda spec: PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
+
+
+def _constrained(tree: PyTree, change: Callable[[PartitionSpec], PartitionSpec]) -> PyTree:
     mesh = _mesh_in_use()
     if mesh is None:
         return tree
-
-    def whole(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
-
-    return jax.tree.map(whole, tree, _specs(tree, mesh))
+    return jax.tree.map(lambda x, spec: jax.lax.with_sharding_constraint(x, change(spec)), tree, _specs(tree, mesh))
 
 
 def _mesh_in_use() -> AbstractMesh | None:

@@ -86,10 +86,10 @@ class Costs:
         if stage == reward.STAGE:
             rows, text = longest_pair(config, self.c, self.devices) if config.reward.kind != "labels" else (1, text)
             return self.update(rows * config.reward.batch_size, text, 0, config.reward.tuning)
-        one, rows, response = config.rl, config.rl.batch_size, sampling.max_new_tokens
-        at_once, values = one.micro_batch_size or rows, one.has_critic and one.value_model == "adapter"
         if stage == evaluate.STAGE:
             return self._of_evaluation(program)
+        one, rows, response = config.rl, config.rl.batch_size, sampling.max_new_tokens
+        at_once, values = one.micro_batch_size or rows, one.has_critic and one.value_model == "adapter"
         if program == "rollout":
             answers = math.gcd(one.answers_each, rows // self.devices)
             return self.generate(rows, data.max_prompt_length, response, answers)
