@@ -17,9 +17,10 @@ from pe_rlhf_jax.config import LoRAConfig
 @pytest.fixture
 def quick_compile():
     """Halves compile times by skipping XLA's optimizer; for tests that hold for any compilation and run hardly any arithmetic."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
+def with_devices(count: int) -> str:
+    """This process's XLA_FLAGS, and so many CPU devices."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+
+
 def start(
     arguments: Sequence[str],
     count: int,
@@ -32,7 +37,7 @@ def start(
         address = f"127.0.0.1:{free.getsockname()[1]}"
     given = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"} | environment
     if devices > 1:
-        given["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        given["XLA_FLAGS"] = with_devices(devices)
     started = []
     for number in range(count):
         run = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)} if count > 1 else {}
@@ -57,6 +62,6 @@ def finish(processes: Sequence[subprocess.Popen], *codes: int, timeout: float = 
 
 def same_on_eight_devices(script: str) -> None:
     """Runs a script, which ends by printing `same`, in a process of its own with eight CPU devices."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": with_devices(8), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and done.stdout.endswith("same\n"), done.stderr[-4000:]

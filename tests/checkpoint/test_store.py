@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from processes import with_devices
 
 from pe_rlhf_jax.checkpoint import store as store_module
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
@@ -272,7 +273,7 @@ def test_killed_at_any_instant(tmp_path):
     """A stopped process has on disk exactly what a kill would leave: one saver is stopped and copied often, then killed."""
     run, rng = tmp_path / "run", np.random.default_rng()
     run.mkdir()
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": with_devices(4), "JAX_PLATFORMS": "cpu"}
     saver = subprocess.Popen([sys.executable, "-c", SAVER, str(run)], env=environment)
     leftovers = 0
     try:

@@ -43,6 +43,11 @@ sys.exit(main.cli(sys.argv[1:]))
 pytestmark = pytest.mark.xdist_group("whole runs")  # they share one undisturbed run and one cache
 
 
+def test_they_are_one_workers(request):
+    """Where tests are spread over workers by group; else each worker would make the undisturbed run."""
+    assert not getattr(request.config.option, "loadgroup", False) or request.node.nodeid.endswith("@whole runs")
+
+
 def test_a_run_leaves_what_it_promises(undisturbed):
     run = undisturbed / "runs" / "run"
     summary = json.loads((run / "summary.json").read_text())

@@ -65,8 +65,13 @@ def write_config(values: dict, folder: Path, **sections: dict) -> Path:
 
 
 def start(config: Path, cache: Path, *arguments: str, devices: int = 1, script: str | None = None) -> subprocess.Popen:
-    """The command as a user types it, in a process of its own; or a script that is given its arguments."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PE_RLHF_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
+    """The command as a user types it, in a process of its own; or a script that is given its arguments.
+
+    Compiled as a user's, however quickly this process compiles.
+    """
+    quickly = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in quickly}
+    environment |= {"JAX_PLATFORMS": "cpu", "PE_RLHF_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
     if devices > 1:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     program = ["-m", "pe_rlhf_jax.main"] if script is None else ["-c", script]

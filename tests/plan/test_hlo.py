@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from processes import with_devices
+
 from pe_rlhf_jax.plan import hlo
 from pe_rlhf_jax.plan.compiled import unsharded
 
@@ -165,7 +167,7 @@ print(found.unknown_loops, *[(one.kind, one.count, one.bytes) for one in found.c
 
 def test_a_scan_over_gathered_matrices_sends_each_of_them_once():
     """Seven matrices of 64 x 64 float32, of which a quarter is there already."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": with_devices(4), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == f"0 ('all-gather', 7, {7 * 64 * 64 * 4 * 3 / 4})"
