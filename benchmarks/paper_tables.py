@@ -41,7 +41,7 @@ import sweep
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import Config
-from pe_rlhf_jax.data import PreferenceExample
+from pe_rlhf_jax.data import LabelExample, PreferenceExample, pad_labels
 from pe_rlhf_jax.models.roles import TOWER, Role, Tuning
 from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.programs import _images, _rounded, abstract_context
@@ -52,11 +52,12 @@ from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.experience import make_experience
 from pe_rlhf_jax.training.micro_batches import in_micro_batches
 from pe_rlhf_jax.training.optimizer import make_optimizer
+from pe_rlhf_jax.training.reward_kinds import _pad_pairs
 from pe_rlhf_jax.training.rewards import _score
 from pe_rlhf_jax.training.rollouts import _respond
 from pe_rlhf_jax.training.shared_rows import answers_in_a_row
 from pe_rlhf_jax.training.step import make_step
-from pe_rlhf_jax.types import LabelBatch, PromptBatch, PyTree
+from pe_rlhf_jax.types import PromptBatch, PyTree
 
 PAPER = {
     "reward": {"memory": "43 to 56% (vision 74%)", "speed": "1.5 to 1.9x (vision 1.15x)"},
@@ -85,7 +86,7 @@ def reward_twin(context: Context) -> Twin:
     state = reward.init(context, Role())
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
     loss = reward._loss(context, reward.kind_of(config))
-    step = make_step(loss, lambda batch: jnp.sum(batch.weight), optimizer, config.batch_size, config.micro_batch_size)
+    step = make_step(loss, lambda batch: jnp.sum(batch.weight), optimizer, config.micro_batch_size)
     batch = _batch(context)
     frozen = (_kept(context, config.tuning), Role())
     compiled = step.lower(state, frozen, batch, jax.random.key(0)).compile()
@@ -114,7 +115,7 @@ def rl_twin(context: Context) -> Twin:
     backbone = _kept(context, config.tuning)
     frozen = rl.Frozen(backbone, frozen_roles, state.kl_coef)
     rows = config.batch_size // rl._mini_batches(config)
-    learn = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), rows, config.micro_batch_size)
+    learn = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), config.micro_batch_size)
     questions = config.batch_size // config.answers_each
     tokens, mask = _tokens(context, questions, _rounded(context, context.config.data.max_prompt_length))
     tokens, mask = (jnp.repeat(x, config.answers_each, axis=0) for x in (tokens, mask))
@@ -250,13 +251,12 @@ def _unique(tree: PyTree) -> int:
 def _batch(context: Context) -> PyTree:
     """Rows of the longest texts, or pairs of them, which have one prompt."""
     config, data = context.config.reward, context.config.data
-    if config.kind == "labels":
-        one = jnp.ones(config.batch_size)
-        return _seeing(context, LabelBatch(*_tokens(context, config.batch_size, _longest(context)), one, one))
     words = np.random.default_rng(0).integers(0, context.decoder.config.vocab_size, (config.batch_size, _longest(context))).astype(np.int32)
+    if config.kind == "labels":
+        return _seeing(context, pad_labels([LabelExample(row, 1.0) for row in words], context.pad_token, data.length_multiple))
     prompts, answers = words[:, : data.max_prompt_length], words[:, data.max_prompt_length :]
     sides = [np.concatenate([prompts, side], axis=1) for side in (answers, answers[:, ::-1])]
-    return _seeing(context, reward.kind_of(config).collator(context)([PreferenceExample(*pair) for pair in zip(*sides, strict=True)]))
+    return _seeing(context, _pad_pairs(context, [PreferenceExample(*pair) for pair in zip(*sides, strict=True)]))
 
 
 def _kept(context: Context, tuning: Tuning) -> PyTree:

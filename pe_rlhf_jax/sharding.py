@@ -204,6 +204,11 @@ def apart(f: Callable[..., jax.Array], groups: int, arguments: Sequence[Axes], r
     return parted
 
 
+def rows_each(config: Config, stage: str) -> int:
+    """Rows that an example of a stage's batches may take: a pair two, unless pairs are packed."""
+    return 2 if stage == "reward" and config.reward.kind != "labels" and not config.data.packing else 1
+
+
 def check_batches(config: Config, mesh: Mesh) -> None:
     """Raises ConfigError if a batch of the run's stages, or what of it is computed at once, cannot be split evenly over the mesh."""
     devices = row_multiple(mesh)
@@ -215,8 +220,8 @@ def check_batches(config: Config, mesh: Mesh) -> None:
     if "rl" in stages or "evaluate" in stages:
         sizes["rl.sampling.max_num_seqs"] = config.rl.sampling.max_num_seqs
     for field, size in sizes.items():
-        # A pair is two rows.
-        multiple = devices // math.gcd(devices, 2) if field == "reward.micro_batch_size" and config.reward.kind != "labels" else devices
+        each = rows_each(config, "reward") if field == "reward.micro_batch_size" else 1
+        multiple = devices // math.gcd(devices, each)
         if size is not None and size % multiple:
             raise ConfigError(
                 f"{field} {size} must be a multiple of {multiple}, for the {devices} devices along mesh axes data and fsdp: "

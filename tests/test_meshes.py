@@ -38,7 +38,8 @@ def model(**changes):
 
 
 def trained(tiny, devices, mesh, tuning="lora", stages=("sft", "reward", "rl"), steps=4):
-    sections = {{name: {{**fields, **(dict(tuning=tuning) if name != "run" else {{}})}} for name, fields in SECTIONS.items()}}
+    tuned = dict.fromkeys(("sft", "reward", "rl"), dict(tuning=tuning))
+    sections = {{name: {{**fields, **tuned.get(name, {{}})}} for name, fields in SECTIONS.items()}}
     context = tiny_context(tiny, devices, mesh=mesh, **sections)
     # One device has all logits at once; eight have them in several chunks, of one or two tokens of each row.
     chunked = context.config.model.model_copy(update=dict(logprob_chunk=1024 if devices == 1 else 2))
@@ -171,6 +172,16 @@ same(found, expected)
 print("same")
 """
 
+PACKED = """
+# Two rows hold a batch of one device; here each of four groups of devices has one of its own.
+_, expected, _ = trained(model(), 1, dict(data=1), stages=("sft", "reward"))
+SECTIONS["data"] = dict(length_multiple=32, packing=True)
+for devices, mesh in ((1, dict(data=1)), (8, dict(data=2, fsdp=2, tensor=2))):
+    _, found, _ = trained(model(), devices, mesh, stages=("sft", "reward"))
+    same(found, expected)
+print("same")
+"""
+
 KEPT = """
 import re
 from pe_rlhf_jax.rollout.score import token_logprobs
@@ -295,6 +306,7 @@ print("same")
         pytest.param(MESHES.format(tuning="full", stages=("sft", "reward"), vocabulary=31), id="full"),
         pytest.param(LONG, id="twenty-steps", marks=pytest.mark.slow),
         pytest.param(PORTIONS, id="micro-batches"),
+        pytest.param(PACKED, id="packed"),
         pytest.param(HEADS.format(stages=("reward",)), id="heads"),
         pytest.param(HEADS.format(stages=("reward", "rl")), id="heads-in-rl", marks=pytest.mark.slow),
         pytest.param(KEPT, id="kept-in-stretches"),

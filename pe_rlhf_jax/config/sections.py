@@ -208,6 +208,12 @@ class DataConfig(Section):
         False,
         description="Batches of SFT and reward training hold rows of similar length, which saves padding.",
     )
+    packing: bool = Field(
+        False,
+        description="In SFT and reward training, examples of a batch share rows, each as long as the longest training example, and none "
+        "sees another: fewer tokens are padding, if there are more examples in a batch than devices, and the loss is the same (but for "
+        "what dropout draws). In updates `micro_batch_size` then counts such rows. For models of text.",
+    )
     image_cache_gib: float = Field(
         1.0,
         ge=0,

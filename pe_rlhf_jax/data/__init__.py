@@ -4,6 +4,7 @@ from pe_rlhf_jax.data.batches import BatchOrder, fill, pad_labels, pad_preferenc
 from pe_rlhf_jax.data.formats import LabelExample, PreferenceExample, PromptExample, SFTExample
 from pe_rlhf_jax.data.image_batches import PixelReader, as_read
 from pe_rlhf_jax.data.loading import Data, Split, load
+from pe_rlhf_jax.data.rows import Packing
 from pe_rlhf_jax.data.sources import DataError
 from pe_rlhf_jax.data.turns import Vision
 
@@ -12,6 +13,7 @@ __all__ = [
     "Data",
     "DataError",
     "LabelExample",
+    "Packing",
     "PixelReader",
     "PreferenceExample",
     "PromptExample",

@@ -1,18 +1,15 @@
-"""Which rows make up a batch, and the arrays it becomes. Padded lengths are multiples of a number, so that few programs are compiled."""
+"""Which examples make up a batch, and the arrays it becomes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import grain
 import numpy as np
 
 from pe_rlhf_jax.data.formats import LabelExample, PreferenceExample, PromptExample, SFTExample
+from pe_rlhf_jax.data.rows import Packing, Rows, pad, rounded
 from pe_rlhf_jax.types import Batch, LabelBatch, PreferenceBatch, PromptBatch
-
-# The batch types speak of JAX arrays; what is made here stays NumPy until a step's shardings place it on devices.
-HostArray = Any
 
 
 class BatchOrder:
@@ -57,13 +54,13 @@ class BatchOrder:
         return batches[np.random.default_rng((self._seed, window)).permutation(self._window)]
 
 
-def pad_sft(examples: Sequence[SFTExample], pad_id: int, multiple: int) -> Batch:
-    """Right-padded prompt + response; the length is the longest row's, rounded up to `multiple`."""
-    rows = [np.concatenate([example.prompt, example.response]) for example in examples]
-    tokens, mask = _pad(rows, pad_id, _rounded(rows, multiple))
-    prompt_lengths = np.array([len(example.prompt) for example in examples])
-    target_mask = mask & (np.arange(tokens.shape[1]) >= prompt_lengths[:, None])
-    return Batch(tokens=tokens, mask=mask, target_mask=target_mask)
+def pad_sft(examples: Sequence[SFTExample], pad_id: int, multiple: int, packing: Packing | None = None) -> Batch:
+    """Right-padded prompt + response; the length is the longest row's, rounded up to `multiple`, or the packing's."""
+    rows = Rows([np.concatenate([example.prompt, example.response]) for example in examples], multiple, packing)
+    tokens, mask = rows.tokens(pad_id)
+    # What a text begins with follows on nothing, and so is not learned.
+    learned = [np.arange(example.length) >= max(1, example.prompt_length) for example in examples]
+    return Batch(tokens=tokens, mask=mask, target_mask=rows.marks(learned).astype(bool), segments=rows.segments())
 
 
 def pad_preferences(
@@ -72,8 +69,9 @@ def pad_preferences(
     multiple: int,
     rows: int | None = None,
     in_one_row: Callable[[int, int], bool] = lambda pair, side: True,
+    packing: Packing | None = None,
 ) -> PreferenceBatch:
-    """Right-padded pairs, one row each or, where that does not pay, two.
+    """Right-padded pairs, one row each or, where that does not pay, two; or several in a row.
 
     The length of two rows is a multiple of `multiple`, and that of one, which holds both sides, of twice as much: so it takes about as
     many values.
@@ -81,48 +79,57 @@ def pad_preferences(
     Args:
         rows: fill the batch to this many pairs with copies of the first at weight 0.
         in_one_row: whether pairs go into one row of the first number of tokens, rather than into two rows of the second.
+        packing: how several pairs go into a row; for models of text.
     """
     filled = fill(examples, rows)
     sides = [side for example in filled for side in (example.chosen, example.rejected)]
-    shared = np.array([example.shared for example in filled])
-    last: HostArray
-    joined = [np.concatenate([example.chosen, example.rejected[example.shared :]]) for example in filled]
+    joined = Rows([np.concatenate([pair.chosen, pair.rejected[pair.shared :]]) for pair in filled], 2 * multiple, packing)
     # A prompt that is read in both directions has to be one for both sides.
     whole = all(example.shared >= example.prompt_length for example in filled)
-    length = _rounded(joined, 2 * multiple)
-    if whole and in_one_row(length, _rounded(sides, multiple)):
-        tokens, mask = _pad(joined, pad_id, length)
-        last = np.array([(len(example.chosen), len(row)) for example, row in zip(filled, joined, strict=True)], np.int32)[:, None] - 1
-        places: HostArray = np.arange(tokens.shape[1])
-        branches = (places >= shared[:, None]).astype(np.int32) + (places > last[:, :, 0])
-        shape: tuple[int, ...] = (len(filled), 1, -1)
+    if packing is not None or (whole and in_one_row(joined.length, rounded(sides, multiple))):
+        tokens, mask = joined.tokens(pad_id)
+        last = joined.places([(len(pair.chosen) - 1, pair.length - 1) for pair in filled])
+        branches, segments = joined.marks([_branches(pair) for pair in filled]), joined.segments()
+        shape: tuple[int, ...] = (len(tokens), 1, -1)
     else:
-        tokens, mask = _pad(sides, pad_id, _rounded(sides, multiple))
-        last, branches, shape = np.array([len(side) for side in sides], np.int32) - 1, None, (len(filled), 2, -1)
-    margin: HostArray = np.array([example.margin for example in filled], np.float32)
+        tokens, mask = pad(sides, pad_id, rounded(sides, multiple))
+        last, branches, segments, shape = np.array([len(side) for side in sides], np.int32) - 1, None, None, (len(filled), 2, -1)
     return PreferenceBatch(
         tokens=tokens.reshape(shape),
         mask=mask.reshape(shape),
         last=last.reshape(shape),
         branches=None if branches is None else branches.reshape(shape),
-        margin=margin,
-        weight=_weight(examples, filled),
+        margin=joined.said([example.margin for example in filled]),
+        weight=joined.said(_weight(examples, filled)),
+        segments=None if segments is None else segments.reshape(shape),
     )
 
 
-def pad_labels(examples: Sequence[LabelExample], pad_id: int, multiple: int, rows: int | None = None) -> LabelBatch:
-    """Right-padded rows with their labels; `multiple` and `rows` as in `pad_preferences`."""
+def _branches(pair: PreferenceExample) -> np.ndarray:
+    """Of a pair in one row: 0 at what both sides share, 1 where chosen goes on, 2 where rejected does."""
+    places = np.arange(pair.length)
+    return (places >= pair.shared).astype(np.int32) + (places >= len(pair.chosen))
+
+
+def pad_labels(
+    examples: Sequence[LabelExample], pad_id: int, multiple: int, rows: int | None = None, packing: Packing | None = None
+) -> LabelBatch:
+    """Right-padded rows with their labels; `multiple`, `rows` and `packing` as in `pad_preferences`."""
     filled = fill(examples, rows)
-    texts = [example.tokens for example in filled]
-    tokens, mask = _pad(texts, pad_id, _rounded(texts, multiple))
-    label: HostArray = np.array([example.label for example in filled], np.float32)
-    return LabelBatch(tokens=tokens, mask=mask, label=label, weight=_weight(examples, filled))
+    laid = Rows([example.tokens for example in filled], multiple, packing)
+    tokens, mask = laid.tokens(pad_id)
+    last, label, weight = (
+        laid.places([(example.length - 1,) for example in filled]),
+        laid.said([example.label for example in filled]),
+        laid.said(_weight(examples, filled)),
+    )
+    return LabelBatch(tokens=tokens, mask=mask, last=last, label=label, weight=weight, segments=laid.segments())
 
 
 def pad_prompts(examples: Sequence[PromptExample], pad_id: int, multiple: int, rows: int | None = None) -> PromptBatch:
     """Left-padded prompts; `multiple` and `rows` as in `pad_preferences`."""
     prompts = [example.tokens for example in fill(examples, rows)]
-    tokens, mask = _pad([prompt[::-1] for prompt in prompts], pad_id, _rounded(prompts, multiple))
+    tokens, mask = pad([prompt[::-1] for prompt in prompts], pad_id, rounded(prompts, multiple))
     return PromptBatch(tokens=tokens[:, ::-1].copy(), mask=mask[:, ::-1].copy())
 
 
@@ -133,27 +140,5 @@ def fill(examples: Sequence, rows: int | None) -> list:
     return [*examples, *[examples[0]] * ((rows or len(examples)) - len(examples))]
 
 
-def _weight(examples: Sequence, filled: Sequence) -> HostArray:
-    return (np.arange(len(filled)) < len(examples)).astype(np.float32)
-
-
-def padded(length: int, multiple: int) -> int:
-    """The length that rows of at most so many tokens are padded to: a multiple of `multiple`, which doubles wherever 16 of it are not
-    enough. So of lengths between n and 2n there are at most 16, for each of which programs are compiled; padding is at most an eighth.
-    """
-    while 16 * multiple < length:
-        multiple *= 2
-    return -(-length // multiple) * multiple
-
-
-def _rounded(rows: Sequence[np.ndarray], multiple: int) -> int:
-    return padded(max(len(row) for row in rows), multiple)
-
-
-def _pad(rows: Sequence[np.ndarray], pad_id: int, length: int) -> tuple[HostArray, HostArray]:
-    """Right-padded int32 tokens [B, length] and their mask."""
-    lengths = np.array([len(row) for row in rows])
-    mask = np.arange(length) < lengths[:, None]
-    tokens = np.full(mask.shape, pad_id, np.int32)
-    tokens[mask] = np.concatenate(rows)
-    return tokens, mask
+def _weight(examples: Sequence, filled: Sequence) -> Sequence[float]:
+    return [float(i < len(examples)) for i in range(len(filled))]

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data import Data
-from pe_rlhf_jax.data.batches import padded
+from pe_rlhf_jax.data.rows import MOST_IN_A_ROW, padded
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import TOWER, Role
@@ -261,10 +261,11 @@ def _sft_update(context: Context) -> Update:
     config = context.config.sft
     state = jax.eval_shape(lambda params: sft.init(dataclasses.replace(context, backbone=params)), context.backbone)
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
-    step = make_step(sft._loss(context), sft._targets, optimizer, config.batch_size, config.micro_batch_size)
+    step = make_step(sft._loss(context), sft._targets, optimizer, config.micro_batch_size)
     width = _text_width(context)
     mask = _flags(config.batch_size, width)
-    return Update(step, state, context.backbone, Batch(_ints(config.batch_size, width), mask, mask, **_seen(context, mask)))
+    tokens = _ints(config.batch_size, width)
+    return Update(step, state, context.backbone, Batch(tokens, mask, mask, _segments(context, tokens), **_seen(context, mask)))
 
 
 def _reward_update(context: Context) -> Update:
@@ -278,15 +279,17 @@ def _reward_update(context: Context) -> Update:
     state, frozen = jax.eval_shape(start, context.backbone)
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
     kind = reward.kind_of(config)
-    step = make_step(reward._loss(context, kind), lambda b: jnp.sum(b.weight), optimizer, config.batch_size, config.micro_batch_size)
-    width, pairs, one = _text_width(context), config.batch_size, _floats(config.batch_size)
+    step = make_step(reward._loss(context, kind), lambda b: jnp.sum(b.weight), optimizer, config.micro_batch_size)
+    width, rows, packing = _text_width(context), config.batch_size, context.config.data.packing
+    each, said = (MOST_IN_A_ROW, _floats(rows, MOST_IN_A_ROW)) if packing else (1, _floats(rows))
     if kind.data == "label":
-        tokens, mask = _ints(pairs, width), _flags(pairs, width)
-        return Update(step, state, frozen, LabelBatch(tokens, mask, label=one, weight=one, **_seen(context, mask)))
+        tokens, mask, last = _ints(rows, width), _flags(rows, width), _ints(rows, each)
+        labels = LabelBatch(tokens, mask, last, said, said, _segments(context, tokens), **_seen(context, mask))
+        return Update(step, state, frozen, labels)
     n, width = longest_pair(context.config, context.decoder.config, row_multiple(context.mesh))
-    tokens, mask, last = _ints(pairs, n, width), _flags(pairs, n, width), _ints(pairs, n, 2 // n)
-    batch = PreferenceBatch(tokens, mask, last, tokens if n == 1 else None, margin=one, weight=one, **_seen(context, mask))
-    return Update(step, state, frozen, batch)
+    tokens, mask, last = _ints(rows, n, width), _flags(rows, n, width), _ints(rows, n, 2 * each // n)
+    branches, segments = tokens if n == 1 else None, _segments(context, tokens)
+    return Update(step, state, frozen, PreferenceBatch(tokens, mask, last, branches, said, said, segments, **_seen(context, mask)))
 
 
 def _rl_update(context: Context) -> Update:
@@ -300,7 +303,7 @@ def _rl_update(context: Context) -> Update:
 
     state, frozen = jax.eval_shape(start, context.backbone)
     rows = config.batch_size // rl._mini_batches(config)
-    step = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), rows, config.micro_batch_size)
+    step = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), config.micro_batch_size)
     prompt, response = _rounded(context, context.config.data.max_prompt_length), config.sampling.max_new_tokens
     numbers, seen = _floats(rows, response), _flags(rows, prompt)
     ended, pictures = _flags(rows), _images(context, rows)
@@ -320,6 +323,10 @@ def rows(context: Context, shapes: PyTree) -> PyTree:
     if count % parts:
         raise ConfigError(f"a batch of {count} rows cannot be split over mesh axes data and fsdp, together {parts}: make it a multiple")
     return with_places(shapes, jax.tree.map(lambda _: NamedSharding(context.mesh, ROWS), shapes))
+
+
+def _segments(context: Context, tokens: Any) -> Any:
+    return tokens if context.config.data.packing else None
 
 
 def _seen(context: Context, mask: Any) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def token_logprobs(
         return jnp.take_along_axis(logprobs_BCV, target_BC[..., None], axis=-1)[..., 0], entropy_BC
 
     chunks = -(-length // max(1, chunk * row_groups(batch) // batch))
-    if chunks == 1:
+    if chunks <= 1:  # none where rows are of one token, which predicts nothing
         return of_chunk((hidden_BTD, targets_BT))
     width = -(-length // chunks)
     missing = chunks * width - length
@@ -168,10 +168,19 @@ def scores_at(
     dropout_key: jax.Array | None = None,
     prompt: Bool[Array, "B T"] | None = None,
     features: Float[Array, "B M F E"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B n"]:
-    """The role's head at `places` of each row: the ends of its branches, say, as `models.visibility` has them."""
+    """The role's head at `places` of each row: the ends of its branches and segments, say, as `models.visibility` has them."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden, _ = decoder.apply(
-        role.variables(backbone), tokens, mask, deterministic=deterministic, rngs=rngs, features=features, prompt=prompt, branches=branches
+        role.variables(backbone),
+        tokens,
+        mask,
+        deterministic=deterministic,
+        rngs=rngs,
+        features=features,
+        prompt=prompt,
+        branches=branches,
+        segments=segments,
     )
     return apply_head(role.head, jnp.take_along_axis(hidden, places[..., None], axis=1))

@@ -12,7 +12,8 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from pe_rlhf_jax.config import Config, ConfigError
-from pe_rlhf_jax.data import Data, Split, Vision
+from pe_rlhf_jax.data import Data, Packing, Split, Vision
+from pe_rlhf_jax.data.rows import MOST_IN_A_ROW, padded
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role, Tuning
 from pe_rlhf_jax.sharding import place, place_rows, row_multiple
@@ -41,6 +42,10 @@ class Context:
     vision: Vision | None = None
     """How pictures are written in prompts, and how their pixels are prepared."""
 
+    def __post_init__(self) -> None:
+        if self.config.data.packing and self.decoder.config.vision is not None:
+            raise ConfigError("data.packing is for models of text, and this one sees: leave it out; data.group_by_length saves padding too")
+
     @property
     def pad_token(self) -> int:
         return int(self.tokenizer.pad_token_id)
@@ -59,6 +64,25 @@ class Context:
         """
         section, multiple = getattr(self.config, stage), row_multiple(self.mesh)
         return -(-(section.micro_batch_size or section.batch_size) // multiple) * multiple
+
+    def packing(self, stage: Literal["sft", "reward"], kind: Literal["sft", "preference", "label"]) -> Packing | None:
+        """How a stage packs batches of a kind; None where each example has rows of its own.
+
+        Raises ConfigError for pairs that would make longer rows than a prompt and two responses.
+        """
+        data, section = self.config.data, getattr(self.config, stage)
+        if not data.packing:
+            return None
+        longest = max(example.length for example in self.split(kind).train)
+        limit = data.max_prompt_length + data.max_response_length * (2 if kind == "preference" else 1)
+        if longest > limit:  # sides with long prompts of their own
+            raise ConfigError(
+                f"data.packing: the sides of a pair share so little that it takes {longest} tokens, more than one prompt and two responses "
+                f"({limit}); leave packing out, or take the common beginning of both sides for the row's `prompt`"
+            )
+        part = section.micro_batch_size if section.micro_batch_size != section.batch_size else None
+        most = longest if kind == "sft" else MOST_IN_A_ROW
+        return Packing(padded(longest, data.length_multiple), part or row_multiple(self.mesh), most)
 
     def key(self, stage: str) -> jax.Array:
         return stage_key(self.config.run.seed, stage)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.data import PixelReader, fill
-from pe_rlhf_jax.data.batches import padded
+from pe_rlhf_jax.data.rows import padded
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import TOWER

@@ -39,7 +39,7 @@ def updates(
     `perf/peak_memory_gib` is the fullest host's: all tell theirs at the first step and with held-out figures.
     """
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
-    step = make_step(loss, total, optimizer, config.batch_size, config.micro_batch_size)
+    step = make_step(loss, total, optimizer, config.micro_batch_size)
     rate = learning_rate(config.optimizer, config.steps)
     lengths = [example.length for example in as_read(examples)] if context.config.data.group_by_length else None
     order, key = BatchOrder(len(examples), config.batch_size, context.config.run.seed, lengths), context.key(stage)

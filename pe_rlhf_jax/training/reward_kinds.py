@@ -13,11 +13,11 @@ from jaxtyping import Array, Float
 
 from pe_rlhf_jax.algorithms.reward import bradley_terry, logistic
 from pe_rlhf_jax.config import RewardConfig
-from pe_rlhf_jax.data import LabelExample, PreferenceExample, as_read, pad_labels, pad_preferences
+from pe_rlhf_jax.data import LabelExample, Packing, PreferenceExample, as_read, pad_labels, pad_preferences
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.score import features_of, scores_at, sequence_score
+from pe_rlhf_jax.rollout.score import features_of, scores_at
 from pe_rlhf_jax.sharding import row_multiple
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.shared_rows import pair_in_one_row
@@ -70,7 +70,8 @@ class Pairs:
     select = "accuracy"
 
     def collator(self, context: Context) -> Callable[[Sequence[PreferenceExample]], PreferenceBatch]:
-        return lambda rows: _pad_pairs(context, rows)
+        packing = context.packing("reward", "preference")
+        return lambda rows: _pad_pairs(context, rows, packing=packing)
 
     def loss(
         self, config: RewardConfig, decoder: Decoder, role: Role, backbone: PyTree, batch: Any, total: Array, key: jax.Array | None
@@ -79,9 +80,9 @@ class Pairs:
         return bradley_terry(
             chosen,
             rejected,
-            margin=batch.margin if config.use_margin else None,
+            margin=batch.margin.reshape(-1) if config.use_margin else None,
             center_coef=config.center_rewards_coefficient,
-            weight=batch.weight,
+            weight=batch.weight.reshape(-1),
             total=total,
         )
 
@@ -119,22 +120,23 @@ class Labels:
     select = "auc"
 
     def collator(self, context: Context) -> Callable[[Sequence[LabelExample]], LabelBatch]:
-        share = float(np.mean(_labels(as_read(context.split("label").train))))
+        share, packing = float(np.mean(_labels(as_read(context.split("label").train)))), context.packing("reward", "label")
         balanced = context.config.reward.balance_classes
 
         def collate(rows: Sequence[LabelExample]) -> LabelBatch:
-            batch = pad_labels(rows, context.pad_token, context.config.data.length_multiple)
+            batch = pad_labels(rows, context.pad_token, context.config.data.length_multiple, packing=packing)
             if not balanced:
                 return batch
             weight: Any = np.where(np.asarray(batch.label) == 1, 0.5 / share, 0.5 / (1 - share)).astype(np.float32)
-            return batch.replace(weight=weight)
+            return batch.replace(weight=weight * batch.weight)
 
         return collate
 
     def loss(
         self, config: RewardConfig, decoder: Decoder, role: Role, backbone: PyTree, batch: Any, total: Array, key: jax.Array | None
     ) -> tuple[Float[Array, ""], Statistics]:
-        return logistic(label_scores(decoder, role, backbone, batch, key), batch.label, weight=batch.weight, total=total)
+        scores = label_scores(decoder, role, backbone, batch, key)
+        return logistic(scores, batch.label.reshape(-1), weight=batch.weight.reshape(-1), total=total)
 
     def scores(self, context: Context, role: Role, rows: Sequence[LabelExample]) -> tuple[np.ndarray, ...]:
         def of(part: Sequence[LabelExample], size: int) -> tuple[Array, ...]:
@@ -168,7 +170,8 @@ class PairsAsLabels(Pairs):
     ) -> tuple[Float[Array, ""], Statistics]:
         chosen, rejected = pair_scores(decoder, role, backbone, batch, key)
         labels = jnp.concatenate([jnp.ones_like(chosen), jnp.zeros_like(rejected)])
-        return logistic(jnp.concatenate([chosen, rejected]), labels, weight=jnp.tile(batch.weight, 2) / 2, total=total)
+        weight = jnp.tile(batch.weight.reshape(-1), 2) / 2
+        return logistic(jnp.concatenate([chosen, rejected]), labels, weight=weight, total=total)
 
     def quick(self, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
         return _quick_of_labels(np.concatenate(scores), np.repeat([1.0, 0.0], len(rows)))
@@ -216,24 +219,26 @@ def _figures_of_labels(
     }
 
 
-def _pad_pairs(context: Context, rows: Sequence[PreferenceExample], size: int | None = None) -> PreferenceBatch:
+def _pad_pairs(
+    context: Context, rows: Sequence[PreferenceExample], size: int | None = None, packing: Packing | None = None
+) -> PreferenceBatch:
     config, c, devices = context.config, context.decoder.config, row_multiple(context.mesh)
     fits = functools.partial(pair_in_one_row, config, c, devices)
-    return pad_preferences(rows, context.pad_token, config.data.length_multiple, size, fits)
+    return pad_preferences(rows, context.pad_token, config.data.length_multiple, size, fits, packing)
 
 
 def pair_scores(
     decoder: Decoder, role: Role, backbone: PyTree, batch: PreferenceBatch, dropout_key: jax.Array | None = None
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Scores of both sides in one pass, and what they share computed once, where the batch has it once; pictures always are.
+    """Scores of both sides of all pairs in one pass, and what they share computed once, where the batch has it once; pictures always are.
 
     Adapters then drop out once for both sides in what they share, in place of twice.
     """
     prompt, features = _seen(decoder, role, backbone, batch, dropout_key)
-    given = (batch.tokens, batch.mask, batch.last, batch.branches, prompt)
-    tokens, mask, last, branches, prompt = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), given)
+    given = (batch.tokens, batch.mask, batch.last, batch.branches, prompt, batch.segments)
+    tokens, mask, last, branches, prompt, segments = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), given)
     features = None if features is None else jnp.repeat(features, batch.tokens.shape[1], axis=0)
-    scores = scores_at(decoder, backbone, role, tokens, mask, last, branches, dropout_key is None, dropout_key, prompt, features)
+    scores = scores_at(decoder, backbone, role, tokens, mask, last, branches, dropout_key is None, dropout_key, prompt, features, segments)
     chosen, rejected = scores.reshape(-1, 2).T
     return chosen, rejected
 
@@ -241,9 +246,11 @@ def pair_scores(
 def label_scores(
     decoder: Decoder, role: Role, backbone: PyTree, batch: LabelBatch, dropout_key: jax.Array | None = None
 ) -> Float[Array, " B"]:
-    """The logit of each row."""
+    """The logit of each response."""
     prompt, features = _seen(decoder, role, backbone, batch, dropout_key)
-    return sequence_score(decoder, backbone, role, batch.tokens, batch.mask, dropout_key is None, dropout_key, prompt, features)
+    rows = (batch.tokens, batch.mask, batch.last, None)
+    scores = scores_at(decoder, backbone, role, *rows, dropout_key is None, dropout_key, prompt, features, batch.segments)
+    return scores.reshape(-1)
 
 
 def _seen(

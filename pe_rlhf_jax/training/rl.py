@@ -88,8 +88,7 @@ def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards
     """Yields the state and its metrics after each rollout batch is learned, from where `state` stands."""
     config, prompts = context.config.rl, context.split("prompts").train
     repeats = config.answers_each
-    rows = config.batch_size // _mini_batches(config)
-    learn = make_step(_loss(context), _tokens, _optimizer(config), rows, config.micro_batch_size)
+    learn = make_step(_loss(context), _tokens, _optimizer(config), config.micro_batch_size)
     rate = learning_rate(config.optimizer, _updates(config))
     order, key = BatchOrder(len(prompts), config.batch_size // repeats, context.config.run.seed), context.key(STAGE)
     frozen_roles = _frozen(context, reference, reward)

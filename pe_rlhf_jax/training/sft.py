@@ -32,6 +32,7 @@ def init(context: Context) -> TrainState:
 
 def run(context: Context, state: TrainState) -> Iterator[tuple[TrainState, Metrics]]:
     """Yields the state and its metrics after each update, from where `state` stands."""
+    packing = context.packing("sft", "sft")
     return updates(
         context,
         STAGE,
@@ -39,7 +40,7 @@ def run(context: Context, state: TrainState) -> Iterator[tuple[TrainState, Metri
         state,
         frozen=context.backbone,
         examples=context.split("sft").train,
-        collate=lambda rows: pad_sft(rows, context.pad_token, context.config.data.length_multiple),
+        collate=lambda rows: pad_sft(rows, context.pad_token, context.config.data.length_multiple, packing),
         loss=_loss(context),
         total=_targets,
         evaluate=lambda state: {"loss": evaluate(context, state.trainable)},
@@ -72,7 +73,14 @@ def _logprobs(decoder: Decoder, chunk: int, role: Role, backbone: PyTree, batch:
     rngs = None if key is None else {"dropout": key}
     features = features_of(decoder, variables, batch.images, key is None, rngs)
     hidden, _ = decoder.apply(
-        variables, batch.tokens, batch.mask, deterministic=key is None, rngs=rngs, features=features, prompt=batch.prompt_mask
+        variables,
+        batch.tokens,
+        batch.mask,
+        deterministic=key is None,
+        rngs=rngs,
+        features=features,
+        prompt=batch.prompt_mask,
+        segments=batch.segments,
     )
     return token_logprobs(hidden[:, :-1], batch.tokens[:, 1:], lambda h: decoder.unembed(variables["params"], h), 1.0, chunk)[0]
 

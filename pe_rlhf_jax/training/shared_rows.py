@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from pe_rlhf_jax.config import Config
-from pe_rlhf_jax.data.batches import padded
+from pe_rlhf_jax.data.rows import padded
 from pe_rlhf_jax.models.architecture import DecoderConfig, matrices
 from pe_rlhf_jax.types import Rollout
 
@@ -35,6 +35,8 @@ def longest_pair(config: Config, c: DecoderConfig, devices: int) -> tuple[int, i
     """Rows of a pair and their tokens, with the longest prompt, which both sides share, and the longest answers."""
     data, multiple = config.data, config.data.length_multiple
     side = data.max_prompt_length + data.max_response_length
+    if data.packing:
+        return 1, padded(side + data.max_response_length, multiple)
     pair, side = padded(side + data.max_response_length, 2 * multiple), padded(side, multiple)
     return (1, pair) if pair_in_one_row(config, c, devices, pair, side) else (2, side)
 

@@ -40,19 +40,20 @@ def make_step(
     loss: Loss,
     total: Callable[[PyTree], Float[Array, ""]],
     optimizer: optax.GradientTransformation,
-    batch_size: int,
     micro_batch_size: int | None,
 ) -> Step:
     """A jitted step(state, frozen, batch, key) -> (state, metrics). The state's buffers are reused.
 
-    `total` is the normaliser of a whole batch. A non-finite loss or gradient changes nothing but the counters. `state.step` is left to
+    So many rows as `micro_batch_size` says are computed at once, None for all; it divides the rows of a batch, unless
+    these are fewer. `total` is the normaliser
+    of a whole batch. A non-finite loss or gradient changes nothing but the counters. `state.step` is left to
     the caller: a step of RL may hold several updates.
     """
-    count = batch_size // (micro_batch_size or batch_size)
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[TrainState, dict[str, Array]]:
-        normaliser = total(batch)
+        rows = len(jax.tree.leaves(batch)[0])
+        count, normaliser = max(1, rows // (micro_batch_size or rows)), total(batch)
         trained = _float32(state.trainable)  # so that gradients, moments and updates are, however it is stored
         if count == 1:
             (value, statistics), gradients = gradient(trained, frozen, batch, normaliser, key)

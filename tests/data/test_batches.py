@@ -16,7 +16,6 @@ from pe_rlhf_jax.data import (
     pad_prompts,
     pad_sft,
 )
-from pe_rlhf_jax.data.batches import padded
 
 PAD = 9
 
@@ -79,13 +78,6 @@ def test_a_window_is_put_together_once(monkeypatch):
 def test_nothing_to_order(size, batch_size):
     with pytest.raises(ValueError, match="at least one row"):
         BatchOrder(size, batch_size, seed=0)
-
-
-def test_few_lengths_are_padded_to():
-    lengths = [padded(n, 16) for n in range(1, 5000)]
-    assert all(n <= length < n * 1.125 + 16 and length % 16 == 0 for n, length in enumerate(lengths, start=1))
-    assert lengths == sorted(lengths) and len({length for length in lengths if 256 < length <= 512}) == 8
-    assert [padded(n, 16) for n in (1, 17, 256, 257, 512, 513, 1024, 8192)] == [16, 32, 256, 288, 512, 576, 1024, 8192]
 
 
 def test_pad_sft():

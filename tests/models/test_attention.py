@@ -18,6 +18,8 @@ from pe_rlhf_jax.models.visibility import positions, visible, with_blocks
 LENGTH, BLOCK = 23, 4  # six blocks, the last of them not full
 REAL = np.arange(LENGTH) >= np.array([[0], [3], [9]])
 BRANCHES = np.broadcast_to(np.repeat([0, 1, 2], [11, 7, 5]), REAL.shape)
+SEGMENTS = np.broadcast_to(np.repeat([1, 2], [13, 10]), REAL.shape)
+NESTED = np.broadcast_to(np.repeat([0, 1, 2, 0, 1, 2], [6, 4, 3, 4, 3, 3]), REAL.shape)  # branches of each segment
 PICTURES = np.where((np.arange(LENGTH) % 8 < 3) & REAL, np.arange(LENGTH) // 8 + 1, 0)
 
 
@@ -38,6 +40,8 @@ SEEN = {
     "window": visible(jnp.asarray(REAL), LENGTH).within(6),
     "branches": visible(jnp.asarray(REAL), LENGTH, 0, jnp.asarray(BRANCHES)),
     "branches, window": visible(jnp.asarray(REAL), LENGTH, 0, jnp.asarray(BRANCHES)).within(jnp.int32(5)),
+    "segments": visible(jnp.asarray(REAL), LENGTH, 0, None, jnp.asarray(SEGMENTS)),
+    "segments, branches, window": visible(jnp.asarray(REAL), LENGTH, 0, jnp.asarray(NESTED), jnp.asarray(SEGMENTS)).within(5),
     "pictures": with_blocks(visible(jnp.asarray(REAL), LENGTH), 0, jnp.asarray(PICTURES), False).within(2),
     "pictures beyond windows": with_blocks(visible(jnp.asarray(REAL), LENGTH), 0, jnp.asarray(PICTURES), True).within(2),
     "cache": in_cache(),
@@ -73,14 +77,16 @@ def test_a_mask_is_what_the_rules_say(name):
     mask = np.asarray(jnp.broadcast_to(seen.mask(), (3, 1, LENGTH, seen.real.shape[1])))[:, 0]
     real = np.asarray(seen.real)
     start = 5 if name == "cache" else 0
+    segments = SEGMENTS if "segments" in name else np.zeros_like(SEGMENTS)
+    branches = NESTED if "segments, branches" in name else BRANCHES if "branches" in name else np.zeros_like(BRANCHES)
     for row, query, key in np.ndindex(mask.shape):
         expected = key <= start + query and real[row, key]
         far = name == "window" and query - key >= 6
-        if "branches" in name:
-            expected = expected and BRANCHES[row, key] in (0, BRANCHES[row, query])
-            seen_real = lambda at, row=row: [  # noqa: E731
-                j for j in range(at + 1) if real[row, j] and BRANCHES[row, j] in (0, BRANCHES[row, at])
-            ]
+        if "branches" in name or "segments" in name:
+            branch, segment = branches[row], segments[row]
+            sees = lambda at, j, branch=branch, segment=segment: segment[j] == segment[at] and branch[j] in (0, branch[at])  # noqa: E731
+            expected = expected and sees(query, key)
+            seen_real = lambda at, row=row, sees=sees: [j for j in range(at + 1) if real[row, j] and sees(at, j)]  # noqa: E731
             far = "window" in name and len(seen_real(query)) - len(seen_real(key)) >= 5
         if "pictures" in name:
             together = PICTURES[row, query] == PICTURES[row, key] > 0
@@ -96,6 +102,16 @@ def test_positions_go_on_from_the_trunk_in_every_branch():
     branches = np.array([[0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 1, 1, 2, 2, 3, 3, 3]])
     expected = [[0, 0, 1, 2, 3, 3, 2, 3, 3], [0, 1, 1, 2, 1, 2, 1, 1, 2]]
     np.testing.assert_array_equal(positions(jnp.asarray(real), jnp.asarray(branches)), expected)
+
+
+def test_positions_begin_anew_in_every_segment():
+    """In the second row both segments have branches."""
+    real = np.array([[1, 1, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1, 1]], bool)
+    segments = np.array([[1, 1, 1, 2, 2, 2, 3, 0], [1, 1, 1, 1, 2, 2, 2, 2]])
+    np.testing.assert_array_equal(positions(jnp.asarray(real[:1]), None, jnp.asarray(segments[:1])), [[0, 1, 2, 0, 0, 1, 0, 0]])
+    branches = np.array([[0] * 8, [0, 1, 2, 2, 0, 0, 1, 2]])
+    found = positions(jnp.asarray(real), jnp.asarray(branches), jnp.asarray(segments))
+    np.testing.assert_array_equal(found[1], [0, 1, 1, 2, 0, 1, 2, 2])
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

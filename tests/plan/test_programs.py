@@ -39,7 +39,8 @@ def run_context(tiny, **changes):
     """Rows of the longest lengths that the configuration allows, as the plan assumes."""
     context = tiny_context(tiny, **{name: FIELDS.get(name, {}) | changes.get(name, {}) for name in FIELDS | changes})
     words = np.arange(2, 10, dtype=np.int32)
-    pair, prompt = PreferenceExample(np.append(words, words), np.append(words, words), 0.0), PromptExample(words, "text", {})
+    pair = PreferenceExample(np.append(words, words), np.append(words, words[::-1]), 0.0)
+    prompt = PromptExample(words, "text", {})
     data = dataclasses.replace(
         context.data,
         sft=Split([SFTExample(words, words)] * 8, [SFTExample(words, words)] * 2),
@@ -103,9 +104,10 @@ def test_rl_calls_what_was_planned(tiny, caught, algorithm, rows):
 
 
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_sft_and_reward_call_what_was_planned(tiny, caught, tuning):
-    context = run_context(tiny, sft={"tuning": tuning}, reward={"tuning": tuning}, rl={"roles": "separate"})
+@pytest.mark.parametrize(("tuning", "packing"), [("lora", False), ("full", False), ("lora", True)])
+def test_sft_and_reward_call_what_was_planned(tiny, caught, tuning, packing):
+    data = {"packing": packing}
+    context = run_context(tiny, data=data, sft={"tuning": tuning}, reward={"tuning": tuning}, rl={"roles": "separate"})
     with jax.set_mesh(context.mesh):
         next(sft.run(context, sft.init(context)))
         assert caught == planned(context, "sft")

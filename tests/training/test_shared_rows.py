@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,11 @@ import numpy as np
 import pytest
 from tiny_context import tiny_context
 from tiny_families import CASES, Tiny
+from tiny_pairs import FAST, MARGINS, assert_alike, learned, model_of, pairs, role_of
 from tiny_pictures import seeing_context
 
 from pe_rlhf_jax import config as configuration
-from pe_rlhf_jax.checkpoint.weights import load_params
-from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.data import PreferenceExample, Split, pad_preferences, pad_prompts
-from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import experience, reward, reward_kinds, rl
 from pe_rlhf_jax.training.reward_kinds import pair_scores
@@ -27,36 +24,6 @@ from pe_rlhf_jax.training.shared_rows import answers_for, answers_in_a_row, long
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-MARGINS = {"use_margin": True, "center_rewards_coefficient": 0.1}
-"""So that the loss tells scores that are both too high by one number."""
-LORA = LoRAConfig(r=3, lora_alpha=6.0)
-SHAPES = ((5, 3, 4), (0, 2, 5), (7, 1, 1), (2, 6, 3))
-"""Tokens of prompt, chosen and rejected; the longest are longer than every window, and one pair shares nothing."""
-
-
-def model_of(name: str) -> SimpleNamespace:
-    tiny = Tiny(name)
-    params = load_params(tiny, tiny.family, tiny.architecture, jnp.float32)
-    return SimpleNamespace(decoder=Decoder(tiny.architecture, LORA), config=tiny.architecture, params=params)
-
-
-def role_of(context) -> Role:
-    """A reward model whose adapter is far from fresh."""
-    role = reward.init(context, Role()).trainable
-    draw = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
-    return role.replace(lora=jax.tree.map(draw, role.lora))
-
-
-def pairs(vocabulary: int) -> list[PreferenceExample]:
-    rng = np.random.default_rng(5)
-    found = []
-    for prompt, *answers in SHAPES:
-        asked = rng.integers(2, vocabulary, prompt)
-        first = rng.permutation(np.arange(2, vocabulary))  # answers that differ from their first token on
-        sides = [np.concatenate([asked, first[i : i + 1], rng.integers(2, vocabulary, n - 1)]) for i, n in enumerate(answers)]
-        found.append(PreferenceExample(*(side.astype(np.int32) for side in sides), margin=0.5, prompt_length=prompt))
-    return found
-
 
 def one_and_two(context, examples):
     """The examples in one row each and in two, on the devices with their pictures."""
@@ -64,24 +31,6 @@ def one_and_two(context, examples):
         context.rows(pad_preferences(examples, 0, multiple, in_one_row=lambda *_, one=one: one), examples)
         for one, multiple in ((True, 7), (False, 1))
     ]
-
-
-def learned(context, role, batch):
-    """Loss, figures of the scores, and gradients of the reward stage."""
-    context = dataclasses.replace(context, decoder=dataclasses.replace(context.decoder, remat="none"))  # compiles sooner
-    loss = reward._loss(context, reward.kind_of(context.config.reward))
-    total, key = jnp.float32(len(batch.tokens)), jax.random.key(0)
-    return jax.jit(jax.value_and_grad(lambda r: loss(r, (context.backbone, Role()), batch, total, key), has_aux=True))(role)
-
-
-def assert_alike(a, b):
-    """To float32's rounding, of what each leaf holds at most."""
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * float(np.max(np.abs(y))))
-
-
-FAST = ("mistral", "gemma3", "gpt2")
-"""Windows in all layers; in some, with rotations of their own; a table of positions. test_losses.py holds Llama's to NumPy."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CASES])

@@ -67,15 +67,15 @@ def quadratic(trainable, target, rows, total, key):
     return loss, {"rows": jnp.sum(rows["x"][:, 0] * 0 + 1) / total}
 
 
-def step_of(batch: int, micro: int | None):
-    return make_step(quadratic, lambda rows: jnp.float32(len(rows["x"])), optax.sgd(0.1), batch, micro)
+def step_of(micro: int | None):
+    return make_step(quadratic, lambda rows: jnp.float32(len(rows["x"])), optax.sgd(0.1), micro)
 
 
 def test_micro_batches_add_up_to_the_whole_batch():
     rows = {"x": jnp.asarray(np.random.default_rng(0).standard_normal((12, 3)), jnp.float32)}
     results = []
     for micro in (None, 4, 1):
-        state, metrics = step_of(12, micro)(new_state({"w": jnp.ones(3)}, optax.sgd(0.1)), jnp.ones(()), rows, jax.random.key(0))
+        state, metrics = step_of(micro)(new_state({"w": jnp.ones(3)}, optax.sgd(0.1)), jnp.ones(()), rows, jax.random.key(0))
         results.append((state.trainable["w"], metrics["loss"], metrics["grad_norm"], metrics["rows"]))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -92,7 +92,7 @@ def test_adapters_in_bfloat16_are_learned_in_float32():
         return jnp.sum(rows["x"] * trainable["lora"]["w"].astype(jnp.float32)), {}
 
     rows = {"x": jnp.full((64, 1), 1 / 256).at[0].set(1.0)}
-    step = make_step(loss, lambda rows: jnp.float32(1), optimizer, 64, 1)
+    step = make_step(loss, lambda rows: jnp.float32(1), optimizer, 1)
     state, metrics = step(new_state(trainable, optimizer), None, rows, jax.random.key(0))
     assert float(metrics["grad_norm"]) == 1 + 63 / 256
     assert state.trainable["lora"]["w"].dtype == jnp.bfloat16 and float(state.trainable["lora"]["w"][0]) == -1.0
@@ -111,14 +111,14 @@ def test_gradients_of_adapters_in_bfloat16_are_float32():
     def loss(trainable, _, rows, total, key):
         return jnp.sum(trainable["lora"]["a"] + trainable["lora"]["b"] / 256) * jnp.sum(rows["x"]), {}
 
-    step = make_step(loss, lambda rows: jnp.float32(1), optimizer, 1, None)
+    step = make_step(loss, lambda rows: jnp.float32(1), optimizer, None)
     _, metrics = step(new_state(trainable, optimizer), None, {"x": jnp.ones(1)}, jax.random.key(0))
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(1 + 2.0**-16), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_non_finite_update_changes_nothing_but_the_counters(bad):
-    step, optimizer = step_of(2, None), optax.sgd(0.1)
+    step, optimizer = step_of(None), optax.sgd(0.1)
     good, broken = {"x": jnp.ones((2, 3))}, {"x": jnp.full((2, 3), bad)}
     state, _ = step(new_state({"w": jnp.ones(3)}, optimizer), jnp.ones(()), good, jax.random.key(0))
     before = np.asarray(state.trainable["w"])
