@@ -10,7 +10,7 @@ of them, and the ratios are taken within each turn. Prints one line of JSON:
     padding   share of the tokens that is padding, by way
     programs  how many shapes of batches there are, for each of which one is compiled, by way
     seconds   for all batches, by way, in each turn
-    ratio     padded over packed, grouped over packed: median, least and greatest of the turns
+    ratio     padded over packed, grouped over packed, of seconds per token that is not padding: median, least and greatest of the turns
     processor the same ratios of the seconds that a processor worked on it, which other work lengthens less; for a CPU
     loss      largest relative difference of the losses of a batch, padded and packed
 """
@@ -92,13 +92,16 @@ def main() -> None:
 
     turns = [{way: seconds(made) for way, made in ways.items()} for _ in range(a.turns)]
 
+    tokens = {way: int(sum(batch.mask.sum() for batch in made)) for way, made in ways.items()}
+
     def ratios(which: int) -> dict[str, list[float]]:
-        return {way: spread([turn[way][which] / turn["packed"][which] for turn in turns]) for way in ("padded", "grouped")}
+        each = [{way: turn[way][which] / tokens[way] for way in ways} for turn in turns]
+        return {way: spread([turn[way] / turn["packed"] for turn in each]) for way in ("padded", "grouped")}
 
     result = {
         "device": jax.devices()[0].device_kind,
         "examples": {"mean": round(float(np.mean(lengths)), 1), "longest": max(lengths)},
-        "padding": {way: round(1 - sum(b.mask.sum() for b in made) / sum(b.mask.size for b in made), 3) for way, made in ways.items()},
+        "padding": {way: round(1 - tokens[way] / sum(batch.mask.size for batch in made), 3) for way, made in ways.items()},
         "programs": {way: len({batch.tokens.shape for batch in made}) for way, made in ways.items()},
         "seconds": {way: [round(turn[way][0], 3) for turn in turns] for way in ways},
         "ratio": ratios(0),
