@@ -18,22 +18,17 @@ of them, and the ratios are taken within each turn. Prints one line of JSON:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from shared_prefix import SHAPE, spread
+from shared_prefix import SHAPE, random_context, seconds, spread
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.data import BatchOrder, Packing, SFTExample, pad_sft
 from pe_rlhf_jax.data.rows import padded
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.plan.architecture import architecture
-from pe_rlhf_jax.plan.programs import abstract_context
 from pe_rlhf_jax.training import sft
 from pe_rlhf_jax.types import Batch, PyTree
 
@@ -63,16 +58,13 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="override a field")
     a = parser.parse_args()
     config = configuration.parse("model: {source: none}", a.overrides)
-    shape = architecture(config.model, a.model_config)
-    shape = dataclasses.replace(shape, num_layers=a.layers or shape.num_layers)
-    context = abstract_context(config, shape, jnp.dtype(config.model.dtype_on(jax.default_backend())))
-    context = dataclasses.replace(context, backbone=jax.jit(context.decoder.init_params)(jax.random.key(0)))
+    context = random_context(config, a.model_config, a.layers)
     role = Role(lora=jax.tree.map(lambda x: x + 0.01, context.decoder.init_lora(jax.random.key(1))))
 
     rng = np.random.default_rng(0)
     drawn = rng.lognormal(np.log(a.median), a.sigma, 100 * a.batches * a.batch).astype(int)
     lengths = [int(n) for n in drawn[(drawn > 1) & (drawn <= a.longest)]][: 10 * a.batches * a.batch]
-    texts = [rng.integers(0, shape.vocab_size, n).astype(np.int32) for n in lengths]
+    texts = [rng.integers(0, context.decoder.config.vocab_size, n).astype(np.int32) for n in lengths]
     ways = batches(
         [SFTExample(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts], a.batches, a.batch, config.data.length_multiple
     )
@@ -83,15 +75,11 @@ def main() -> None:
     def learn(role: Role, backbone: PyTree, batch: Batch) -> tuple[jax.Array, Role]:
         return jax.value_and_grad(lambda role: loss(role, backbone, batch, sft._targets(batch), jax.random.key(0))[0])(role)
 
-    losses = {way: np.array([float(learn(role, context.backbone, batch)[0]) for batch in made]) for way, made in ways.items()}
+    def learned(made: list[Batch]) -> list[tuple[jax.Array, Role]]:
+        return [learn(role, context.backbone, batch) for batch in made]
 
-    def seconds(made: list[Batch]) -> tuple[float, float]:
-        began, worked = time.perf_counter(), time.process_time()
-        jax.block_until_ready([learn(role, context.backbone, batch) for batch in made])
-        return time.perf_counter() - began, time.process_time() - worked
-
-    turns = [{way: seconds(made) for way, made in ways.items()} for _ in range(a.turns)]
-
+    losses = {way: np.array([float(loss) for loss, _ in learned(made)]) for way, made in ways.items()}
+    turns = [{way: seconds(learned, made) for way, made in ways.items()} for _ in range(a.turns)]
     tokens = {way: int(sum(batch.mask.sum() for batch in made)) for way, made in ways.items()}
 
     def ratios(which: int) -> dict[str, list[float]]:

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.data import PreferenceExample, pad_preferences
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.plan.architecture import architecture
@@ -82,6 +83,14 @@ def spread(ratios: list[float]) -> list[float]:
     return [round(x, 3) for x in (statistics.median(ratios), min(ratios), max(ratios))]
 
 
+def random_context(config: Config, model_config: Path, layers: int | None) -> Context:
+    """Random weights of a shape, on all its layers or fewer."""
+    shape = architecture(config.model, model_config)
+    shape = dataclasses.replace(shape, num_layers=layers or shape.num_layers)
+    context = abstract_context(config, shape, jnp.dtype(config.model.dtype_on(jax.default_backend())))
+    return dataclasses.replace(context, backbone=jax.jit(context.decoder.init_params)(jax.random.key(0)))
+
+
 def seconds(f: Callable[..., Any], *arguments: Any) -> tuple[float, float]:
     """By the clock, and of a processor."""
     began, worked = time.perf_counter(), time.process_time()
@@ -101,10 +110,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="override a field")
     a = parser.parse_args()
     config = configuration.parse("model: {source: none}", a.overrides)
-    shape = architecture(config.model, a.model_config)
-    shape = dataclasses.replace(shape, num_layers=a.layers or shape.num_layers)
-    context = abstract_context(config, shape, jnp.dtype(config.model.dtype_on(jax.default_backend())))
-    context = dataclasses.replace(context, backbone=jax.jit(context.decoder.init_params)(jax.random.key(0)))
+    context = random_context(config, a.model_config, a.layers)
     role = reward.init(context, Role()).trainable
     role = role.replace(lora=jax.tree.map(lambda x: x + 0.01, role.lora))  # a fresh adapter would hide its own gradient
 
@@ -117,7 +123,7 @@ def main() -> None:
     leaves = zip(jax.tree.leaves(gradient.lora), jax.tree.leaves(wanted.lora), strict=True)
     difference = max(float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))) for x, y in leaves)
     turns = [[seconds(program, role, context.backbone) for program in programs] for _ in range(a.turns)]
-    costs, logits = Costs(config, shape), a.answer if a.responses else 0
+    costs, logits = Costs(config, context.decoder.config), a.answer if a.responses else 0
     shared = costs.update(a.pairs, a.prompt + answers * a.answer, answers * logits, "lora")
     counted = [float(program.cost_analysis()["flops"]) for program in programs]
     result = {

@@ -204,9 +204,10 @@ def apart(f: Callable[..., jax.Array], groups: int, arguments: Sequence[Axes], r
     return parted
 
 
-def rows_each(config: Config, stage: str) -> int:
-    """Rows that an example of a stage's batches may take: a pair two, unless pairs are packed."""
-    return 2 if stage == "reward" and config.reward.kind != "labels" and not config.data.packing else 1
+def micro_batch_multiple(config: Config, stage: str, devices: int) -> int:
+    """What a stage's micro-batches are a multiple of, for so many devices along data and fsdp. A pair is two rows, if not packed."""
+    two = stage == "reward" and config.reward.kind != "labels" and not config.data.packing
+    return devices // math.gcd(devices, 2) if two else devices
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:
@@ -220,8 +221,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
     if "rl" in stages or "evaluate" in stages:
         sizes["rl.sampling.max_num_seqs"] = config.rl.sampling.max_num_seqs
     for field, size in sizes.items():
-        each = rows_each(config, "reward") if field == "reward.micro_batch_size" else 1
-        multiple = devices // math.gcd(devices, each)
+        multiple = micro_batch_multiple(config, "reward", devices) if field == "reward.micro_batch_size" else devices
         if size is not None and size % multiple:
             raise ConfigError(
                 f"{field} {size} must be a multiple of {multiple}, for the {devices} devices along mesh axes data and fsdp: "

@@ -163,6 +163,7 @@ def test_several_slices_are_refused():
         ({"sft": {"batch_size": 48, "micro_batch_size": 12}}, "sft.micro_batch_size 12", 8),
         ({"reward": {"batch_size": 20}}, "reward.batch_size 20", 8),
         ({"reward": {"batch_size": 24, "micro_batch_size": 6}}, "reward.micro_batch_size 6", 4),  # pairs: two rows each
+        ({"reward": {"batch_size": 24, "micro_batch_size": 12}, "data": {"packing": True}}, "reward.micro_batch_size 12", 8),  # but packed
         ({"reward": {"kind": "labels", "batch_size": 24, "micro_batch_size": 12}}, "reward.micro_batch_size 12", 8),
         ({"rl": {"batch_size": 20, "num_mini_batches": 1}}, "rl.batch_size 20", 8),
         ({"rl": {"batch_size": 16, "num_mini_batches": 4}}, "rl.batch_size / rl.num_mini_batches 4", 8),
@@ -172,7 +173,9 @@ def test_several_slices_are_refused():
     ],
 )
 def test_a_batch_that_does_not_fit_names_one_that_does(sections, field, multiple):
-    config = configuration.parse(yaml.safe_dump({"model": {"source": "unused"}, "run": {"stages": [*sections]}, **sections}))
+    config = configuration.parse(
+        yaml.safe_dump({"model": {"source": "unused"}, "run": {"stages": [*sections.keys() - {"data"}]}, **sections})
+    )
     with pytest.raises(ConfigError) as caught:
         check_batches(config, AbstractMesh((2, 4, 1), AXES))
     found = re.fullmatch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax
@@ -14,7 +13,7 @@ from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.plan.plan import GIB, STAGES, Plan, plan
 from pe_rlhf_jax.plan.topology import Topology
-from pe_rlhf_jax.sharding import rows_each
+from pe_rlhf_jax.sharding import micro_batch_multiple
 from pe_rlhf_jax.training import evaluate, reward, rl
 
 GATHER = "rl.sampling.gather_weights"
@@ -180,7 +179,7 @@ def _smaller(config: Config, stages: Sequence[str], groups: int, part: int) -> O
     for stage in stages:
         rows, field = _rows(config, stage), "batch_size" if stage == evaluate.STAGE else "micro_batch_size"
         size = (getattr(getattr(config, stage), field) or rows) // part
-        if size and rows % size == 0 and size % (groups // math.gcd(groups, rows_each(config, stage))) == 0:
+        if size and rows % size == 0 and size % micro_batch_multiple(config, stage, groups) == 0:
             found.append(f"{stage}.{field}={size}")
     return tuple(found)
 

@@ -44,10 +44,9 @@ def make_step(
 ) -> Step:
     """A jitted step(state, frozen, batch, key) -> (state, metrics). The state's buffers are reused.
 
-    So many rows as `micro_batch_size` says are computed at once, None for all; it divides the rows of a batch, unless
-    these are fewer. `total` is the normaliser
-    of a whole batch. A non-finite loss or gradient changes nothing but the counters. `state.step` is left to
-    the caller: a step of RL may hold several updates.
+    So many rows as `micro_batch_size` says are computed at once, None for all; it divides the rows of a batch, unless these are fewer.
+    `total` is the normaliser of a whole batch. A non-finite loss or gradient changes nothing but the counters. `state.step` is left to the
+    caller: a step of RL may hold several updates.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 

@@ -148,6 +148,8 @@ def test_a_stage_that_cannot_be_halved_leaves_the_others_their_halves(tiny):
     config = configuration.parse(text, ["mesh.fsdp=8"])
     tried = list(candidates(config, tiny.config, EIGHT, fits=False, only=["sft", "reward", "rl"]))
     assert tried[0] == ("reward.micro_batch_size=4", "rl.micro_batch_size=8")  # pairs are two rows; 4 of 8 rows are no multiple of 8
+    packed = configuration.parse(text, ["mesh.fsdp=8", "data.packing=true"])
+    assert next(candidates(packed, tiny.config, EIGHT, fits=False, only=["sft", "reward", "rl"])) == ("rl.micro_batch_size=8",)
     for one in tried:
         changed(configuration.parse(text, ["mesh.fsdp=8"]), one)
 
