@@ -42,8 +42,11 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     where = f"{jax.device_count()} {jax.default_backend()}" + (f" of {jax.process_count()} processes" if hosts.several() else "")
     progress.note(f"{backbone.source}: {count(params) / 1e6:.1f}M parameters, {held}, on {where}")
     vision = vision_of(backbone)
-    loaded = data.load(config.data, backbone.tokenizer, needs=needs, vision=vision, end_tokens=backbone.eos_token_ids)
-    if hosts.several():
+    several = hosts.several()
+    loaded = data.load(
+        config.data, backbone.tokenizer, needs=needs, vision=vision, end_tokens=backbone.eos_token_ids, several_hosts=several
+    )
+    if several:
         rows = b"".join(rows_of(split) for split in (loaded.sft, loaded.preference, loaded.label, loaded.prompts))
         hosts.same({"backbone (model.source)": backbone.sha256.encode(), "data": rows})
     for note in loaded.notes:
@@ -95,7 +98,7 @@ def adapted(config: Config, folder: str | None, backbone: Backbone, decoder: Dec
         jax.eval_shape(decoder.init_lora, jax.random.key(0)),
         config.lora,
         weights=backbone.family.weights(backbone.config),
-        base_model=backbone.source,
+        base_model=None if config.model.any_backbone else backbone.source,
         sha256=None if config.model.any_backbone else backbone.sha256,
         backbone=hosts.fetch({name: params[name] for name in config.lora.modules_to_save}),
     )

@@ -34,6 +34,7 @@ def group_normalised(scores: Float[Array, " B"], group_size: int, scale: bool = 
     prompts their own weight (Liu et al. 2025, arXiv 2503.20783). Raises ValueError as `leave_one_out`.
     """
     grouped = _grouped(scores, group_size)
+    grouped = grouped - grouped[:, :1]  # so that equal scores differ by nothing, however large they are
     centred = grouped - jnp.mean(grouped, axis=1, keepdims=True)
     if scale:
         centred = centred / (jnp.std(grouped, axis=1, keepdims=True, ddof=1) + SCALE_EPS)

@@ -198,15 +198,18 @@ def _check_settings(file: Path, found: Mapping[str, Any], config: LoRAConfig, mo
             raise AdapterError(f"{file}: {key}: {value!r} is not supported (only none, or {expected!r})")
 
 
+_MEND = "use the same backbone, or if you know better, set model.any_backbone: true"
+
+
 def _check_backbone(file: Path, settings: Mapping[str, Any], header: Mapping[str, str], base_model: str | None, sha256: str | None) -> None:
     trained = header.get("base_model_sha256")
     if sha256 is not None and trained is not None and trained != sha256:
-        raise AdapterError(f"{file}: trained on weights with SHA-256 {trained}, but the backbone's is {sha256}; use the same backbone")
+        raise AdapterError(f"{file}: trained on weights with SHA-256 {trained}, but the backbone's is {sha256}; {_MEND}")
     name = settings.get("base_model_name_or_path")
-    # Of two names of the hub one must be wrong; anything else may be a copy of the same weights.
+    # Two names of the hub are seldom the same weights; anything else may be a copy of them.
     named = trained is None and base_model is not None and base_model.startswith("hf:") and _is_hub_name(name)
     if named and f"hf:{name}" != base_model:
-        raise AdapterError(f"{file}: trained on {name!r}, but model.source is {base_model!r}; use the same backbone")
+        raise AdapterError(f"{file}: trained on {name!r}, but model.source is {base_model!r}; {_MEND}")
 
 
 def _is_hub_name(name: Any) -> bool:

@@ -105,7 +105,7 @@ class RLConfig(Section):
     kl_coef: float = Field(0.05, ge=0, description="Weight of the KL penalty; the paper's beta, whose objective is (1 - beta) r - beta KL.")
     kl_target: float | None = Field(None, gt=0, description="Adapt kl_coef to this mean KL per response (nats); null keeps it fixed.")
     kl_horizon: float = Field(10_000, gt=0, description="Episodes over which an adaptive coefficient moves.")
-    gamma: float = Field(1.0, ge=0, le=1, description="Discount.")
+    gamma: float = Field(1.0, ge=0, le=1, description="PPO, REINFORCE: discount.")
     lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda.")
     cliprange: float = Field(0.2, gt=0, description="PPO, RLOO, GRPO: clip of the probability ratio.")
     cliprange_value: float = Field(0.2, gt=0, description="PPO: clip of the value change.")

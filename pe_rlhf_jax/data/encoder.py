@@ -126,7 +126,7 @@ class Encoder:
         return text._replace(prompt=self.vision.write(text.prompt, row.pictures, self.tokenizer.bos_token or ""))
 
     def _tokens(self, texts: Sequence[Text]) -> list[Sides]:
-        prompts, responses = self._ids([t.prompt for t in texts]), self._ids([self._behind(t) for t in texts])
+        prompts, responses = self._ids([t.prompt for t in texts]), self._behind(texts)
         pairs = []
         for text, prompt, response in zip(texts, prompts, responses, strict=True):
             first = prompt if text.prompt else response
@@ -138,9 +138,19 @@ class Encoder:
             pairs.append((np.asarray(prompt, np.int32), np.asarray(response, np.int32)))
         return pairs
 
-    def _behind(self, text: Text) -> str:
-        """The response as it is written behind its prompt."""
-        return text.response.removeprefix(" ") if self.adds_space and text.prompt else text.response
+    def _behind(self, texts: Sequence[Text]) -> list[list[int]]:
+        """Tokens of responses as they are written behind their prompts."""
+        if not self.adds_space:
+            return self._ids([text.response for text in texts])
+        # A response without a space would get the tokenizer's; behind a line break it does not.
+        [line] = self._ids(["\n"])
+        breaks = [bool(text.prompt) and not text.response.startswith(" ") for text in texts]
+        written = [text.response.removeprefix(" ") if text.prompt else text.response for text in texts]
+        found = self._ids(["\n" * behind + text for behind, text in zip(breaks, written, strict=True)])
+        for i, text in enumerate(texts):
+            if breaks[i]:
+                found[i] = found[i][len(line) :] if found[i][: len(line)] == line else self._ids([text.response])[0]
+        return found
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []

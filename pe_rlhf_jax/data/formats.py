@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -128,6 +129,8 @@ class Text(NamedTuple):
     response: str
     turn: bool = False
     """Whether the response is an assistant's turn, which ends as the chat template ends one."""
+    asked: str = ""
+    """The prompt's turns without a template, so that models with other templates hold out the same rows."""
 
 
 class Seen(NamedTuple):
@@ -156,7 +159,7 @@ class TextRow:
     def prompts(self) -> set[str]:
         """The prompts with the names of their pictures, or where there are none the whole texts."""
         pictures = "".join(f"{picture.label}\n" for picture in self.pictures)
-        return {pictures + (text.prompt or text.response) for text in self.texts}
+        return {pictures + (text.asked or text.prompt or text.response) for text in self.texts}
 
     @property
     def keys(self) -> set[str]:
@@ -261,7 +264,10 @@ class Reader:
             given = self._plain(row, prompt, "")
         else:
             asked = turns("prompt", prompt, row_pictures(row), folder_of(row))
-            given = Seen(Text(self._render("prompt", asked), ""), _pictures(asked))
+            _check_last("prompt", asked)
+            given = Seen(
+                Text(self.template.prompt("prompt", asked, self.template.settings(row)), "", asked=_asked(asked)), _pictures(asked)
+            )
         if taken := [key for key in ("prompts", "completions") if key in row.values]:
             raise BadRow(f"expected other keys than `{taken[0]}`, which reward functions are given in their own right; rename it")
         columns = {key: value for key, value in row.values.items() if key not in ("prompt", *KEYS)}
@@ -274,13 +280,13 @@ class Reader:
         return TextRow(row.place, tuple(side.text for side in sides), pictures=first.pictures)
 
     def _answer(self, row: Row, key: str, whole: bool = False) -> Seen:
-        """The text under `key` with its prompt; with `whole`, a row may leave the prompt out."""
-        answer = _require(row, key)
-        if whole and row.values.get("prompt") is None:
-            if isinstance(answer, str):
-                if has_pictures(row):
-                    raise BadRow("expected `prompt` beside pictures, found whole texts: pictures belong to a prompt")
-                return Seen(Text("", _text(key, answer)), ())
+        """The text under `key` with its prompt; with `whole`, a row may leave the prompt out, or name it again beside a conversation."""
+        answer, prompt = _require(row, key), row.values.get("prompt")
+        if whole and prompt is None and isinstance(answer, str):
+            if has_pictures(row):
+                raise BadRow("expected `prompt` beside pictures, found whole texts: pictures belong to a prompt")
+            return Seen(Text("", _text(key, answer)), ())
+        if whole and (prompt is None or (isinstance(prompt, str) and isinstance(answer, list))):
             return self._conversation(row, key, answer)
         prompt = _require(row, "prompt")
         if isinstance(prompt, str):
@@ -288,9 +294,8 @@ class Reader:
                 raise BadRow(f"expected `{key}` to be text because `prompt` is, found {_shown(answer)}")
             return self._plain(row, prompt, _text(key, answer))
         asked = turns("prompt", prompt, row_pictures(row), folder_of(row))
-        return self._split(
-            "prompt", key, asked + ([Turn("assistant", (_text(key, answer),))] if isinstance(answer, str) else turns(key, answer))
-        )
+        given = [Turn("assistant", (_text(key, answer),))] if isinstance(answer, str) else turns(key, answer)
+        return self._split(row, "prompt", key, asked + given)
 
     def _plain(self, row: Row, prompt: str, answer: str) -> Seen:
         prompt, pictures = _text("prompt", prompt), tuple(row_pictures(row))
@@ -299,22 +304,28 @@ class Reader:
         return Seen(Text(prompt, answer), pictures)
 
     def _conversation(self, row: Row, key: str, value: Any) -> Seen:
-        return self._split(key, key, turns(key, value, row_pictures(row), folder_of(row)))
+        return self._split(row, key, key, turns(key, value, row_pictures(row), folder_of(row)))
 
-    def _split(self, prompt_key: str, key: str, given: list[Turn]) -> Seen:
-        *prompt, last = given
+    def _split(self, row: Row, prompt_key: str, key: str, given: list[Turn]) -> Seen:
+        *asked, last = given
         if last.role != "assistant":
             raise BadRow(f"expected the last turn of `{key}` to be the assistant's, found role {last.role!r}")
-        if not prompt:
+        if not asked:
             raise BadRow(f"expected a turn before the assistant's in `{key}`, found none")
         if last.pictures:
             raise BadRow(f"expected the last turn of `{key}` to be text, found a picture: responses have none")
-        return Seen(Text(self._render(prompt_key, prompt), last.text, turn=True), _pictures(prompt))
+        _check_last(prompt_key, asked)
+        prompt, response = self.template.answered(key, asked, last, self.template.settings(row))
+        return Seen(Text(prompt, response, turn=True, asked=_asked(asked)), _pictures(asked))
 
-    def _render(self, key: str, given: list[Turn]) -> str:
-        if given[-1].role == "assistant":
-            raise BadRow(f"expected the turns of `{key}` before the response to end with another role than the assistant's")
-        return self.template(key, given)
+
+def _check_last(key: str, asked: Sequence[Turn]) -> None:
+    if asked[-1].role == "assistant":
+        raise BadRow(f"expected the turns of `{key}` before the response to end with another role than the assistant's")
+
+
+def _asked(given: Sequence[Turn]) -> str:
+    return json.dumps([[turn.role, turn.text, *([turn.more] if turn.more else [])] for turn in given], sort_keys=True, default=str)
 
 
 def _require(row: Row, key: str) -> Any:

@@ -234,7 +234,11 @@ def _decoded(content: Path | bytes | PIL.Image.Image, name: str) -> Pixels:
             return _rgb(_turned(image))
     except FileNotFoundError as error:
         raise BadRow(f"expected the picture {name}, found that it was removed since the rows were read") from error
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a decoder raises on damaged data
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's, such as too many open files: the picture may be whole
         raise BadRow(f"expected a whole picture {_at(name)}, found damaged or truncated data ({_said(error)})") from error
 
 

@@ -53,6 +53,7 @@ def load(
     needs: Collection[Kind],
     vision: Vision | None = None,
     end_tokens: Collection[int] = (),
+    several_hosts: bool = False,
 ) -> Data:
     """Reads, checks, splits and tokenizes.
 
@@ -61,6 +62,7 @@ def load(
         needs: the kinds that the run's stages use; nothing else is read.
         vision: what the model asks of pictures; None: it takes none, and rows that have some are refused.
         end_tokens: those that end responses, besides the tokenizer's own.
+        several_hosts: none of them may leave out a row alone, as where only its copy of a picture is damaged.
 
     Raises:
         DataError: a kind has no source, a file or row cannot be used, or nothing is left to train on or to hold out.
@@ -73,6 +75,8 @@ def load(
     sentences: movie_reviews.Halves | None = None
     pixels = None if vision is None else PixelReader(vision.processing)
     damaged = Skipped(config.on_error, config.too_long)
+    if several_hosts:
+        damaged = Skipped("error", mend="Mend the picture: of several hosts none can leave a row out alone.")
     for kind in KINDS:
         if kind not in needs:
             continue

@@ -44,6 +44,8 @@ class Skipped:
 
     on_error: Literal["error", "skip"] = "error"
     too_long: Literal["error", "skip", "truncate"] = "skip"
+    mend: str = "Mend the row, or set data.on_error: skip to leave out and count bad rows."
+    """What to do about a bad row that is an error."""
     _bad: Counter[str] = field(default_factory=Counter)
     _first: dict[str, str] = field(default_factory=dict)
     _long: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -52,7 +54,7 @@ class Skipped:
     def bad(self, place: str, problem: str) -> None:
         """A row that is wrong. Raises DataError unless bad rows are skipped."""
         if self.on_error == "error":
-            raise DataError(f"{place}: {problem}. Mend the row, or set data.on_error: skip to leave out and count bad rows.")
+            raise DataError(f"{place}: {problem}. {self.mend}")
         file = place.rpartition(":")[0]
         self._bad[file] += 1
         self._first.setdefault(file, f"{place}: {problem}")

@@ -2,14 +2,19 @@
 
 The content of a turn is a text, or a list of parts: `{"type": "text", "text"}` and `{"type": "image"}`. A part without a picture of its
 own (`image`, `path` or `bytes`; `image_url` with a data URI) stands for the next one of the row's `images`. Where no part says where the
-row's pictures belong, they begin the first user turn. These are TRL's conventions.
+row's pictures belong, they begin the first user turn. What else a turn has (`tool_calls`, `reasoning_content`, `name`), and the row's
+`tools` and `chat_template_kwargs`, are given to the template. These are TRL's conventions.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
+import json
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +34,8 @@ TODAY = date(2024, 7, 26)
 """What templates are told that ask for the date (`strftime_now`): Llama 3's own default. With today's, the same rows would be other data
 tomorrow, divided otherwise into training and held-out ones.
 """
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a turn under which templates look for what was thought before it was said."""
 PLACEHOLDER = "<image>"
 """Stands for a picture in a plain text, whatever the model's own placeholder is."""
 
@@ -57,6 +64,8 @@ class Turn:
 
     role: str
     parts: tuple[str | Picture, ...]
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What else it has for the template, such as `tool_calls`."""
 
     @property
     def pictures(self) -> list[Picture]:
@@ -105,10 +114,14 @@ def turns(key: str, value: Any, pictures: Sequence[Picture] = (), folder: Path |
     read, places = [], 0
     for number, turn in enumerate(value, start=1):
         where = f"turn {number} of {key}"
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+        calls = isinstance(turn, dict) and bool(turn.get("tool_calls"))
+        if not isinstance(turn, dict) or "role" not in turn or ("content" not in turn and not calls):
             raise BadRow(f"expected {where} to be an object with `role` and `content`, found {images.shown(turn)}")
-        parts, found = _parts(where, turn["content"], left, folder)
-        read.append(Turn(text(f"role of {where}", turn["role"]), parts))
+        role, content = text(f"role of {where}", turn["role"]), turn.get("content")
+        silent = content == "" if role == "system" else calls and not content  # as tables have it where there is no system prompt
+        parts, found = ((), 0) if silent else _parts(where, content, left, folder)
+        more = {name: value for name, value in turn.items() if name not in ("role", "content") and value not in (None, "", [], {})}
+        read.append(Turn(role, parts, more))
         places += found
     if places == 0 and pictures:
         return _first(key, read, tuple(pictures))
@@ -138,32 +151,95 @@ class Template:
         self.vision = vision
         self._text = _text_of(tokenizer)
         # Templates of models that see take parts and may drop a plain text without a word; those of others take texts only.
-        self._takes_parts = vision is not None and self._text is not None and self._shows_parts()
+        self._takes_parts = vision is not None and self._text is not None
+        self._takes_parts = self._takes_parts and self._shows_parts()
 
-    def __call__(self, key: str, given: Sequence[Turn]) -> str:
+    def settings(self, row: Row) -> dict[str, Any]:
+        """What a row itself tells the template: `tools`, a list or its JSON, and what is in `chat_template_kwargs`. Raises BadRow."""
+        found: dict[str, Any] = {}
+        if more := row.values.get("chat_template_kwargs"):
+            taken = inspect.signature(self.tokenizer.apply_chat_template).parameters
+            if not isinstance(more, dict) or not more.keys().isdisjoint(taken):
+                raise BadRow(
+                    f"expected `chat_template_kwargs` to be an object with names of the template's own, found {images.shown(more)}"
+                )
+            found |= {name: value for name, value in more.items() if value is not None}
+        if tools := row.values.get("tools"):
+            try:
+                given = json.loads(tools) if isinstance(tools, str) else tools
+            except ValueError:
+                given = None
+            if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
+                raise BadRow(f"expected `tools` to be a list of objects, or its JSON, found {images.shown(tools)}")
+            found |= {"tools": given} if given else {}
+        return found
+
+    def prompt(self, key: str, given: Sequence[Turn], settings: Mapping[str, Any]) -> str:
         """The turns as text, ready for a response. Raises BadRow if the template refuses them, DataError if there is none."""
-        if self._text is None:
-            raise DataError("the data has chat turns, but the model's tokenizer has no chat template; give `prompt` as plain text instead")
-        try:
-            return self._apply([{"role": turn.role, "content": self._content(turn)} for turn in given])
-        except jinja2.TemplateError as error:
-            raise BadRow(f"the model's chat template refuses the turns of `{key}`: {error}") from error
+        prompt = self._written(key, given, settings)
+        if "tools" in settings and prompt == self._written(key, given, {k: v for k, v in settings.items() if k != "tools"}):
+            raise BadRow("expected a model whose chat template shows `tools`, found one that leaves them out")
+        return prompt
+
+    def answered(self, key: str, given: Sequence[Turn], answer: Turn, settings: Mapping[str, Any]) -> tuple[str, str]:
+        """The prompt, and what the template writes behind it for an assistant's turn, without the turn's end. Raises as `prompt` does.
+
+        Some templates begin a response themselves, as with `<think>`, but show answers without it. An answer that begins so is written
+        behind the prompt; for others the prompt ends where the two part, as in TRL.
+        """
+        prompt, whole = self.prompt(key, given, settings), self._written(key, [*given, answer], settings, respond=False)
+        for name in sorted(answer.more):
+            less = replace(answer, more={k: v for k, v in answer.more.items() if k != name})
+            if name in ("tool_calls", *THOUGHTS) and whole == self._written(key, [*given, less], settings, respond=False):
+                raise BadRow(f"expected a model whose chat template shows `{name}` of `{key}`, found one that leaves it out")
+        if not whole.startswith(prompt):
+            alike = self._alike(prompt, whole)
+            begun = prompt[alike:].strip()
+            if begun and answer.text.lstrip().startswith(begun):
+                return prompt, answer.text.lstrip().removeprefix(begun).lstrip("\n")
+            prompt = prompt[:alike]
+        response = whole[len(prompt) :]
+        end = self._end if response.endswith(self._end) else self._end.rstrip()
+        response = response.removesuffix(end) if response.endswith(end) else response.rstrip().removesuffix(end)
+        if not response.strip():
+            raise BadRow(f"the model's chat template writes nothing of the response of `{key}`")
+        return prompt, response
 
     def end_of_turn(self, end_tokens: Collection[int]) -> int | None:
         """Which of the tokens that end responses the template ends an assistant's turn with; None where there is none."""
-        asked, said = Turn("user", ("Who?",)), "I am."
         if self._text is None:
             return None
-        try:
-            shown = self._apply([{"role": "user", "content": self._content(asked)}, {"role": "assistant", "content": said}], False)
-        except Exception:  # as below
-            return None
-        rest = self.tokenizer(shown.rpartition(said)[2], add_special_tokens=False)["input_ids"]
-        return next((token for token in rest if token in end_tokens), None)
+        return next((token for token in self.tokenizer(self._end, add_special_tokens=False)["input_ids"] if token in end_tokens), None)
 
-    def _apply(self, messages: list[dict[str, Any]], respond: bool = True) -> str:
-        settings: dict[str, Any] = {"chat_template": self._text, "tokenize": False, "add_generation_prompt": respond}
-        return str(self.tokenizer.apply_chat_template(messages, **settings))
+    @functools.cached_property
+    def _end(self) -> str:
+        """What the template writes behind an assistant's last turn."""
+        said = "I am."
+        try:
+            shown = self._apply([Turn("user", ("Who?",)), Turn("assistant", (said,))], {}, respond=False)
+        except Exception:  # as below
+            return ""
+        return shown.rpartition(said)[2] if said in shown else ""
+
+    def _alike(self, prompt: str, whole: str) -> int:
+        """Characters with which both begin, in whole tokens."""
+        one, other = (self.tokenizer(t, add_special_tokens=False, return_offsets_mapping=True) for t in (prompt, whole))
+        same = itertools.takewhile(lambda ids: ids[0] == ids[1], zip(one["input_ids"], other["input_ids"], strict=False))
+        count = len(list(same))
+        return one["offset_mapping"][count - 1][1] if count else 0
+
+    def _written(self, key: str, given: Sequence[Turn], settings: Mapping[str, Any], respond: bool = True) -> str:
+        if self._text is None:
+            raise DataError("the data has chat turns, but the model's tokenizer has no chat template; give `prompt` as plain text instead")
+        try:
+            return self._apply(given, settings, respond)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise BadRow(f"the model's chat template refuses the turns of `{key}`: {error}") from error
+
+    def _apply(self, given: Sequence[Turn], settings: Mapping[str, Any], respond: bool = True) -> str:
+        messages = [{"role": turn.role, "content": self._content(turn), **turn.more} for turn in given]
+        ours: dict[str, Any] = {"chat_template": self._text, "tokenize": False, "add_generation_prompt": respond}
+        return str(self.tokenizer.apply_chat_template(messages, **ours, **settings))
 
     def _content(self, turn: Turn) -> str | list[dict[str, str]]:
         if self._takes_parts:
@@ -176,7 +252,7 @@ class Template:
     def _shows_parts(self) -> bool:
         probe = "Is this shown?"
         try:
-            shown = self._apply([{"role": "user", "content": [{"type": "text", "text": probe}]}])
+            shown = self._apply([Turn("user", (probe,))], {})
         except Exception:  # whatever a template does to a list where it expects a text
             return False
         return probe in shown and "'type'" not in shown and '"type"' not in shown

@@ -163,14 +163,15 @@ def advance(sampler: Sampler, variables: PyTree, key: jax.Array, state: DecodeSt
         output = decoder.apply(variables, token[:, None], own, state.position[:, None], state.cache, state.slot)
         hidden, cache = cast(_Output, output)
         now = state.alive[:, None] & (jnp.arange(sampling.max_new_tokens) == state.step[:, None])
-        # A row that has ended stays where it is: what it goes on to compute is not looked at.
         step = state.step + state.alive
+        # A row that has ended stays where it is: what it goes on to compute is not looked at, but must be a number.
+        alive = state.alive & ~jnp.isin(token, ends) & (step < sampling.max_new_tokens)
         state = state.replace(
             slot=(state.slot + 1) % slots,
             cache=cache,
             step=step,
-            position=state.position + state.alive,
-            alive=state.alive & ~jnp.isin(token, ends) & (step < sampling.max_new_tokens),
+            position=state.position + alive,
+            alive=alive,
             hidden=hidden[:, 0],
             tokens=jnp.where(now, token[:, None], state.tokens),
             logprobs=jnp.where(now, logprob[:, None], state.logprobs),

@@ -6,7 +6,7 @@ groups of them (`TextRow.together`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +21,11 @@ from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.training.context import Context
-from pe_rlhf_jax.training.functions import call_function, columns_of, load_function
+from pe_rlhf_jax.training.functions import call_function, column_names, columns_of, load_function
 from pe_rlhf_jax.training.rewards import Rewards
 from pe_rlhf_jax.training.rollouts import respond, response_tokens, texts
 from pe_rlhf_jax.training.statistics import bootstrap_ci, distinct_n, members
+from pe_rlhf_jax.training.step import NonFiniteError
 from pe_rlhf_jax.types import PyTree, Rollout
 
 STAGE = "evaluate"
@@ -40,6 +41,7 @@ def policy(context: Context, roles: dict[str, Role], rewards: Rewards, pictured:
     prompts = list(context.split("prompts").validation[: config.prompts])
     # Now, not at the end: a file that vanishes meanwhile must not take the figures of a long evaluation with it.
     thumbnails = [[picture.thumbnail() for picture in prompt.pictures] for prompt in prompts[:pictured]]
+    columns = columns_of(prompts, column_names(context.data.prompts))
     answers = {name: _Answers(context, rewards) for name in ("reference", "policy")}
     key = context.key(STAGE)
     for at in range(0, len(prompts), config.batch_size):
@@ -49,7 +51,7 @@ def policy(context: Context, roles: dict[str, Role], rewards: Rewards, pictured:
         for name, collected in answers.items():
             collected.add(roles, name, respond(context, roles[name], batch, jax.random.fold_in(key, at)), rows)
         done = at + len(rows)
-        yield done, _figures(context.config, prompts, answers, thumbnails) if done == len(prompts) else {}
+        yield done, _figures(context.config, prompts, columns, answers, thumbnails) if done == len(prompts) else {}
 
 
 class _Answers:
@@ -72,6 +74,9 @@ class _Answers:
         scores = self.rewards(rollout, prompts)
         self.scores += scores.total.tolist()
         for term, values in scores.terms.items():
+            if not np.all(np.isfinite(values)):
+                what = f"{int(np.sum(~np.isfinite(values)))} of {rows} held-out responses of the {name}"
+                raise NonFiniteError(f"evaluate: the reward {term!r} of {what} is not a finite number, so nothing can be said of its mean")
             self.terms.setdefault(term, []).extend(values.tolist())
         if name == "policy":
             temperature, chunk = context.config.rl.sampling.temperature, context.config.model.logprob_chunk
@@ -87,7 +92,13 @@ def _log_ratio(decoder: Decoder, temperature: float, chunk: int, role: Role, ref
     return jax.vmap(masked_sum)(logprobs - ref_logprobs, rollout.response_mask)
 
 
-def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str, _Answers], thumbnails: list[list[str]]) -> dict[str, Any]:
+def _figures(
+    config: Config,
+    prompts: Sequence[PromptExample],
+    columns: dict[str, list[Any]],
+    answers: dict[str, _Answers],
+    thumbnails: list[list[str]],
+) -> dict[str, Any]:
     before, after = answers["reference"], answers["policy"]
     resamples = config.evaluate.bootstrap
     figures: dict[str, Any] = {}
@@ -124,7 +135,7 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
     for sample, a, b in zip(samples, before.scores, after.scores, strict=True):
         sample |= {"reward_reference": a, "reward_policy": b}
     if config.evaluate.judge:
-        judged = [_judge(config.evaluate.judge, prompts, collected.texts) for collected in (before, after)]
+        judged = [_judge(config.evaluate.judge, prompts, collected.texts, columns) for collected in (before, after)]
         delta = np.asarray(judged[1]) - np.asarray(judged[0])
         figures["judge"] = {
             "name": config.evaluate.judge,
@@ -138,7 +149,7 @@ def _figures(config: Config, prompts: Sequence[PromptExample], answers: dict[str
     return figures | {"rl": rl, "samples": samples}
 
 
-def _judge(spec: str, prompts: Sequence[PromptExample], completions: Sequence[str]) -> list[float]:
+def _judge(spec: str, prompts: Sequence[PromptExample], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[float]:
     """The judge's verdicts, blind to superfluous white space."""
     function = load_function(spec)
-    return call_function(spec, function, [p.text for p in prompts], [text.strip() for text in completions], columns_of(prompts))
+    return call_function(spec, function, [p.text for p in prompts], [text.strip() for text in completions], columns)

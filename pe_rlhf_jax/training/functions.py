@@ -7,9 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pe_rlhf_jax.config import ConfigError
-from pe_rlhf_jax.data import PromptExample
+from pe_rlhf_jax.data import PromptExample, Split, as_read
 from pe_rlhf_jax.hosts import once
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class FunctionError(RuntimeError):
@@ -26,19 +30,27 @@ def load_function(spec: str) -> TextFunction:
     if not colon or not module or not name:
         raise ConfigError(f"expected `module:function`, found {spec!r}")
     try:
-        function = getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(f"{spec}: cannot import {module} ({error}); is its folder on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise ConfigError(f"{spec}: the module {module} has no {name}") from error
+    except Exception as error:  # whatever the user's module does
+        raise ConfigError(f"{spec}: importing {module} failed: {type(error).__name__}: {error}") from error
+    function = getattr(found, name, None)
+    if function is None:
+        raise ConfigError(f"{spec}: the module {module} has no {name}")
     if not callable(function):
         raise ConfigError(f"{spec}: {name} is not a function")
     return function
 
 
-def columns_of(prompts: Sequence[PromptExample]) -> dict[str, list[Any]]:
+def column_names(split: Split | None) -> list[str]:
+    """The other keys that any of the prompts has: a function is called with all of them, whatever the rows of a batch have."""
+    parts = [] if split is None else [split.train, split.validation]
+    return sorted({name for part in parts for prompt in as_read(part) for name in prompt.columns})
+
+
+def columns_of(prompts: Sequence[PromptExample], names: Sequence[str]) -> dict[str, list[Any]]:
     """The prompts' other keys as columns, None where a row has no such key."""
-    names = sorted({name for prompt in prompts for name in prompt.columns})
     return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
@@ -71,9 +83,10 @@ def _called(
         raise FunctionError(f"{spec} returned {len(values)} values for {len(completions)} completions")
     for index, value in enumerate(values):
         try:
-            good = math.isfinite(value)
+            good = math.isfinite(value) and abs(value) <= _LARGEST
         except TypeError:
             good = False
         if not good:
-            raise FunctionError(f"{spec} returned {value!r} for completion {index}: {completions[index][:80]!r}; expected a finite number")
+            found = f"{spec} returned {value!r} for completion {index}: {completions[index][:80]!r}"
+            raise FunctionError(f"{found}; expected a finite number (of float32)")
     return [float(value) for value in values]

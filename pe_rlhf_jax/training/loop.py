@@ -62,6 +62,8 @@ def updates(
             try:
                 ahead = made(index + 1)
             except Exception as error:  # such as a damaged picture: raised at its own step, when this one is saved
+                if hosts.several():
+                    raise  # the others wait for this one, now
                 ahead = error
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         stop_if_not_finite(state, context.config.run.max_nonfinite, stage)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.algorithms.reward import bradley_terry, logistic
-from pe_rlhf_jax.config import RewardConfig
+from pe_rlhf_jax.config import ConfigError, RewardConfig
 from pe_rlhf_jax.data import LabelExample, Packing, PreferenceExample, as_read, pad_labels, pad_preferences
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
@@ -71,6 +71,8 @@ class Pairs:
 
     def collator(self, context: Context) -> Callable[[Sequence[PreferenceExample]], PreferenceBatch]:
         packing = context.packing("reward", "preference")
+        if context.config.reward.use_margin and not any(pair.margin for pair in as_read(context.split("preference").train)):
+            raise ConfigError("reward.use_margin: no pair for training has a `margin` above 0, so it would do nothing; leave it out")
         return lambda rows: _pad_pairs(context, rows, packing=packing)
 
     def loss(

@@ -19,7 +19,7 @@ from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_scores
 from pe_rlhf_jax.sharding import row_groups
 from pe_rlhf_jax.training.context import Context
-from pe_rlhf_jax.training.functions import TextFunction, call_function, columns_of, load_function
+from pe_rlhf_jax.training.functions import TextFunction, call_function, column_names, columns_of, load_function
 from pe_rlhf_jax.training.images import ImageEncoder
 from pe_rlhf_jax.training.micro_batches import in_micro_batches
 from pe_rlhf_jax.training.rollouts import texts
@@ -90,6 +90,7 @@ class Rewards:
         self.functions: dict[str, TextFunction] = {
             term.function: load_function(term.function) for term in self.config.rewards if term.function is not None
         }
+        self.columns = column_names(context.data.prompts) if self.functions else []
 
     def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample], group: int = 1, at_once: int | None = None) -> Scores:
         """Scores the responses to `prompts`, one for each row that is asked about; further rows of the rollout are fillers.
@@ -107,7 +108,8 @@ class Rewards:
         for term in self.config.rewards:
             if term.function is not None:
                 function, asked = self.functions[term.function], [prompt.text for prompt in prompts]
-                terms[term.name] = np.asarray(call_function(term.function, function, asked, completions, columns_of(prompts)), np.float32)
+                columns = columns_of(prompts, self.columns)
+                terms[term.name] = np.asarray(call_function(term.function, function, asked, completions, columns), np.float32)
             else:
                 scored = self._model(str(term.model), rollout, prompts, group, at_once)
                 terms[term.name] = np.asarray(fetch(scored), np.float32)[:count]

@@ -25,6 +25,12 @@ def test_by_hand():
     assert group.spread(scores, 3) == pytest.approx(deviation / 2)
 
 
+@pytest.mark.parametrize("k", [3, 5, 6, 7, 12])
+def test_equal_scores_teach_nothing_however_large_they_are(k):
+    for score in np.random.default_rng(k).uniform(-3000, 3000, 200).astype(np.float32):
+        np.testing.assert_array_equal(group.group_normalised(jnp.full(k, score), k), 0)
+
+
 def test_two_responses_are_each_others_baseline():
     pairs = SCORES.reshape(-1, 2)
     np.testing.assert_allclose(group.leave_one_out(jnp.asarray(SCORES), 2), (pairs - pairs[:, ::-1]).ravel(), **TOLERANCE)

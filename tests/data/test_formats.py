@@ -15,6 +15,8 @@ from pe_rlhf_jax.data.sources import DataError, Row, Skipped
 
 TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 ANSWER = {"role": "assistant", "content": "Hello ☺"}
+TOOL = {"type": "function", "function": {"name": "clock"}}
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {}}}
 
 
 def examples(kind, *values, tokenizer=None, skipped=None, **config):
@@ -58,16 +60,17 @@ def test_turns_end_as_the_template_ends_them_and_texts_as_the_tokenizer_does():
 
 
 def test_a_response_is_written_behind_its_prompt_also_where_texts_begin_with_a_space_of_their_own():
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "\u2581", "Q", "A", ":"])}
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "\u2581", "Q", "A", ":", "\n"])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     backend.add_special_tokens(["</s>"])
     llama = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     for tokenizer in (llama, make_tokenizer()):
-        [row] = examples("sft", {"prompt": "Q:", "completion": " A"}, tokenizer=tokenizer)
-        joint = tokenizer("Q: A", add_special_tokens=False)["input_ids"]
-        assert [*row.prompt, *row.response] == [*joint, tokenizer.eos_token_id]
+        for response in (" A", "A", "\nA", "\n\nA", ":A", "  A"):
+            [row] = examples("sft", {"prompt": "Q:", "completion": response}, tokenizer=tokenizer)
+            joint = tokenizer(f"Q:{response}", add_special_tokens=False)["input_ids"]
+            assert [*row.prompt, *row.response] == [*joint, tokenizer.eos_token_id], response
     [pair] = examples("preference", {"chosen": " A", "rejected": " Q"}, tokenizer=llama)  # whole texts are verbatim
     assert llama.convert_ids_to_tokens(pair.chosen) == ["\u2581", "\u2581", "A", "</s>"]
 
@@ -84,6 +87,7 @@ def test_preference_forms_agree(tokenizer):
     forms = [
         {"prompt": TURNS, "chosen": [ANSWER], "rejected": [worse]},
         {"chosen": [*TURNS, ANSWER], "rejected": [*TURNS, worse]},
+        {"prompt": "Hi", "chosen": [*TURNS, ANSWER], "rejected": [*TURNS, worse]},  # UltraFeedback's, as published
         {"prompt": rendered, "chosen": ANSWER["content"], "rejected": "No", "margin": 2},
         {"chosen": rendered + ANSWER["content"], "rejected": rendered + "No", "margin": None},
     ]
@@ -91,7 +95,115 @@ def test_preference_forms_agree(tokenizer):
     for example in made:
         assert tokenizer.decode(example.chosen) == rendered + "Hello ☺<|end|>"
         assert tokenizer.decode(example.rejected) == rendered + "No<|end|>"
-    assert [example.margin for example in made] == [0.0, 0.0, 2.0, 0.0]
+    assert [example.margin for example in made] == [0.0, 0.0, 0.0, 2.0, 0.0]
+
+
+HEADS = "{% for turn in messages %}<|start|>{{ turn.role }}\n"
+ENDS = "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n"
+ANSWERED = {
+    "trimmed": (HEADS + "{{ turn.content | trim }}" + ENDS + "{% endif %}", " Blue.\n", "<|start|>assistant\n", "Blue."),
+    "as it is": (HEADS + "{{ turn.content }}" + ENDS + "{% endif %}", " Blue. ", "<|start|>assistant\n", " Blue. "),
+    "a space before": (  # Idefics 3
+        "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+        "Blue.",
+        "assistant:",
+        " Blue.",
+    ),
+    "a space behind": (  # LLaVA 1.5
+        "{% for turn in messages %}{{ turn.role }}: {{ turn.content }} {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+        "Blue.",
+        "assistant:",
+        " Blue.",
+    ),
+    "no thought": (  # Qwen 3
+        HEADS + "{% if turn.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ turn.content }}" + ENDS + "{% endif %}",
+        "Blue.",
+        "<|start|>assistant\n",
+        "<think>\n\n</think>\n\nBlue.",
+    ),
+    "begun by the template": (  # Qwen 3 Thinking
+        HEADS + "{% if turn.role == 'assistant' %}<think>\n{{ turn.reasoning_content }}\n</think>\n\n{% endif %}{{ turn.content }}"
+        + ENDS + "<think>\n{% endif %}",
+        {"content": "Blue.", "reasoning_content": "Sky."},
+        "<|start|>assistant\n<think>\n",
+        "Sky.\n</think>\n\nBlue.",
+    ),
+    "begun, but not shown": (  # DeepSeek R1
+        HEADS + "{{ (turn.content or '').split('</think>') | last | trim }}" + ENDS + "<think>\n{% endif %}",
+        "<think>\nSky.\n</think>\n\nBlue.",
+        "<|start|>assistant\n<think>\n",
+        "Sky.\n</think>\n\nBlue.",
+    ),
+    "begun, but not by the answer": (
+        HEADS + "{{ (turn.content or '').split('</think>') | last | trim }}" + ENDS + "<think>\n{% endif %}",
+        "Blue.",
+        "<|start|>assistant\n",
+        "Blue.",
+    ),
+    "a call": (
+        HEADS + "{{ turn.content or '' }}{% for call in turn.tool_calls or [] %}call {{ call.function.name }}{% endfor %}"
+        + ENDS + "{% endif %}",
+        {"content": None, "tool_calls": [CALL]},
+        "<|start|>assistant\n",
+        "call clock",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_an_answer_is_what_the_template_writes_behind_the_prompt(name):
+    template, answer, prompt_ends, response = ANSWERED[name]
+    turn = {"role": "assistant"} | ({"content": answer} if isinstance(answer, str) else answer)
+    tokenizer = make_tokenizer(template)
+    [row] = Reader(tokenizer, Skipped()).sft([Row({"messages": [TURNS[1], turn]}, "x.jsonl:1")])
+    assert row.texts[0].prompt.endswith(prompt_ends) and row.texts[0].response == response
+    if not name.startswith("begun, but"):
+        assert tokenizer.apply_chat_template([TURNS[1], turn], tokenize=False).startswith(row.texts[0].prompt + response)
+    [example] = Encoder(DataConfig(), tokenizer, Skipped()).sft([row])
+    assert tokenizer.decode(example.response) == response + "<|end|>"
+
+
+def test_a_prompt_parts_from_a_conversation_between_tokens():
+    """`<|start|>` and `<|end|>` begin alike, but are one token each."""
+    template = (
+        "{% for turn in messages %}{{ turn.role }}<|end|>{{ turn.content }}{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
+    )
+    tokenizer = make_tokenizer(template.replace("{{ turn.role }}", "{% if turn.role == 'user' %}Q{% endif %}"))
+    [row] = examples("sft", {"messages": [TURNS[1], ANSWER]}, tokenizer=tokenizer)
+    assert (tokenizer.decode(row.prompt), tokenizer.decode(row.response)) == ("Q<|end|>Hi", "<|end|>Hello ☺<|end|>")
+
+
+def test_templates_are_given_tools_and_the_rows_own_settings():
+    template = (
+        "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{% if loud %}!{% endif %}" + make_tokenizer().chat_template
+    )
+    rows = [
+        {"prompt": TURNS, "tools": [TOOL]},
+        {"prompt": TURNS, "tools": '[{"function": {"name": "clock"}}]', "chat_template_kwargs": {"loud": True, "soft": None}},
+        {"prompt": TURNS, "tools": [], "chat_template_kwargs": None},
+    ]
+    read = examples("prompts", *rows, tokenizer=make_tokenizer(template))
+    assert [row.text.partition("<|start|>")[0] for row in read] == ["[clock]", "[clock]!", ""]
+    assert "tools" in read[0].columns  # reward functions see them too
+    [row] = examples("sft", {"messages": [*TURNS, ANSWER], "tools": [TOOL]}, tokenizer=make_tokenizer(template))
+    assert make_tokenizer().decode(row.prompt).startswith("[clock]<|start|>system")
+
+
+def test_an_empty_system_turn_is_given_to_the_template(tokenizer):
+    [row] = examples("prompts", {"prompt": [{"role": "system", "content": ""}, TURNS[1]]})
+    assert row.text == "<|start|>system\n<|end|><|start|>user\nHi<|end|><|start|>assistant\n"
+
+
+def test_models_with_other_templates_hold_out_the_same_rows():
+    rows = [{"messages": [{"role": "user", "content": f"Q{i}"}, ANSWER]} for i in range(3)]
+    pairs = [{"prompt": row["messages"][:1], "chosen": "a", "rejected": "b"} for row in rows]
+    keys = []
+    for template in (make_tokenizer().chat_template, HEADS + "{{ turn.content }}" + ENDS + "{% endif %}"):
+        reader = Reader(make_tokenizer(template), Skipped())
+        for kind, values in (("sft", rows), ("preference", pairs), ("prompts", pairs)):
+            keys.append([row.keys for row in getattr(reader, kind)(Row(value, "x.jsonl:1") for value in values)])
+    assert all(found == keys[0] for found in keys) and len(set.union(*keys[0])) == 3
 
 
 def test_labels_are_zero_or_one_however_written(tokenizer):
@@ -194,7 +306,24 @@ BAD_ROWS = [
     ("preference", {"chosen": "b", "rejected": "c", "margin": -1}, "found -1"),
     ("preference", {"chosen": "b", "rejected": "c", "margin": float("nan")}, "found nan"),
     ("preference", {"chosen": "b", "rejected": "c", "margin": True}, "found True"),
-    ("preference", {"prompt": "a", "chosen": [ANSWER], "rejected": "c"}, "expected `chosen` to be text because `prompt` is"),
+    ("preference", {"prompt": "a", "chosen": [ANSWER], "rejected": "c"}, "expected a turn before the assistant's in `chosen`, found none"),
+    (
+        "preference",
+        {"prompt": "a", "chosen": [*TURNS, ANSWER], "rejected": 3},
+        "expected `rejected` to be text because `prompt` is, found 3",
+    ),
+    ("sft", {"messages": [*TURNS, ANSWER], "tools": "{"}, "expected `tools` to be a list of objects, or its JSON, found '{'"),
+    ("sft", {"messages": [*TURNS, ANSWER], "tools": [TOOL]}, "expected a model whose chat template shows `tools`"),
+    ("prompts", {"prompt": TURNS, "tools": [TOOL]}, "expected a model whose chat template shows `tools`"),
+    (
+        "sft",
+        {"messages": [*TURNS, {**ANSWER, "tool_calls": [CALL]}]},
+        "whose chat template shows `tool_calls` of `messages`, found one that",
+    ),
+    ("label", {"messages": [*TURNS, {**ANSWER, "thinking": "h"}], "label": 1}, "whose chat template shows `thinking` of `messages`"),
+    ("sft", {"messages": [*TURNS, {"role": "assistant"}]}, "expected turn 3 of messages to be an object with `role` and `content`"),
+    ("sft", {"messages": [{"role": "user", "content": ""}, ANSWER]}, "expected `content of turn 1 of messages` to be text, found none"),
+    ("sft", {"messages": [*TURNS, ANSWER], "chat_template_kwargs": {"tokenize": True}}, "with names of the template's own"),
 ]
 
 

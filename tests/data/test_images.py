@@ -1,6 +1,7 @@
 """Pictures of rows: every form they may come in, every mode and rotation, and what is refused with which words."""
 
 import base64
+import errno
 import struct
 import zlib
 
@@ -192,6 +193,19 @@ def test_damage_behind_the_header_is_found_when_the_picture_is_decoded(kind, tmp
     picture = images.find("cut", tmp_path, "images")
     assert (picture.height, picture.width) == (64, 64)
     with pytest.raises(BadRow, match=r"expected a whole picture in .*cut, found damaged or truncated data \(.*truncated"):
+        picture.decode()
+
+
+@pytest.mark.parametrize("trouble", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_trouble_of_the_system_is_not_taken_for_damage(trouble, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encoded(SHOWN))
+    picture = images.find("a.png", tmp_path, "images")
+
+    def refuse(*_, **__):
+        raise trouble
+
+    monkeypatch.setattr(images.PIL.Image, "open", refuse)
+    with pytest.raises(type(trouble)):
         picture.decode()
 
 

@@ -52,7 +52,7 @@ def test_prompt_and_response_make_the_sentence(reviews):
     train, validation = movie_reviews.rows(config, "sft", movie_reviews.sentences(config))
     assert len(train) + len(validation) == 300 and 10 <= len(validation) <= 50
     for row in train + validation:
-        [(prompt, response, _)] = row.texts
+        [(prompt, response, *_)] = row.texts
         assert len(prompt.removeprefix(movie_reviews.PROMPT).split()) == 3 and not prompt.endswith(" ") and response.startswith(" ")
         assert prompt + response == movie_reviews.PROMPT + row.columns["original"]
 

@@ -17,8 +17,10 @@ from pe_rlhf_jax.report import headline
 from pe_rlhf_jax.training import evaluate
 from pe_rlhf_jax.training.rewards import RewardModel, Rewards
 from pe_rlhf_jax.training.statistics import bootstrap_ci
+from pe_rlhf_jax.training.step import NonFiniteError
 
 PROMPTS = [PromptExample(np.array([2]), text, {"topic": topic}) for text, topic in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+COLUMNS = {"topic": [1.0, 2.0, 3.0]}
 
 
 def judge(prompts, completions, topic):
@@ -46,7 +48,7 @@ def test_before_is_the_reference_and_after_the_policy(make_context, monkeypatch)
         scores=[2.0, 7.0, 9.0],
         kl=[0.5, 0.1, 0.6],
     )
-    found = evaluate._figures(config, PROMPTS, {"reference": before, "policy": after}, thumbnails=[])
+    found = evaluate._figures(config, PROMPTS, COLUMNS, {"reference": before, "policy": after}, thumbnails=[])
     figures = found["rl"]
     expected = {"prompts": 3, "kl_per_response": 0.4, "kl_per_token": 1.2 / 6, "length_before": 2.0, "length_after": 2.0}
     expected |= {"ended_before": 1 / 3, "ended_after": 2 / 3, "reward_before": 3.0, "reward_after": 6.0, "reward_std_before": 2.0}
@@ -68,7 +70,8 @@ def test_before_is_the_reference_and_after_the_policy(make_context, monkeypatch)
         "judge_policy": 4.0,
     }
     after.texts = ["good"] * 3
-    assert evaluate._figures(config, PROMPTS, {"reference": before, "policy": after}, thumbnails=[])["judge"]["delta"] == pytest.approx(2.0)
+    found = evaluate._figures(config, PROMPTS, COLUMNS, {"reference": before, "policy": after}, thumbnails=[])
+    assert found["judge"]["delta"] == pytest.approx(2.0)
 
 
 def test_intervals_draw_prompts_of_a_group_together(make_context, monkeypatch):
@@ -79,7 +82,7 @@ def test_intervals_draw_prompts_of_a_group_together(make_context, monkeypatch):
     parts = {"tokens": [[1]] * 3, "ended": [1.0] * 3, "terms": {}, "kl": [0.0] * 3}
     before = SimpleNamespace(**parts, texts=["0"] * 3, scores=[0.0, 0.0, 0.0])
     after = SimpleNamespace(**parts, texts=["1", "4", "2"], scores=scores.tolist())
-    found = evaluate._figures(config, prompts, {"reference": before, "policy": after}, thumbnails=[])
+    found = evaluate._figures(config, prompts, COLUMNS, {"reference": before, "policy": after}, thumbnails=[])
     assert found["rl"]["gain_ci"] == found["judge"]["ci"] == bootstrap_ci(scores, 300, groups) != bootstrap_ci(scores, 300)
     assert found["rl"]["groups"] == 2
 
@@ -90,12 +93,21 @@ def test_a_reference_whose_rewards_are_all_the_same_has_no_unit(make_context, re
     config = make_context(evaluate={"bootstrap": 500}).config
     parts = {"texts": ["x"] * 3, "tokens": [[1]] * 3, "ended": [1.0] * 3, "terms": {}, "kl": [0.0] * 3}
     before, after = SimpleNamespace(**parts, scores=[reward] * 3), SimpleNamespace(**parts, scores=[reward + 1.0] * 3)
-    found = evaluate._figures(config, PROMPTS, {"reference": before, "policy": after}, thumbnails=[])["rl"]
+    found = evaluate._figures(config, PROMPTS, COLUMNS, {"reference": before, "policy": after}, thumbnails=[])["rl"]
     assert found["gain"] == pytest.approx(1.0) and found["gain_ci"] == pytest.approx([1.0, 1.0])
     assert found["reward_std_before"] == 0 and found["gain_in_std"] is None and found["ci"] is None
     (tile, *_) = headline.tiles({"rl": found}, {})
     assert (tile.value, tile.interval, tile.tone) == ("+1.00", "95% interval +1.00 to +1.00", "good")
     assert "in its own unit" in tile.reading and "excludes zero" in tile.reading
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_reward_that_is_not_a_number_is_named_before_it_is_saved(make_context, tiny):
+    context = make_context(evaluate={"prompts": 2, "batch_size": 2, "bootstrap": 100})
+    head = {"kernel": jnp.full((16, 1), jnp.inf), "bias": jnp.zeros(1)}
+    rewards = Rewards(context, {"run": RewardModel(context.decoder, context.backbone, Role(head=head))})
+    with pytest.raises(NonFiniteError, match=r"evaluate: the reward 'model' of 2 of 2 held-out responses of the reference is not a finite"):
+        list(evaluate.policy(context, {"reference": Role(), "policy": Role(lora=tiny.lora)}, rewards))
 
 
 @pytest.mark.usefixtures("quick_compile")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.data import Split, pad_preferences, pad_sft
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import loop, reward, sft
@@ -65,6 +66,15 @@ def test_reward_learns_that_the_chosen_side_is_better(make_context, role, use_ma
     batch = pad_preferences(pairs, 0, 8)
     loss, _ = reward._loss(context, Pairs())(role, (context.backbone, Role()), batch, jnp.float32(len(pairs)), jax.random.key(0))
     assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_margins_that_no_pair_has_are_refused(make_context):
+    context = make_context(reward={"use_margin": True})
+    pairs = [dataclasses.replace(pair, margin=0.0) for pair in context.data.preference.train]
+    bare = dataclasses.replace(context, data=dataclasses.replace(context.data, preference=Split(pairs, pairs)))
+    Pairs().collator(context)
+    with pytest.raises(ConfigError, match=r"reward.use_margin: no pair for training has a `margin`"):
+        Pairs().collator(bare)
 
 
 def test_adapters_drop_out_in_training_and_not_in_evaluation(make_context, role):
@@ -128,6 +138,14 @@ def test_a_batch_that_cannot_be_made_fails_at_its_own_step(make_context, monkeyp
         for state, _ in sft.run(context, sft.init(context)):
             seen.append(int(state.step))
     assert seen == [1, 2]
+    monkeypatch.setattr(loop.hosts, "several", lambda: True)  # the others wait for this one in the making of the batch
+    monkeypatch.setattr(loop.hosts, "largest", lambda value: value)
+    with pytest.raises(ValueError, match="no batch 2"):
+        for state, _ in sft.run(context, sft.init(context)):
+            seen.append(int(state.step))
+    assert seen == [1, 2, 1]
+    monkeypatch.undo()
+    monkeypatch.setattr(loop.BatchOrder, "__call__", order)
     state = sft.init(context)
     assert list(sft.run(context, state.replace(step=state.step + 3))) == []
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pe_rlhf_jax.config import ConfigError
+from pe_rlhf_jax.data import PromptExample, Split
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import rl
 from pe_rlhf_jax.training.functions import FunctionError
@@ -32,6 +35,14 @@ def raises(prompts, completions, **columns):
 
 def not_a_number(prompts, completions, **columns):
     return [0.5] * (len(completions) - 1) + [float("nan")]
+
+
+def too_large(prompts, completions, **columns):
+    return [-1e39] * len(completions)
+
+
+def length_of_answer(prompts, completions, answer, **columns):
+    return [len(text or "") for text in answer]
 
 
 def too_few(prompts, completions, **columns):
@@ -74,7 +85,9 @@ def test_penalties(make_context):
     np.testing.assert_allclose(scores.total, [0.5, 0.5 - 0.125, -2.0 - 0.25], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "said"), [("raises", "KeyError"), ("not_a_number", "nan"), ("too_few", "1 values for 2")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("raises", "KeyError"), ("not_a_number", "nan"), ("too_large", "-1e.39"), ("too_few", "1 values for 2")]
+)
 def test_a_function_that_fails_is_named(make_context, name, said):
     context = make_context(rl={"rewards": [term(name)]})
     with pytest.raises(FunctionError, match=f"test_rewards:{name}.*{said}"):
@@ -84,6 +97,25 @@ def test_a_function_that_fails_is_named(make_context, name, said):
 def test_a_function_that_is_not_there_is_named_before_anything_runs(make_context):
     with pytest.raises(ConfigError, match="test_rewards has no nothing"):
         Rewards(make_context(rl={"rewards": [{"function": "test_rewards:nothing"}]}), {})
+
+
+def test_a_module_that_fails_while_it_is_imported_says_how(make_context, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, line, said in (
+        ("one", "import math; math.nothing", "AttributeError: module 'math' has no attribute"),
+        ("two", "1 / 0", "ZeroD"),
+    ):
+        (tmp_path / f"broken_{name}.py").write_text(line + "\n")
+        with pytest.raises(ConfigError, match=f"broken_{name}:f: importing broken_{name} failed: {said}"):
+            Rewards(make_context(rl={"rewards": [{"function": f"broken_{name}:f"}]}), {})
+
+
+def test_a_function_gets_a_column_that_no_row_of_the_batch_has(make_context):
+    context = make_context(rl={"rewards": [term("length_of_answer")]})
+    rows = [PromptExample(row.tokens, row.text, {"answer": "six"} if i == 3 else {}) for i, row in enumerate(context.data.prompts.train)]
+    context = dataclasses.replace(context, data=dataclasses.replace(context.data, prompts=Split(rows, [])))
+    rewards, rollout = Rewards(context, {}), rollout_of([5, END], [6, END])
+    assert [rewards(rollout, rows[at : at + 2]).total.tolist() for at in (0, 2)] == [[0.0, 0.0], [0.0, 3.0]]
 
 
 def test_running_scale_equals_numpys(make_context):
