@@ -55,7 +55,7 @@ def points(grid: Sequence[str]) -> list[Point]:
 
 def folder_name(point: Point, seed: int) -> str:
     """A run name for a point, readable and valid."""
-    parts = [override.rpartition(".")[2].replace("=", "-") for override in point]
+    parts = [f"{field.rpartition('.')[2]}-{value}" for field, _, value in (override.partition("=") for override in point)]
     return "_".join([*parts, f"seed-{seed}"])
 
 

@@ -56,15 +56,22 @@ def passing(error: BaseException | None) -> bool:
     """Whether it was caused by a store or a network that may be there again in a while, rather than by what was asked of them."""
     if error is None:
         return False
-    if type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google", "requests", "urllib3"):  # clients of gs://
+    kind, client = type(error), type(error).__module__.partition(".")[0]
+    if client in ("aiohttp", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub", "requests", "urllib3"):  # of gs:// and of the hub
         told = (getattr(error, name, None) for name in ("code", "status", "status_code"))
         code = next(
             (code for code in [*told, getattr(getattr(error, "response", None), "status_code", None)] if isinstance(code, int)), None
         )
-        if code is None:
-            return "Credentials" not in type(error).__name__
-        return code in (408, 429) or code >= 500
+        if code is not None:
+            return code in (408, 429) or code >= 500
+        if client == "huggingface_hub":  # its own say what cannot be had; what caused them, whether that may pass
+            return passing(error.__cause__)
+        return "Credentials" not in kind.__name__ and (client not in ("httpx", "httpx2") or _has_base(kind, "TransportError"))
     return isinstance(error, ConnectionError | TimeoutError) or passing(error.__cause__)
+
+
+def _has_base(kind: type, name: str) -> bool:
+    return any(base.__name__ == name for base in kind.__mro__)
 
 
 def sync_tree(path: Path) -> None:

@@ -27,6 +27,8 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Environment variables that say which processes make up a run, where no cluster does: HOST:PORT of the first, their number, and this
 one's, from 0."""
 
+JOIN_S = 900
+"""Seconds for which a process waits for the others to start: a node that is new may fetch its image first."""
 LAST = 3.0  # seconds by which the first process outlives the others, so that they can say what went wrong
 
 _alone = 0  # depth of `once`: what runs there runs on the first process only and must not wait for the others
@@ -41,7 +43,8 @@ def start(timeout_s: int) -> None:
         timeout_s: a process that gives no sign of life for this long counts as dead, which ends all others.
 
     Raises:
-        ConfigError: variables are missing or wrong, or the others cannot be reached.
+        ConfigError: variables are missing or wrong.
+        ConnectionError: the first process's address is not known yet. (Where one of them does not start within JOIN_S, JAX aborts.)
     """
     if jax.distributed.is_initialized():
         return
@@ -67,11 +70,12 @@ def start(timeout_s: int) -> None:
     # Its handler would take SIGTERM away from ours, and does not know Ctrl-C.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=timeout_s)
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=timeout_s, initialization_timeout=JOIN_S)
     except (RuntimeError, ValueError, OSError) as error:
         if not (any(given) or _in_slurm() or isinstance(error, RuntimeError)):
             return  # a TPU of neither GCE nor GKE, such as a notebook's: one host
-        raise ConfigError(f"cannot join the other processes of the run: {error}; is the same command running on every host?") from error
+        text = f"cannot join the other processes of the run: {error}; is the same command running on every host?"
+        raise (ConfigError if isinstance(error, ValueError) else ConnectionError)(text) from error
 
 
 def _in_slurm() -> bool:

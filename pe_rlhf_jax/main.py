@@ -172,7 +172,7 @@ def cli(argv: Sequence[str] | None = None) -> int:
         code = 2 if (isinstance(error, errors) or full) and not (lost or away) else 1
         if lost or away or code == 2:
             text = f"{hosts.LOST}\n{error}" if lost else FULL.format(str(error).partition("\n")[0]) if full else str(error)
-            text += "\nThe same command goes on once the store can be reached again." if away and not lost else ""
+            text += "\nThe same command goes on once that can be reached again." if away and not lost else ""
             console.print(f"error: {text}", markup=False, style="red", soft_wrap=True)  # a path stays in one piece
         elif hosts.several():
             traceback.print_exc()

@@ -121,6 +121,8 @@ def test_every_command_and_option_exists(help_of):
         shown = help_of(command)
         for option in (word for word in rest if word.startswith("--")):
             assert re.search(rf"{option}\b", shown), f"{place}: {command} has no {option}"
+        needed = re.findall(r"(--[a-z-]+) [A-Z]", re.sub(r"\[[^\]]*\]", "", shown.partition("\n\n")[0])) if rest else []
+        assert set(needed) <= set(rest), f"{place}: {command} needs {needed}"
 
 
 def test_every_override_is_accepted():
@@ -159,7 +161,7 @@ def test_the_example_configurations_are_valid():
 
 def test_the_example_rows_are_valid():
     given = {"chat_template": "given", "get_chat_template": lambda: "given"}
-    tokenizer = SimpleNamespace(**given, apply_chat_template=lambda turns, **_: turns[-1]["content"])
+    tokenizer = SimpleNamespace(**given, apply_chat_template=lambda turns, **_: "".join(turn["content"] for turn in turns))
     reader = Reader(tokenizer, Skipped(on_error="error"))  # type: ignore[arg-type]
     (text,) = blocks("README.md", "jsonl")
     kinds = []

@@ -225,7 +225,7 @@ run() {
 
 remove() {
   local kind=tpu-vm options=(--quiet) request=""
-  if ! $DRY; then request=$(field queued-resources state.state); fi
+  if ! $DRY; then request=$(field queued-resources state.state) || return 1; fi
   if [[ -n $request ]]; then
     kind="queued-resources"
     options+=(--force) # its VMs too
@@ -233,8 +233,15 @@ remove() {
   tpus "$kind" delete "$POD_NAME" "${options[@]}"
 }
 
+# What may fail because the slice goes away just then; three times in a row it is something else.
+trouble() {
+  ((++troubles <= 3)) || fail "$1, three times in a row: see above"
+  say "$1; looking again"
+  sleep "$POLL"
+}
+
 keep() {
-  local options=() now hosts failures=0 started=0
+  local options=() now hosts failures=0 started=0 troubles=0 begun=false
   while (($#)) && [[ $1 != -- ]]; do
     options+=("$1")
     shift
@@ -256,7 +263,7 @@ keep() {
       failed*) fail "$POD_NAME was not granted ($now); delete it, and try another zone" ;;
       lost*)
         say "$POD_NAME was taken away ($now); deleting it and creating another"
-        remove
+        if remove; then troubles=0; else trouble "$POD_NAME was not deleted"; fi
         ;;
       waiting*) say "$POD_NAME: $now" && sleep "$POLL" ;;
       ready)
@@ -266,22 +273,35 @@ keep() {
           continue
         fi
         say "$POD_NAME: $now, $hosts"
-        case $hosts in
-          new) bash "${BASH_SOURCE[0]}" setup || fail "the hosts could not be set up: see above" ;;
-          running) sleep "$POLL" ;;
-          "done 0") return ;;
-          "done 2") fail "the run ended with an error: tpu/pod.sh watch shows it. The slice stays, and costs, until it is deleted" ;;
-          idle | "done 75")
-            run "$@"
-            started=$SECONDS
-            ;;
-          *)
-            if ((SECONDS - started > 600)); then failures=0; fi # it went well for a while
-            ((++failures <= 3)) || fail "the run ended three times without saving (${hosts#done }): tpu/pod.sh watch shows its log"
-            run "$@"
-            started=$SECONDS
-            ;;
-        esac
+        # How a run ended that this call has not seen begin says nothing about this one, which may have other files or arguments.
+        if [[ $hosts == running ]]; then
+          begun=true
+          troubles=0
+          sleep "$POLL"
+          continue
+        elif [[ $hosts == new ]] || ! $begun; then
+          if ! bash "${BASH_SOURCE[0]}" setup; then
+            trouble "the hosts could not be set up"
+            continue
+          fi
+        else
+          case $hosts in
+            "done 0") return 0 ;;
+            "done 2") fail "the run ended with an error: tpu/pod.sh watch shows it. The slice stays, and costs, until it is deleted" ;;
+            idle | "done 75") ;;
+            *)
+              if ((SECONDS - started > 600)); then failures=0; fi # it went well for a while
+              ((++failures <= 3)) || fail "the run ended three times without saving (${hosts#done }): tpu/pod.sh watch shows its log"
+              ;;
+          esac
+        fi
+        if run "$@"; then
+          begun=true
+          troubles=0
+          started=$SECONDS
+        else
+          trouble "the run could not be started"
+        fi
         ;;
     esac
   done

@@ -30,6 +30,8 @@ VARIABLES = {
     "#010a07": "--c5",
 }
 INK, LINE, *COLORS = VARIABLES
+STYLES = ("-", "--", ":", "-.")
+"""Of lines beyond as many as there are colors."""
 MAX_POINTS = 200
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -89,14 +91,15 @@ def curves(
 
     def draw(axes: Axes) -> None:
         shown: list[Any] = []
-        for color, (_, steps, values) in zip(COLORS, lines, strict=False):
+        for number, (_, steps, values) in enumerate(lines):
+            color, style = COLORS[number % len(COLORS)], STYLES[number // len(COLORS) % len(STYLES)]
             few = len(values) < 12
             noisy = smooth and not few
             line = values if not noisy else np.exp(smoothed(np.log(values))) if log else smoothed(values)
             thin = slice(None, None, max(1, -(-len(steps) // MAX_POINTS)))
             if noisy:
                 axes.plot(steps[thin], values[thin], ".", color=color, alpha=0.3, markersize=5, markeredgewidth=0)
-            axes.plot(steps[thin], line[thin], "o-" if few else "-", color=color, markersize=3)
+            axes.plot(steps[thin], line[thin], "o" * few + style, color=color, markersize=3)
             shown.append(axes.lines[-1])
         axes.set_xlabel("step")
         axes.set_ylabel(ylabel)
@@ -106,7 +109,7 @@ def curves(
         if percent:
             axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
         if len(lines) > 1:  # labels of their own: matplotlib leaves out those that begin with _
-            axes.legend(shown, [label for label, *_ in lines[: len(shown)]], loc="best", handlelength=1.2)
+            axes.legend(shown, [label for label, *_ in lines], loc="best", handlelength=1.2 if len(lines) <= len(COLORS) else 2.5)
 
     return _svg(title, draw)
 
@@ -150,13 +153,17 @@ def accuracy_by(title: str, bins: Rows, xlabel: str) -> Markup | None:
         axes.errorbar(x, p, yerr=whisker, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
         axes.axhline(0.5, color=INK, linewidth=0.9, linestyle="--", label="guessing")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        names = [f"{a:.2g} to {b:.2g}" for a, b in zip(low[use], high[use], strict=True)]
+        names = [f"{_short(a)} to {_short(b)}" for a, b in zip(low[use], high[use], strict=True)]
         axes.set_xticks(x, [f"{name}\nn = {int(k)}" for name, k in zip(names, n, strict=True)])
         axes.set(xlabel=xlabel, ylabel="accuracy", ylim=(0, 1.02))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(False, axis="x")
 
     return _svg(title, draw)
+
+
+def _short(bound: float) -> str:
+    return f"{bound:.0f}" if abs(bound) >= 10 else f"{bound:.2g}"
 
 
 def stacked(title: str, rows: Rows, series: Mapping[str, str], ylabel: str) -> Markup | None:

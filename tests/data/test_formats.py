@@ -166,10 +166,8 @@ def test_an_answer_is_what_the_template_writes_behind_the_prompt(name):
 
 def test_a_prompt_parts_from_a_conversation_between_tokens():
     """`<|start|>` and `<|end|>` begin alike, but are one token each."""
-    template = (
-        "{% for turn in messages %}{{ turn.role }}<|end|>{{ turn.content }}{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}"
-    )
-    tokenizer = make_tokenizer(template.replace("{{ turn.role }}", "{% if turn.role == 'user' %}Q{% endif %}"))
+    turn = "{% if turn.role == 'user' %}Q{% endif %}<|end|>{{ turn.content }}"
+    tokenizer = make_tokenizer("{% for turn in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}<|start|>{% endif %}")
     [row] = examples("sft", {"messages": [TURNS[1], ANSWER]}, tokenizer=tokenizer)
     assert (tokenizer.decode(row.prompt), tokenizer.decode(row.response)) == ("Q<|end|>Hi", "<|end|>Hello ☺<|end|>")
 

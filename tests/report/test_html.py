@@ -252,3 +252,18 @@ def test_charts_leave_matplotlibs_settings_alone():
 def test_rounding_coordinates_leaves_labels_exact():
     svg = charts.curves("Loss", [{"step": i, "loss": -0.005 * i} for i in range(1, 6)], {"loss": "training"}, "loss")
     assert ">\N{MINUS SIGN}0.0075<" in svg and ">\N{MINUS SIGN}0.0225<" in svg
+
+
+def test_every_line_is_drawn_and_no_two_look_alike():
+    names = [f"reward/{i}" for i in range(7)]
+    rows = [{"step": step} | {name: step + i for i, name in enumerate(names)} for step in range(1, 6)]
+    svg = charts.curves("Rewards", rows, {name: name for name in names}, "reward")
+    assert all(f">{name}</text>" in svg for name in names)
+    lines = re.findall(r'style="(fill: none; [^"]*stroke: var\(--c\d\)[^"]*)"', svg)
+    assert len(set(lines)) == 7
+
+
+def test_bins_of_long_texts_have_whole_bounds():
+    bins = [{"low": a, "high": b, "accuracy": 0.7, "count": 50} for a, b in ((20.0, 128.0), (128.0, 257.0), (257.0, 1024.0))]
+    svg = charts.accuracy_by("Accuracy by length", bins, "tokens")
+    assert all(f">{label}<" in svg for label in ("20 to 128", "128 to 257", "257 to 1024"))

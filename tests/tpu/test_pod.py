@@ -293,7 +293,7 @@ def test_keeping_a_run_going_over_slices_that_are_taken_away(pod):
     setting_up = ["tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh setup"]
     create, start = "queued-resources create", "tpu-vm ssh start"
     assert kinds == [
-        *(create, status, *setting_up, status),
+        *(create, status, *setting_up, start, status),
         *("queued-resources delete", create),
         *(status, start, status, status, start, status),
     ]
@@ -306,13 +306,55 @@ def test_keeping_asks_and_stops_at_errors(pod):
     assert pod.calls == []
     status = "tpu-vm ssh rlhf --worker=all --command=bash pe_rlhf_jax/tpu/worker.sh status"
     here = {"queued-resources describe": [NONE], "tpu-vm describe": [READY]}
-    pod.answer(here | {status: [[0, "done 2\ndone 137", ""]]})
+    well = {"tpu-vm ssh": [[0, "started", ""]], "tpu-vm scp": [[0, "", ""]]}
+    pod.answer(here | {status: [[0, "new\nnew", ""], [0, "done 2\ndone 137", ""]]} | well)
     assert "ended with an error" in pod.refused("--yes", "keep", "--", "--config", "c.yaml")
-    pod.answer(here | {status: [[0, "done 0\ndone 134", ""]], "tpu-vm ssh": [[0, "started", ""]]})
+    pod.answer(here | {status: [[0, "running\nrunning", ""], [0, "done 0\ndone 134", ""]]} | well)
     assert "ended three times without saving (134)" in pod.refused("--yes", "keep", "--", "--config", "c.yaml")
     assert len([call for call in pod.calls if "worker.sh start" in call]) == 3
     pod.answer(here | {"tpu-vm describe": [NONE], "tpu-vm create": [[1, "", "Quota exceeded"]]})
     assert "Quota exceeded" in pod.refused("--yes", "keep", "--", "--config", "c.yaml")
+
+
+@pytest.mark.parametrize("before", ["done 0", "done 2", "done 134", "idle"])
+def test_how_an_earlier_run_ended_says_nothing_about_this_one(pod, before):
+    """With files of now: the configuration may have been mended."""
+    status = "tpu-vm ssh rlhf --worker=all --command=bash pe_rlhf_jax/tpu/worker.sh status"
+    looks = [[0, f"{word}\n{word}", ""] for word in (before, "running", "done 0")]
+    well = {"tpu-vm ssh": [[0, "", ""]], "tpu-vm scp": [[0, "", ""]]}
+    pod.answer({"queued-resources describe": [NONE], "tpu-vm describe": [READY], status: looks} | well)
+    pod.done("--yes", "keep", "--", "--config", "c.yaml")
+    did = [call.split("worker.sh ")[1].split()[0] for call in pod.changes() if "worker.sh" in call]
+    assert did == ["status", "setup", "start", "status", "status"] and any("tpu-vm scp" in call for call in pod.calls)
+
+
+@pytest.mark.parametrize("at", ["tpu-vm scp", "tpu-vm ssh rlhf --worker=all --command=bash pe_rlhf_jax/tpu/worker.sh start", "delete"])
+def test_a_slice_that_goes_while_it_is_set_up_or_deleted_is_replaced(pod, at):
+    """Four tries of a command are made; then it is asked how the slice is."""
+    active, lost, gone = [0, "ACTIVE", ""], [0, "SUSPENDED", ""], [1, "", "ERROR: Internal"]
+    status = "tpu-vm ssh rlhf --worker=all --command=bash pe_rlhf_jax/tpu/worker.sh status"
+    requests = [lost] * 4 + [NONE] + [active] if at == "delete" else [active, lost, lost, NONE, active]
+    looks = [[0, f"{word}\n{word}", ""] for word in ["new"] * (1 if at == "delete" else 2) + ["running", "done 0"]]
+    nodes = [NONE, READY] if at == "delete" else [READY, NONE, READY]
+    answers = {"queued-resources describe": requests, "tpu-vm describe": nodes, status: looks}
+    answers |= {"queued-resources delete" if at == "delete" else at: [gone] * (1 if at == "delete" else 4) + [[0, "", ""]]}
+    pod.answer(answers | {"tpu-vm ssh": [[0, "", ""]]} | ({} if at == "tpu-vm scp" else {"tpu-vm scp": [[0, "", ""]]}))
+    kept = pod.call("--yes", "keep", "--queued", "--spot", "--", "--config", "c.yaml")
+    assert kept.returncode == 0, kept.stderr
+    made = [verb for _, verb, *_ in map(str.split, pod.calls) if verb in ("create", "delete")]
+    assert made == ["delete"] * (2 if at == "delete" else 1) + ["create"]
+    assert "; looking again" in kept.stderr
+
+
+@pytest.mark.parametrize(("at", "told"), [("tpu-vm scp", "could not be set up"), ("queued-resources delete", "was not deleted")])
+def test_what_fails_again_and_again_is_given_up(pod, at, told):
+    request = [0, "ACTIVE" if at == "tpu-vm scp" else "SUSPENDED", ""]
+    status = "tpu-vm ssh rlhf --worker=all --command=bash pe_rlhf_jax/tpu/worker.sh status"
+    pod.answer(
+        {"queued-resources describe": [request], "tpu-vm describe": [READY], status: [[0, "new", ""]], at: [[1, "", "ERROR: PERMISSION"]]}
+    )
+    said = pod.refused("--yes", "keep", "--", "--config", "c.yaml")
+    assert told + ", three times in a row: see above" in said and "PERMISSION" in said
 
 
 def test_a_worker_without_an_install_says_so_and_notes_what_a_run_ended_with(pod, tmp_path):

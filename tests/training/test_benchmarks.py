@@ -60,6 +60,9 @@ def test_points_names_and_intervals():
     points = sweep.points(["lora.r=1,4", "reward.optimizer.learning_rate=1e-4"])
     assert points == [("lora.r=1", "reward.optimizer.learning_rate=1e-4"), ("lora.r=4", "reward.optimizer.learning_rate=1e-4")]
     assert sweep.folder_name(points[1], 2) == "r-4_learning_rate-1e-4_seed-2"
+    numbers = sweep.points(["rl.sampling.temperature=0.5,1.5", "rl.optimizer.learning_rate=1.5e-4,2.5e-4"])
+    assert sweep.folder_name(numbers[0], 0) == "temperature-0.5_learning_rate-1.5e-4_seed-0"
+    assert len({sweep.folder_name(point, 0) for point in numbers}) == 4
     assert sweep.interval([0.5]) is None
     assert sweep.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 * 1.0 / np.sqrt(3))
     with pytest.raises(SystemExit):
