@@ -37,7 +37,7 @@ from pe_rlhf_jax.checkpoint.weights import WeightsError
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.data import DataError
 from pe_rlhf_jax.devices import skip_missing_tpu
-from pe_rlhf_jax.files import passing, path_of
+from pe_rlhf_jax.files import is_remote, passing, path_of
 from pe_rlhf_jax.package import PackageError, cache_folder
 from pe_rlhf_jax.plan import command as planning
 from pe_rlhf_jax.report import html, samples
@@ -91,7 +91,7 @@ def run(config: Config, restart: bool = False, console: Console | None = None, c
     `command` is what the user typed, which the model cards repeat.
     """
     if config.run.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(compiled_programs(config)))
     hosts.start(config.run.host_timeout_s)
     hosts.same({"configuration": configuration.dump(config).encode()})
     progress = Progress(console if hosts.first() else Console(quiet=True))
@@ -104,6 +104,14 @@ def run(config: Config, restart: bool = False, console: Console | None = None, c
             this.close()
         progress.note(f"report: {folder / 'report.html'}")
         return summary
+
+
+def compiled_programs(config: Config) -> Path:
+    """Where compiled programs are kept: with the user's other files, or beside runs that are in an object store, where new hosts find them
+    and all hosts of a run, of which the first alone writes them.
+    """
+    folder = path_of(config.run.folder)
+    return folder / ".compiled" if is_remote(folder) else cache_folder() / "compiled"
 
 
 def cli(argv: Sequence[str] | None = None) -> int:

@@ -172,7 +172,7 @@ class Server(ThreadingHTTPServer):
 
 
 def serve() -> tuple[ThreadingHTTPServer, str]:
-    """A running server and its address; `shutdown` ends it."""
+    """A running server and its address; `shutdown` and `server_close` end it."""
     server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, f"http://127.0.0.1:{server.server_port}"

@@ -20,8 +20,8 @@ def test_a_folder_is_made_continued_and_remembers_its_configuration(config):
     for _ in range(2):
         with run_folder.opened(config, restart=False) as folder:
             assert run_folder.read_config(folder) == config
-    run_folder.write_summary(folder, {"name": "one"})
-    assert json.loads((folder / "summary.json").read_text()) == {"name": "one"}
+    run_folder.write_summary(folder, {"name": "one", "sft": {"loss": float("nan"), "ci": [0.5, float("inf")]}})
+    assert json.loads((folder / "summary.json").read_text()) == {"name": "one", "sft": {"loss": None, "ci": [0.5, None]}}
     assert sorted(os.listdir(folder)) == [".lock", "config.yaml", "summary.json"]
 
 

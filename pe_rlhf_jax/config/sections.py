@@ -38,7 +38,7 @@ class RunConfig(Section):
     host_timeout_s: int = Field(
         100, ge=5, description="Seconds without a sign of life after which a host counts as dead and all others stop, with an error."
     )
-    compilation_cache: bool = Field(True, description="Keep compiled programs on disk between runs (JAX's persistent cache).")
+    compilation_cache: bool = Field(True, description="Keep compiled programs between runs (JAX's persistent cache).")
 
 
 class ImageEncoderConfig(Section):

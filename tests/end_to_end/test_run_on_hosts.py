@@ -183,15 +183,17 @@ def test_hosts_that_were_given_something_else_say_so_and_none_waits(project, com
     assert all("is not the same folder on all hosts" in output for output in outputs)
 
 
-def test_a_run_in_a_bucket_is_the_run_on_a_disk(alone, project, compiled, tmp_path):
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(alone, project, tmp_path):
     """On two hosts, in two goes, by the real clients of Google Cloud Storage; the server only keeps what it is sent."""
     server, address = serve()
     reaches = {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
     arguments = [*RUN, str(write_config(project, tmp_path)), "--set", "run.folder=gs://bucket/runs"]
-    finish(start([*arguments, "--set", "run.stages=[sft]"], 2, PE_RLHF_CACHE=str(compiled), **reaches), 0)
-    first, _ = finish(start(arguments, 2, PE_RLHF_CACHE=str(compiled), **reaches), 0)
+    finish(start([*arguments, "--set", "run.stages=[sft]"], 2, PE_RLHF_CACHE=str(tmp_path / "cache"), **reaches), 0)
+    first, _ = finish(start(arguments, 2, PE_RLHF_CACHE=str(tmp_path / "cache"), **reaches), 0)
     assert "sft: finished before" in first and "report: gs://bucket/runs/run/report.html" in first
+    assert any(key.startswith("bucket/runs/.compiled/") for key in Handler.objects) and not (tmp_path / "cache" / "compiled").exists()
     server.shutdown()
+    server.server_close()
     for key, (content, _) in Handler.objects.items():
         file = tmp_path / key.removeprefix("bucket/")
         file.parent.mkdir(parents=True, exist_ok=True)
