@@ -1,16 +1,23 @@
 """Pixel values of batches: padded, kept within a bound, made ahead of their step; what cannot be decoded is found at first use."""
 
+import contextlib
+
 import numpy as np
 import pytest
+from tiny_data import make_tokenizer
 from tiny_images import encoded, pixels
 
-from pe_rlhf_jax.data import images
+from pe_rlhf_jax.config import DataConfig, FilesConfig
+from pe_rlhf_jax.data import images, load
 from pe_rlhf_jax.data.formats import PromptExample
 from pe_rlhf_jax.data.image_batches import PixelReader, WholeExamples
 from pe_rlhf_jax.data.image_processing import ImageProcessing
 from pe_rlhf_jax.data.sources import DataError, Skipped
+from pe_rlhf_jax.data.turns import Vision
+from pe_rlhf_jax.image_prompt import ImagePrompt
 
 PROCESSING = ImageProcessing((0, 0, 0), (1, 1, 1), size=(3, 5), rescale_factor=1.0)
+VISION = Vision(ImagePrompt("[picture]", "*", 3, before="<", after=">"), PROCESSING)
 CUT = encoded(pixels(64, 64))[:3000]
 
 
@@ -62,6 +69,19 @@ def test_damage_stops_the_run_with_the_row_s_place():
         PixelReader(PROCESSING).pad([example(3, A), example(7, CUT)])
     with pytest.raises(DataError, match=r"^rows.jsonl:7: expected a whole picture"):
         WholeExamples([example(7, CUT)], PixelReader(PROCESSING), Skipped())[0]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_of_several_hosts_none_leaves_out_a_row_alone(several, jsonl, tmp_path):
+    """Only this one's copy may be damaged, and then the hosts would learn from different rows."""
+    for name, content in (("whole.png", A), ("cut.png", CUT)):
+        (tmp_path / name).write_bytes(content)
+    rows = [{"prompt": f"{name}?", "completion": " A", "image": name} for name in ("whole.png", "cut.png")]
+    files = FilesConfig(train=[jsonl(rows)], validation=[jsonl(rows[:1], "held.jsonl")])
+    config = DataConfig(sft=files, on_error="skip")
+    loaded = load(config, make_tokenizer(), needs={"sft"}, vision=VISION, several_hosts=several)
+    with pytest.raises(DataError, match="of several hosts none can") if several else contextlib.nullcontext():
+        assert [row.place[-1] for row in loaded.sft.train[:]] == ["1", "1"]
 
 
 def test_the_next_row_comes_in_the_place_of_a_damaged_one():
