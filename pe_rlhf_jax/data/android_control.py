@@ -30,7 +30,7 @@ from pe_rlhf_jax.package import cache_folder
 
 FORM = "FOLDER:SPLIT, such as data/android_control:train"
 SPLITS = ("splits.json", "test_subsplits.json")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of what is unpacked; another one is unpacked anew."""
 
 Values = dict[str, Any]
@@ -117,10 +117,10 @@ def _steps(file: Path, wanted: set[int], skipped: Skipped) -> Iterator[tuple[str
     with open(folder / "episodes.jsonl", encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             episode, place = json.loads(line), f"{file}:{number}"
+            if episode.get("episode_id", next(iter(wanted), None)) not in wanted:
+                continue
             if "problem" in episode:
                 skipped.bad(place, episode["problem"])
-                continue
-            if episode["episode_id"] not in wanted:
                 continue
             for index, step in enumerate(episode["steps"]):
                 shown = [Element.from_json(element) for element in step["elements"]]
@@ -178,11 +178,14 @@ def _unpacked(file: Path) -> Path:
 
 def _episode(record: bytes, number: int, folder: Path) -> Values:
     """What is kept of an episode; its screenshots are written. Where it has another form, `problem` says so."""
+    known: Values = {}
     try:
         values = tfrecord.features(record)
-        [episode_id], [goal] = (_column(values, name, kind) for name, kind in (("episode_id", int), ("goal", bytes)))
+        [known["episode_id"]] = _column(values, "episode_id", int)
+        [goal] = _column(values, "goal", bytes)
         screenshots, trees = (_column(values, name, bytes) for name in ("screenshots", "accessibility_trees"))
-        actions, instructions = (_column(values, name, bytes) for name in ("actions", "step_instructions"))
+        # An episode without actions may leave both out.
+        actions, instructions = (_column(values, name, bytes) if name in values else [] for name in ("actions", "step_instructions"))
         widths, heights = (_column(values, name, int) for name in ("screenshot_widths", "screenshot_heights"))
         if not len(actions) == len(instructions) == len(screenshots) - 1 == len(trees) - 1 == len(widths) - 1 == len(heights) - 1:
             raise BadRow(
@@ -202,9 +205,9 @@ def _episode(record: bytes, number: int, folder: Path) -> Values:
                     "elements": [element.to_json() for element in shown],
                 }
             )
-        return {"episode_id": episode_id, "goal": " ".join(goal.decode("utf-8").split()), "steps": steps}
+        return known | {"goal": " ".join(goal.decode("utf-8").split()), "steps": steps}
     except (protobuf.WireError, BadRow, ValueError) as problem:
-        return {"problem": f"expected an episode of AndroidControl, found another record ({problem})"}
+        return known | {"problem": f"expected an episode of AndroidControl, found another record ({problem})"}
 
 
 def _object(value: Any) -> Values:

@@ -147,6 +147,21 @@ def test_damaged_episodes_are_refused_or_counted_at_every_reading(folder):
         assert len(found) == 5 + 5 and "7 rows skipped as bad" in skipped.notes()[0]
 
 
+def test_an_episode_without_actions_has_no_steps(folder):
+    for left_out in ([], None):
+        records = [episode(1), episode(2, [], actions=left_out, step_instructions=left_out)]
+        (folder / "android_control-00000-of-00002").write_bytes(tfrecord(records))
+        found, skipped = rows(folder, "sft")
+        assert len(found) == 2 * 5 and skipped.notes() == []
+
+
+def test_damage_outside_the_split_is_not_looked_at(folder):
+    whole, _ = rows(folder, "sft")
+    records = [episode(1), episode(2), episode(12345, step_instructions=[b"one"])]
+    (folder / "android_control-00000-of-00002").write_bytes(tfrecord(records))
+    assert len(rows(folder, "sft")[0]) == len(whole)
+
+
 def test_what_is_missing_is_said(folder, tmp_path):
     for source, message in {
         "folder": "expected FOLDER:SPLIT, such as data/android_control:train",

@@ -93,7 +93,7 @@ def forest(nodes=SCREEN):
 
 
 def episode(number, steps=ACTIONS, **changes):
-    """An episode as `tf.train.Example`, serialized."""
+    """An episode as `tf.train.Example`, serialized; a feature that is None is left out."""
     count = len(steps) + 1
     values = {
         "episode_id": [number],
@@ -108,6 +108,8 @@ def episode(number, steps=ACTIONS, **changes):
     }
     example = Example()
     for name, value in values.items():
+        if value is None:
+            continue
         if value and isinstance(value[0], int):
             example.features.feature[name].int64_list.value.extend(value)
         else:
