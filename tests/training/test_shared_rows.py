@@ -129,7 +129,7 @@ def test_the_reward_stage_is_the_same_either_way(make_context, monkeypatch):
     """Three updates with held-out figures: batches of one row each, as their shapes have it, and of two."""
     rng = np.random.default_rng(2)
     words = rng.integers(2, 31, (8, 20)).astype(np.int32)
-    examples = [PreferenceExample(row[: 16 + i % 3], np.append(row[:14], row[17:]), prompt_length=14) for i, row in enumerate(words)]
+    examples = [PreferenceExample(row[: 16 + i % 3], np.append(row[:14], row[17:]), 0.5, prompt_length=14) for i, row in enumerate(words)]
     context = make_context(reward=MARGINS | {"evaluate_every": 3})
     context = dataclasses.replace(context, data=dataclasses.replace(context.data, preference=Split(examples, examples[:5])))
     shapes = []
