@@ -74,6 +74,15 @@ class ComposedModel:
         # The whole picture, whatever its shape: what a question is about may be at its edge.
         side = {"height": image_size, "width": image_size}
         self.preprocessor = {**PREPROCESSOR, "size": side, "do_center_crop": False}
+        # How many placeholders a picture has, which transformers' processor does not take from the model: patches and a class token,
+        # without the latter.
+        self.processor = {
+            "processor_class": "LlavaProcessor",
+            "image_token": PLACEHOLDER,
+            "patch_size": patch,
+            "vision_feature_select_strategy": self.config["vision_feature_select_strategy"],
+            "num_additional_image_tokens": 1,
+        }
 
     @staticmethod
     def _renamed(name: str) -> str:

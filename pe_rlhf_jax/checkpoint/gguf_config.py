@@ -107,6 +107,7 @@ def _gemma(meta: Metadata, hidden: int, heads: int, head_dim: int) -> dict[str, 
     by_hidden = (meta.architecture, layers) in _SCALED_BY_HIDDEN
     found: dict[str, Any] = {
         "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_act": "gelu_pytorch_tanh",  # the same again, which some programs compare
         "query_pre_attn_scalar": hidden // heads if by_hidden else head_dim,
         "sliding_window": meta.get("*.attention.sliding_window", int),
     }

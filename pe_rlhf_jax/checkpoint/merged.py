@@ -89,9 +89,13 @@ def export_merged(
             for _, make in makers:
                 make()
         return
+    if head is None:  # classifiers have no published names
+        shapes = {backbone.family.written(name): shape for name, shape in shapes.items()}
+        makers = [(backbone.family.written(name), make) for name, make in makers]
     with written_whole(folder) as unfinished:
         write_safetensors(unfinished, shapes, dtype, makers, shard_bytes)
         backbone.tokenizer.save_pretrained(unfinished)
+        _for_all_versions(unfinished / "tokenizer_config.json")
         _write(unfinished / "config.json", _config(backbone, dtype, head))
         if head is None:
             _write(unfinished / "generation_config.json", _generation_config(backbone))
@@ -100,6 +104,8 @@ def export_merged(
                 shutil.copyfile(file, unfinished / file.name)
         if backbone.preprocessor is not None:
             _write(unfinished / "preprocessor_config.json", dict(backbone.preprocessor))
+        if backbone.processor is not None:
+            _write(unfinished / "processor_config.json", dict(backbone.processor))
         (unfinished / "README.md").write_text(_card(backbone, dtype, head, training), encoding="utf-8")
 
 
@@ -199,7 +205,7 @@ def _config(backbone: Backbone, dtype: str, head: PyTree | None) -> dict[str, An
     # With its nulls: where transformers has a default, as Mistral's window, they say that there is none.
     found = {key: value for key, value in backbone.reader.config.items() if (key, value) not in _DEFAULTS.items()}
     found["pad_token_id"] = backbone.tokenizer.pad_token_id
-    architecture = backbone.family.class_prefix + ("ForCausalLM" if backbone.config.vision is None else "ForConditionalGeneration")
+    architecture = backbone.family.architecture
     if head is not None:
         architecture = backbone.family.classifier
         # One label is how transformers says that there is one score.
@@ -208,6 +214,15 @@ def _config(backbone: Backbone, dtype: str, head: PyTree | None) -> dict[str, An
             found["text_config"] = {**found["text_config"], "pad_token_id": found["pad_token_id"]}
     # transformers 5 reads `dtype`, earlier ones `torch_dtype`.
     return {**found, "architectures": [architecture], "dtype": dtype, "torch_dtype": dtype}
+
+
+def _for_all_versions(file: Path) -> None:
+    """What transformers 5 writes of a tokenizer, in the words that version 4 reads too, on which servers stand."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(found.get("extra_special_tokens"), list):
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    _write(file, found)
 
 
 def _card(backbone: Backbone, dtype: str, head: PyTree | None, training: Training | None) -> str:

@@ -48,6 +48,8 @@ class Backbone:
     """As the weight file or the folder's model card declares it."""
     preprocessor: Mapping[str, Any] | None = None
     """As `preprocessor_config.json`, of a model that was put together; others have the file in their folder."""
+    processor: Mapping[str, Any] | None = None
+    """As `processor_config.json`, likewise."""
 
     def load_params(
         self, dtype: Any, shardings: PyTree | None = None, store: Callable[[tuple[str, ...], jax.Array], PyTree] | None = None
@@ -83,8 +85,8 @@ def resolve(config: ModelConfig) -> Backbone:
     largest = max(*tokenizer.get_vocab().values(), *eos_token_ids)
     if largest >= decoder.vocab_size:
         raise WeightsError(f"{reader.path}: the tokenizer goes up to id {largest}, the model to {decoder.vocab_size - 1}")
-    preprocessor = None if composed is None else composed.preprocessor
-    return Backbone(decoder, family, reader, tokenizer, eos_token_ids, config.source, sha256, _license(published), preprocessor)
+    preprocessing = (None, None) if composed is None else (composed.preprocessor, composed.processor)
+    return Backbone(decoder, family, reader, tokenizer, eos_token_ids, config.source, sha256, _license(published), *preprocessing)
 
 
 def _encoder(source: str) -> ONNXEncoder:

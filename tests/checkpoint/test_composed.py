@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,10 @@ def test_merged_it_is_a_folder_like_any_other(sources, tmp_path):
     back = resolve(ModelConfig(source=str(tmp_path / "merged")))
     assert back.config == both.config and vision_of(back) == vision_of(both)
     assert back.tokenizer(TEXT + "<image>")["input_ids"] == both.tokenizer(TEXT + "<image>")["input_ids"]
+    said = json.loads((tmp_path / "merged" / "processor_config.json").read_text())
+    # What LlavaProcessor computes: patches and the class token, which it takes off again.
+    count = (SIZE // said["patch_size"]) ** 2 + said["num_additional_image_tokens"] - (said["vision_feature_select_strategy"] == "default")
+    assert count == both.config.vision.tokens_per_image and said["image_token"] == "<image>"
     params, base = flat(back.load_params(jnp.float32)), flat(both.load_params(jnp.float32))
     added = params["projector/linear_1/kernel"] - base["projector/linear_1/kernel"]
     np.testing.assert_allclose(added, lora["projector"]["linear_1"]["kernel"], atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 from test_adapters_of_families import FAMILIES, adapter
 from tiny_families import CASES, Tiny
 from tiny_gguf import hf_tensors, write_gguf
+from transformers import AutoTokenizer
 
 from pe_rlhf_jax.checkpoint.card import Training
 from pe_rlhf_jax.checkpoint.gguf import GGUFFile
@@ -48,6 +50,10 @@ def test_what_is_read_back_is_the_merged_model(tmp_path, tokenizer, name):
     export_merged(tmp_path / "merged", backbone_of(tiny, tokenizer), lora, CONFIG, dtype="float32", shard_bytes=9_000)
     folder = SafetensorsFolder(tmp_path / "merged")
     assert len(folder.files) > 2 and set(folder.names) == set(tiny.names)
+    said = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"  # version 4 of transformers knows no TokenizersBackend
+    architecture = "GPT2LMHeadModel" if name == "gpt2" else f"{tiny.family.class_prefix}ForCausalLM"
+    assert folder.config["architectures"] == [architecture]
     assert all(file.stat().st_size < 9_000 + 3_000 for file in folder.files)  # with the header
     assert tiny.family.config_from_hf(folder.config) == tiny.architecture
     found = load_params(folder, tiny.family, tiny.architecture, "float32")
@@ -58,6 +64,18 @@ def test_what_is_read_back_is_the_merged_model(tmp_path, tokenizer, name):
     export_merged(tmp_path / "tuned", backbone_of(tiny, tokenizer), None, CONFIG, params=own, dtype="float32")
     found = load_params(SafetensorsFolder(tmp_path / "tuned"), tiny.family, tiny.architecture, "float32")
     jax.tree.map(np.testing.assert_array_equal, found, own)
+
+
+def test_special_tokens_stay_so_in_the_words_of_every_version(tmp_path, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<extra>"]})
+    tiny = Tiny("llama")
+    export_merged(tmp_path / "merged", backbone_of(tiny, tokenizer), None, CONFIG, dtype="float32")
+    said = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
+    assert said["additional_special_tokens"] == ["<extra>"] and "extra_special_tokens" not in said
+    again = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert "<extra>" in again.all_special_tokens and again.vocab_size == tokenizer.vocab_size
+    assert again("hello<extra> 12").input_ids == tokenizer("hello<extra> 12").input_ids
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

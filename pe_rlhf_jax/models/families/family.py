@@ -109,14 +109,31 @@ class Family:
     """Of the sequence classifier's class, where it is not `class_prefix`."""
     has_classifier: bool = True
     """Whether transformers has that class."""
+    causal: str | None = None
+    """transformers' class for a language model, where it is not `class_prefix` and `ForCausalLM`."""
+    published: tuple[tuple[str, str], ...] = ()
+    """How files are written, which programs of any age read, where that is not as the table has it; as `renamed`."""
 
     @property
     def classifier(self) -> str:
         """transformers' class for a model with a score in place of the logits."""
         return f"{self.classifier_prefix or self.class_prefix}ForSequenceClassification"
 
+    @property
+    def architecture(self) -> str:
+        """transformers' class for the model as it is published."""
+        return self.causal or self.class_prefix + ("ForCausalLM" if self.image_prompt is None else "ForConditionalGeneration")
+
     def canonical(self, name: str) -> str:
         """A tensor's name as the table of weights has it."""
-        for pattern, replacement in self.renamed:
-            name = re.sub(rf"\A(?:{pattern})", replacement, name)
-        return name
+        return _renamed(name, self.renamed)
+
+    def written(self, name: str) -> str:
+        """A tensor's name as files are written, by its name in the table of weights."""
+        return _renamed(name, self.published)
+
+
+def _renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(rf"\A(?:{pattern})", replacement, name)
+    return name

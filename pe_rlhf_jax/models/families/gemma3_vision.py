@@ -12,6 +12,7 @@ from pe_rlhf_jax.models.families.family import Family, UnsupportedModelError, We
 from pe_rlhf_jax.models.families.reading import only, positive
 from pe_rlhf_jax.models.families.seeing import (
     LLAVA_PROJECTOR,
+    LLAVA_PUBLISHED,
     LLAVA_RENAMED,
     image_token,
     join,
@@ -52,4 +53,4 @@ def image_prompt(config: DecoderConfig) -> ImagePrompt:
     return ImagePrompt("<start_of_image>", "<image_soft_token>", tokens_per_image(config), *around)
 
 
-GEMMA3_VISION = Family("gemma3", "Gemma3", config_from_hf, weights, llava_ignorable, LLAVA_RENAMED, image_prompt)
+GEMMA3_VISION = Family("gemma3", "Gemma3", config_from_hf, weights, llava_ignorable, LLAVA_RENAMED, image_prompt, published=LLAVA_PUBLISHED)

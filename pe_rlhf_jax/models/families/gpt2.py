@@ -70,4 +70,6 @@ def ignorable(config: DecoderConfig) -> tuple[str, ...]:
 
 
 # The first files were of the model without its head, whose names lack the prefix.
-GPT2 = Family("gpt2", "GPT2", config_from_hf, weights, ignorable, renamed=((r"(?=(?:wte|wpe|h|ln_f)\.)", "transformer."),))
+GPT2 = Family(
+    "gpt2", "GPT2", config_from_hf, weights, ignorable, renamed=((r"(?=(?:wte|wpe|h|ln_f)\.)", "transformer."),), causal="GPT2LMHeadModel"
+)

@@ -13,6 +13,7 @@ from pe_rlhf_jax.models.families.family import Family, UnsupportedModelError, We
 from pe_rlhf_jax.models.families.reading import activation, flag, layer_count, positive
 from pe_rlhf_jax.models.families.seeing import (
     LLAVA_PROJECTOR,
+    LLAVA_PUBLISHED,
     LLAVA_RENAMED,
     TEXT,
     image_token,
@@ -86,4 +87,6 @@ def image_prompt(config: DecoderConfig) -> ImagePrompt:
     return ImagePrompt("<image>", "<image>", tokens_per_image(config))
 
 
-LLAVA = Family("llava", "Llava", config_from_hf, weights, llava_ignorable, LLAVA_RENAMED, image_prompt, has_classifier=False)
+LLAVA = Family(
+    "llava", "Llava", config_from_hf, weights, llava_ignorable, LLAVA_RENAMED, image_prompt, has_classifier=False, published=LLAVA_PUBLISHED
+)

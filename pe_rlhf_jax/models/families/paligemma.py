@@ -11,6 +11,7 @@ from pe_rlhf_jax.models.families.family import Family, UnsupportedModelError, We
 from pe_rlhf_jax.models.families.reading import only, positive
 from pe_rlhf_jax.models.families.seeing import (
     LLAVA_PROJECTOR,
+    LLAVA_PUBLISHED,
     LLAVA_RENAMED,
     image_token,
     join,
@@ -51,4 +52,14 @@ def image_prompt(config: DecoderConfig) -> ImagePrompt:
     return ImagePrompt("<image>", "<image>", tokens_per_image(config), begin_after_pictures=True)
 
 
-PALIGEMMA = Family("paligemma", "PaliGemma", config_from_hf, weights, llava_ignorable, LLAVA_RENAMED, image_prompt, has_classifier=False)
+PALIGEMMA = Family(
+    "paligemma",
+    "PaliGemma",
+    config_from_hf,
+    weights,
+    llava_ignorable,
+    LLAVA_RENAMED,
+    image_prompt,
+    has_classifier=False,
+    published=LLAVA_PUBLISHED,
+)

@@ -126,6 +126,15 @@ LLAVA_RENAMED = (
 """Published files have the names from before transformers 4.52, some a mixture."""
 
 
+LLAVA_PUBLISHED = (
+    (r"model\.language_model\.", "language_model.model."),
+    (r"lm_head\.", "language_model.lm_head."),
+    *((rf"(model\.vision_tower\.encoder\.layer\.\d+\.){new}\.", rf"\g<1>{old}.") for old, new in towers.PUBLISHED_DINOV2),
+    (rf"model\.vision_tower\.(?={towers.WITHIN_MODEL})", "vision_tower.vision_model."),
+    (r"model\.(?=(?:vision_tower|multi_modal_projector)\.)", ""),
+)
+
+
 def llava_weights(config: DecoderConfig, projector: Sequence[Weight]) -> tuple[Weight, ...]:
     return all_weights(config, LLAVA_TEXT, LLAVA_TOWER, projector)
 

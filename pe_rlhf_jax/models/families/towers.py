@@ -153,6 +153,13 @@ def _pair(theirs: str, ours: tuple[str, ...], weight: str, transposed: bool = Fa
     ]
 
 
+_INSIDE = r"patch_embedding|position_embedding|position_ids|class_embedding"
+WITHIN_MODEL = rf"(?:encoder\.layers|embeddings\.(?:{_INSIDE})|pre_layrnorm|post_layernorm|head)\b"
+"""How names of SigLIP and CLIP begin, which files have within `vision_model.`; none of DINOv2 begins so."""
+PUBLISHED_DINOV2 = (
+    *((f"attention.attention.{word}", rf"attention\.{word[0]}_proj") for word in ("query", "key", "value")),
+    ("attention.output.dense", r"attention\.o_proj"),
+)
 # Names that files had before transformers 5, to be written behind a prefix.
 OLD_DINOV2 = (
     *((rf"attention\.attention\.{word}", f"attention.{word[0]}_proj") for word in ("query", "key", "value")),
