@@ -117,7 +117,7 @@ def _steps(file: Path, wanted: set[int], skipped: Skipped) -> Iterator[tuple[str
     with open(folder / "episodes.jsonl", encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             episode, place = json.loads(line), f"{file}:{number}"
-            if episode.get("episode_id", next(iter(wanted), None)) not in wanted:
+            if "episode_id" in episode and episode["episode_id"] not in wanted:
                 continue
             if "problem" in episode:
                 skipped.bad(place, episode["problem"])

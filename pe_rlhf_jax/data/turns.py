@@ -151,7 +151,7 @@ class Template:
         self.vision = vision
         self._text = _text_of(tokenizer)
         # Templates of models that see take parts and may drop a plain text without a word; those of others take texts only.
-        self._takes_parts = vision is not None and self._text is not None
+        self._takes_parts = vision is not None and self._text is not None  # as far as is known: what is tried next is given in parts
         self._takes_parts = self._takes_parts and self._shows_parts()
 
     def settings(self, row: Row) -> dict[str, Any]:

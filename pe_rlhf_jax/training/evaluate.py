@@ -41,7 +41,7 @@ def policy(context: Context, roles: dict[str, Role], rewards: Rewards, pictured:
     prompts = list(context.split("prompts").validation[: config.prompts])
     # Now, not at the end: a file that vanishes meanwhile must not take the figures of a long evaluation with it.
     thumbnails = [[picture.thumbnail() for picture in prompt.pictures] for prompt in prompts[:pictured]]
-    columns = columns_of(prompts, column_names(context.data.prompts))
+    columns = columns_of(prompts, column_names(context.data.prompts)) if config.judge else {}
     answers = {name: _Answers(context, rewards) for name in ("reference", "policy")}
     key = context.key(STAGE)
     for at in range(0, len(prompts), config.batch_size):
