@@ -159,8 +159,8 @@ def _taskmaster_prompt(row: Values) -> list[Values]:
 
 
 def _taskmaster_sft(row: Values) -> list[Values]:
-    """Every agent turn of a dialog after what was said before it; calls of the ordering system are left out. Or one row with `prompt`
-    and `response`.
+    """Everything the agent of a dialog says, and every call it makes, after all that came before. Or one row with `prompt` and
+    `response`.
     """
     if "utterances" not in row:
         prompt, turns = _context(row)
@@ -172,10 +172,51 @@ def _taskmaster_sft(row: Values) -> list[Values]:
         if speaker is None:
             raise BadRow(f"expected `speaker` user or assistant, found {_shown(utterance['speaker'])}")
         turns.append(f"{speaker}: {_get(utterance, 'text', str).strip()}")
-    ends = [i for i, turn in enumerate(turns) if turn.startswith("Agent: ") and any(t.startswith("User: ") for t in turns[:i])]
+        turns += [_line(turn) for turn in (*_tickets_calls(utterance), *_coffee_calls(utterance))]
+    ends = [i for i, turn in enumerate(turns) if turn.startswith(("Agent: ", "Call: ")) and any(t.startswith("User: ") for t in turns[:i])]
     return [
         {"prompt": "".join(f"{turn}\n" for turn in turns[:i]), "completion": turns[i], "conversation": _conversation(turns)} for i in ends
     ]
+
+
+def _tickets_calls(utterance: Values) -> list[Values]:
+    """The calls after an utterance of Taskmaster-3 and their results, as turns of a rated context."""
+    turns: list[Values] = []
+    for api in _get(utterance, "apis", list, optional=True) or []:
+        name = _get(_object("apis", api), "name", str)
+        turns += [{"api": {name: _get(api, "args", dict)}}, {"response": {name: _listed(_get(api, "response", dict))}}]
+    return turns
+
+
+def _listed(response: Values) -> Values:
+    """`name.movie_1` and `name.movie_2`, as the dialogs have them, in a list `name.movie`, as the rated contexts have them."""
+    made: Values = {}
+    for key, value in response.items():
+        name, _, number = key.rpartition("_")
+        if number.isdecimal() and name and name not in response:
+            made.setdefault(name, []).append(value)
+        else:
+            made[key] = value
+    return made
+
+
+def _coffee_calls(utterance: Values) -> list[Values]:
+    """The calls after an utterance of Taskmaster-4 and their results, as turns of a rated context. There, a name is followed by its
+    values, `api_call` by `request` and `api_response` by `response`; a call without arguments may have no `request`.
+    """
+    turns: list[Values] = []
+    for annotation in _get(utterance, "annotations", list, optional=True) or []:
+        kind, value = (_get(_object("annotations", annotation), key, str) for key in ("name", "value"))
+        key = "api" if kind in ("api_call", "request") else "response"
+        if kind in ("api_call", "api_response"):
+            turns.append({key: {value: {}}})
+        elif kind in ("request", "response") and turns and key in turns[-1]:
+            turns[-1] = {key: dict.fromkeys(turns[-1][key], _parsed(annotation, "value", dict))}
+        else:
+            raise BadRow(
+                f"expected `annotations` of calls, a `request` after its `api_call`, a `response` after its `api_response`, found {kind}"
+            )
+    return turns
 
 
 def _context(row: Values) -> tuple[str, list[str]]:

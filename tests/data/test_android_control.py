@@ -28,6 +28,8 @@ from pe_rlhf_jax.data.ui_actions import (
     from_android_control,
     parse,
     right_elements,
+    touchable,
+    touched,
     wrong_action,
 )
 from pe_rlhf_jax.image_prompt import ImagePrompt
@@ -56,7 +58,7 @@ def rows(folder, kind, split="train", on_error="error"):
     return [row.values for row in convert("android-control", kind, android_control.read(f"{folder}:{split}", skipped), skipped)], skipped
 
 
-TEXTS = [" click [1]", " scroll down", " open_app Mail", " input_text two words", " navigate_back"]
+TEXTS = [" click [0]", " scroll down", " open_app Mail", " input_text two words", " navigate_back"]
 PROMPT = "Goal: Do thing 1\nStep: Press send\nElements:\n" + "".join(f"[{i}] {text}\n" for i, text in enumerate(SHOWN)) + "Action:"
 
 
@@ -72,7 +74,7 @@ def test_steps_become_rows(folder):
     for row, (number, step) in zip(found, [(n, s) for n in (1, 2, 3) for s in range(5)], strict=True):
         np.testing.assert_array_equal(np.asarray(PIL.Image.open(row["image"].content)), pixels(20, 10, seed=number * 100 + step))
     prompts, _ = rows(folder, "prompts")
-    assert prompts[0]["action"] == "click [1]" and prompts[0]["right_elements"] == [0, 1] and prompts[1]["right_elements"] == []
+    assert prompts[0]["action"] == "click [0]" and prompts[0]["right_elements"] == [0, 1] and prompts[1]["right_elements"] == []
     assert [len(rows(folder, kind)[0]) for kind in ("label", "preference", "prompts")] == [30, 15, 15]
     assert (
         [row["episode_id"] for row in rows(folder, "sft", "app_unseen")[0]]
@@ -251,7 +253,7 @@ SCREEN_SHOWN = elements(forest(SCREEN), 100, 200)
 @pytest.mark.parametrize(
     ("action", "text"),
     [
-        ({"action_type": "click", "x": 30, "y": 25}, "click [1]"),
+        ({"action_type": "click", "x": 30, "y": 25}, "click [0]"),  # through the text on the button
         ({"action_type": "click", "x": 98.6, "y": 5}, "click (99, 5)"),
         ({"action_type": "long_press", "x": 10, "y": 100}, "long_press [4]"),
         ({"action_type": "type", "x": 50, "y": 60, "text": "tea"}, "type [2] tea"),
@@ -298,7 +300,10 @@ def test_actions_of_another_form_are_refused(action):
         (" click [2]", "click [0]", 0, 1),
         (" long_press [0]", "click [0]", 0, 0),
         (" click (3, 4)", "click (3, 4)", 1, 1),
-        (" click (3, 5)", "click (3, 4)", 0, 1),
+        (" click (3, 64)", "click (3, 4)", 1, 1),  # a finger's width away
+        (" click (3, 65)", "click (3, 4)", 0, 1),
+        (" long_press (3, 4)", "click (3, 4)", 0, 0),
+        (" click [0]", "click (3, 4)", 0, 1),
         (" open_app  my MAIL", "open_app My Mail", 1, 1),
         (" scroll up", "scroll down", 0, 1),
         (" type [2] tea", "type [2] coffee", 0, 1),
@@ -314,8 +319,25 @@ def test_actions_match_by_type_target_and_argument(completion, right, match, sam
 
 def test_right_elements_are_the_target_and_what_lies_on_it():
     assert right_elements(Action("click", 0), SCREEN_SHOWN) == [0, 1]
-    assert right_elements(Action("click", 1), SCREEN_SHOWN) == [0, 1], "the centre of the button is on its text"
     assert right_elements(Action("click", 2), SCREEN_SHOWN) == [2] and right_elements(Action("wait"), SCREEN_SHOWN) == []
+    assert right_elements(Action("click", 3), SCREEN_SHOWN) == [3], "a touch of the box on the list does not act on the list"
+
+
+def test_elements_in_the_same_place_are_right_together():
+    for apart, together in ((3, [0, 1]), (4, [1])):
+        frame = node("FrameLayout", (10, 10, 90, 50), is_clickable=True)
+        # Its middle is beside the button's, on a bar across the button.
+        button = node("Button", (10 + apart, 10, 90, 50), is_clickable=True)
+        bar = node("Bar", (45, 10, 55, 50), is_clickable=True)
+        shown = elements(forest([button, frame, bar]), 100, 200)
+        assert right_elements(Action("click", 1), shown) == together
+
+
+def test_a_touch_acts_on_the_smallest_element_that_can_be_acted_on():
+    assert [touched(*point, SCREEN_SHOWN) for point in ((30, 25), (12, 12), (10, 100), (60, 100), (99, 5))] == [0, 0, 4, 3, None]
+    assert touchable(SCREEN_SHOWN) == [0, 2, 3, 4], "all but the text"
+    covered = elements(forest([node("Row", (0, 0, 100, 40), is_clickable=True), node("Box", (40, 0, 60, 40), is_clickable=True)]), 100, 200)
+    assert touchable(covered) == [1] and touched(5, 5, covered) == 0
 
 
 def test_a_reward_without_its_columns():
@@ -345,3 +367,68 @@ def test_wrong_actions_are_wrong_in_each_way():
             assert way != "element" or wrong.element in (2, 3, 4) or right.element != 0
             assert parse(str(wrong)) == wrong
     assert wrong_action(Action("wait"), [], [Action("wait")], random.Random(0)) is None
+
+
+def random_screen(draw):
+    """A list of rows that can be clicked, each with a text and perhaps a box to tick; below, a button in a frame, and a bare text."""
+    nodes = [node("RecyclerView", (0, 0, 100, 150), is_scrollable=True)]
+    for top in range(0, draw.choice([60, 90]), 30):
+        wide, box = draw.randint(60, 100), draw.choice([None, 4, 35])  # at 35 the box hides the row's middle
+        nodes += [node("Row", (0, top, wide, top + 30), is_clickable=True), node("TextView", (2, top + 2, wide, top + 28), "Row")]
+        nodes += [] if box is None else [node("CheckBox", (box, top + 5, box + 20, top + 25), is_checkable=True)]
+    nodes += [node("View", (0, 150, 80, 180), is_clickable=True), node("Button", (1, 151, 79, 179), "Save", is_clickable=True)]
+    return [*nodes, node("TextView", (0, 180, 100, 200), "Nothing happens here")]
+
+
+def test_right_and_wrong_elements_are_of_the_same_population(tmp_path):
+    """Where a person touches everything that can be acted on in its middle, the same elements are right and wrong: not one is always
+    wrong, or always right, for what it is, says or measures.
+    """
+    draw, records, screens = random.Random(0), [], {}
+    for screen in [random_screen(draw) for _ in range(6)]:
+        shown = elements(forest(screen), 100, 200)
+        touches = {element.centre for element in shown if element.can_be_acted_on}
+        steps = [({"action_type": "click", "x": x, "y": y}, f"{x} {y}") for x, y in sorted(touches)]
+        for _ in range(25):  # each draws its own wrong actions
+            screens[len(records)] = shown
+            records.append(episode(len(records), steps, accessibility_trees=[forest(screen)] * (len(steps) + 1)))
+    (tmp_path / "android_control-00000-of-00001").write_bytes(tfrecord(records))
+    (tmp_path / "splits.json").write_text(json.dumps({"train": list(screens)}))
+
+    right, wrong = {number // 25: set() for number in screens}, {number // 25: set() for number in screens}
+    for row in rows(tmp_path, "label")[0]:
+        element, shown = parse(row["completion"]).element, screens[row["episode_id"]]
+        (right if row["label"] else wrong)[row["episode_id"] // 25].add(element)
+        point = [float(side) for side in row["prompt"].split("Step: ")[1].split("\n")[0].split()]
+        assert shown[element].holds(*point) == bool(row["label"])
+    assert right == wrong
+    assert {screens[25 * number][index].kind for number, found in right.items() for index in found} == {
+        "RecyclerView",
+        "Row",
+        "CheckBox",
+        "Button",
+    }
+
+
+def test_what_may_be_right_too_is_not_wrong():
+    row, column = node("Row", (0, 0, 100, 40), is_clickable=True), node("Column", (0, 0, 40, 200), is_clickable=True)
+    button, frame = node("Button", (61, 61, 99, 99), is_clickable=True), node("Frame", (60, 60, 100, 100), is_clickable=True)
+    shown = elements(forest([row, column, button, frame]), 100, 200)
+
+    def drawn(x, y):
+        right = from_android_control({"action_type": "click", "x": x, "y": y}, shown)
+        found = [wrong_action(right, shown, [right], random.Random(seed)) for seed in range(40)]
+        return right.element, {wrong.element for _, wrong in found}
+
+    assert drawn(80, 20) == (0, {1, 2})
+    assert drawn(20, 20) == (0, {2}), "the column was touched as well"
+    assert drawn(60, 80) == (3, {0, 1}), "the rim of the frame is the button to a person"
+
+
+def test_wrong_places_are_places_of_other_steps():
+    shown = elements(forest([node("Button", (0, 0, 50, 50), is_clickable=True)]), 1000, 2000)
+    others = [Action("click", place=place) for place in ((500, 500), (500, 560), (500, 561), (20, 20), (900, 1900))]
+    found = [wrong_action(others[0], shown, [*others, Action("wait")], random.Random(seed)) for seed in range(80)]
+    assert {wrong.place for way, wrong in found if way == "element"} == {(500, 561), (900, 1900)}, "neither near nor on the button"
+    found = [wrong_action(Action("wait"), shown, [others[0], others[3]], random.Random(seed)) for seed in range(80)]
+    assert {str(wrong) for _, wrong in found} == {"click (500, 500)", "click [0]"}

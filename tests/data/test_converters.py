@@ -55,15 +55,82 @@ RATED = {
     "reward": 0.0,
 }
 RATED_LINES = {"id": "dlg-1", "prompt": CONTEXT_LINES, "response": "Agent: We have none.", "reward": 0.0}
-DIALOG = {
+MENU, ORDER = '{"items":[{"name":"Crème"}]}', '{"order_id":"7"}'  # written as in the data, without spaces
+
+
+def annotations(*names_and_values):
+    return [{"name": name, "value": value, "context": "api_call_0"} for name, value in names_and_values]
+
+
+# Taskmaster-4: an utterance's calls in order, name, request, name, response; of the calls without arguments, some have no request.
+COFFEE = {
     "conversation_id": "dlg-2",
     "utterances": [
-        {"index": 0, "speaker": "user", "text": "one mocha", "annotations": [{"name": "api_call", "value": "get_menu_items"}]},
-        {"index": 1, "speaker": "assistant", "text": "Is that all?"},
-        {"index": 2, "speaker": "user", "text": "yes"},
-        {"index": 3, "speaker": "assistant", "text": "Coming up."},
+        {"index": 0, "speaker": "ASSISTANT", "text": "Welcome", "annotations": []},
+        {
+            "index": 1,
+            "speaker": "user",
+            "text": "one mocha ",
+            "segments": [],
+            "annotations": annotations(
+                ("api_call", "show_menu"),
+                ("api_response", "show_menu"),
+                ("response", MENU),
+                ("api_call", "add_order_item"),
+                ("request", '{"id": "m-1","quantity": "1"}'),
+                ("api_response", "add_order_item"),
+                ("response", ORDER),
+            ),
+        },
+        {"index": 2, "speaker": "assistant", "text": "Is that all?", "annotations": []},
+        {"index": 3, "speaker": "user", "text": "yes"},
+        {"index": 4, "speaker": "assistant", "text": "Coming up."},
     ],
 }
+COFFEE_TURNS = [
+    "Agent: Welcome",
+    "User: one mocha",
+    'Call: {"show_menu": {}}',
+    'Result: {"show_menu": {"items": [{"name": "Crème"}]}}',
+    'Call: {"add_order_item": {"id": "m-1", "quantity": "1"}}',
+    'Result: {"add_order_item": {"order_id": "7"}}',
+    "Agent: Is that all?",
+    "User: yes",
+    "Agent: Coming up.",
+]
+# Taskmaster-3: an utterance's calls in order; several values of a result are numbered.
+SHOWTIMES = {
+    "index": 0,
+    "name": "find_showtimes",
+    "args": {"name.movie": "Mulan"},
+    "response": {"time.showing_1": "4pm", "time.showing_2": "6pm", "name.movie": "Mulan"},
+}
+BOOK = {"index": 0, "name": "book", "args": {}, "response": {"status": "no", "status_1": "full"}}  # no list: the name is taken
+TICKETS = {
+    "conversation_id": "dlg-3",
+    "utterances": [
+        {"index": 0, "speaker": "user", "text": "Mulan?", "segments": []},
+        {"index": 1, "speaker": "assistant", "text": "Let me look.", "apis": [SHOWTIMES, BOOK]},
+        {"index": 2, "speaker": "assistant", "text": "At 4pm or 6pm.", "apis": []},
+    ],
+}
+TICKETS_TURNS = [
+    "User: Mulan?",
+    "Agent: Let me look.",
+    'Call: {"find_showtimes": {"name.movie": "Mulan"}}',
+    'Result: {"find_showtimes": {"time.showing": ["4pm", "6pm"], "name.movie": "Mulan"}}',
+    'Call: {"book": {}}',
+    'Result: {"book": {"status": "no", "status_1": "full"}}',
+    "Agent: At 4pm or 6pm.",
+]
+
+
+def learned(turns, *ends):
+    """A dialog's rows, whose responses are the turns with these numbers."""
+    opening = next(turn for turn in turns if turn.startswith("User: ")).removeprefix("User: ")
+    return [{"prompt": "".join(f"{turn}\n" for turn in turns[:end]), "completion": turns[end], "conversation": opening} for end in ends]
+
+
 TALK = "a latte, por favor ☕"
 
 PET_PROMPT = "SUBREDDIT: r/pets\n\nTITLE: Dog [17m]\n\nPOST: My dog ate my\nhomework.\n\nTL;DR:"
@@ -121,17 +188,10 @@ CASES: dict[tuple[str, str], tuple[list, list]] = {
         [{"prompt": CONTEXT_LINES, "conversation": TALK}] * 2,
     ),
     ("taskmaster", "sft"): (
+        [COFFEE, TICKETS, {"prompt": "User: hi\n", "response": "Agent: Hi."}],
         [
-            {"utterances": [{"speaker": "ASSISTANT", "text": "Welcome"}, *DIALOG["utterances"]]},
-            {"prompt": "User: hi\n", "response": "Agent: Hi."},
-        ],
-        [
-            {"prompt": "Agent: Welcome\nUser: one mocha\n", "completion": "Agent: Is that all?", "conversation": "one mocha"},
-            {
-                "prompt": "Agent: Welcome\nUser: one mocha\nAgent: Is that all?\nUser: yes\n",
-                "completion": "Agent: Coming up.",
-                "conversation": "one mocha",
-            },
+            *learned(COFFEE_TURNS, 2, 4, 6, 8),  # not the welcome, which answers nothing
+            *learned(TICKETS_TURNS, 1, 2, 4, 6),
             {"prompt": "User: hi\n", "completion": "Agent: Hi.", "conversation": "hi"},
         ],
     ),
@@ -156,6 +216,10 @@ def test_original_rows_become_ours(name, kind, jsonl, tokenizer):
     assert len(getattr(reader, kind)(rows)) == len(expected)  # the pipeline takes them as they are
 
 
+def user(**calls):
+    return {"utterances": [{"speaker": "user", "text": "a", **calls}]}
+
+
 BAD = [
     ("openai-tldr-comparisons", "preference", {**COMPARISON, "choice": 2}, "expected two `summaries` and `choice` 0 or 1, found 2 and 2"),
     ("openai-tldr-comparisons", "preference", {**COMPARISON, "choice": None}, "expected `choice` with a whole number, found None"),
@@ -174,6 +238,12 @@ BAD = [
     ("taskmaster", "label", {**RATED, "context": '[{"role": "api"}]'}, "expected a turn with `role` user or agent and `text`"),
     ("taskmaster", "label", {**RATED, "context": "[]"}, "expected a turn of the user, found none"),
     ("taskmaster", "sft", {"utterances": [{"speaker": "bot", "text": "a"}]}, "expected `speaker` user or assistant, found 'bot'"),
+    ("taskmaster", "sft", user(apis=[{"name": "book", "args": []}]), "expected `args` with an object, found []"),
+    ("taskmaster", "sft", user(apis=[{"name": "book", "args": {}}]), "expected `response` with an object, found `name`, `args`"),
+    ("taskmaster", "sft", user(annotations=annotations(("request", "{}"))), "a `request` after its `api_call`"),
+    ("taskmaster", "sft", user(annotations=annotations(("api_call", "a"), ("response", "{}"))), "after its `api_response`, found response"),
+    # As in some of the dialogs: a name in doubled quotation marks.
+    ("taskmaster", "sft", user(annotations=annotations(("api_call", "a"), ("request", '{"id":""m-1""}'))), "to be a text that holds JSON"),
 ]
 
 
