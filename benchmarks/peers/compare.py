@@ -1,16 +1,27 @@
-"""This project beside TRL and tunix, on the same work on a CPU: a table of times and of peak memory.
+"""This project beside TRL and tunix, on the same work: a table of times and of peak memory.
 
     python3 -m venv VENV-TRL && VENV-TRL/bin/pip install -r benchmarks/peers/requirements-trl.txt
     python3 -m venv VENV-TUNIX && VENV-TUNIX/bin/pip install -r benchmarks/peers/requirements-tunix.txt
     python benchmarks/peers/compare.py --trl-python VENV-TRL/bin/python --tunix-python VENV-TUNIX/bin/python \
         [--what reward_lora ppo_model] [--turns 3] [--steps 3] [--threads 2] [--recompute] [--micro-batch 2] [--log peers.jsonl]
 
+On an NVIDIA GPU, with JAX for CUDA in this project's environment (its extra `cuda`) and in tunix's (`pip install "jax[cuda13]==0.10.2"`):
+
+    python benchmarks/peers/compare.py --trl-python VENV-TRL/bin/python --tunix-python VENV-TUNIX/bin/python \
+        --model-config configs/shapes/llama3_1b.json --dtype bfloat16 --pairs 16 --length 512 --rows 32 --prompt 256 --response 256 \
+        --turns 2 --log peers.jsonl
+
 Every measurement is a process of its own: one that warmed up takes `--steps` steps, whose median counts. In a turn, each work is done by
 one after the other, so that other load on the machine meets all, and a ratio is taken within a turn. What the work is says `work.py`, and
-how a peer's differs the docstring of its script. Nobody recomputes activations without `--recompute`: none of these works needs it to
-fit, and it takes time. As a default, this project does and TRL does (but for its PPO, which cannot), and tunix does not. With
-`--micro-batch`, everyone but TRL's PPO accumulates gradients over so many pairs or episodes at a time, with the same updates; without,
-all are computed at once. `--log` keeps each record as it comes; records that it has already count as done.
+how a peer's differs the docstring of its script. Nobody recomputes activations without `--recompute`: at the sizes that are the default,
+none of these works needs it to fit, and it takes time. As a default, this project does and TRL does (but for its PPO, which cannot), and
+tunix does not. With `--micro-batch`, everyone but TRL's PPO accumulates gradients over so many pairs or episodes at a time, with the same
+updates; without, all are computed at once. `--log` keeps each record as it comes; records that it has already count as done. A process
+that fails, for want of memory, say, is not tried again in later turns: what it said goes to stderr, the table says `failed`, and the exit
+code is 1.
+
+Peak memory is that of the process on a CPU, and of the device on a GPU: what JAX has in use of its pool, or PyTorch allocated of its own.
+JAX's pool is three quarters of the device; `XLA_PYTHON_CLIENT_MEM_FRACTION=.95` makes it larger.
 """
 
 from __future__ import annotations
@@ -28,7 +39,7 @@ import work
 
 HERE = Path(__file__).parent
 DOES = {
-    "ours": tuple(work.WORKS),
+    "ours": work.WORKS,
     "trl": ("reward_lora", "reward_lora_prompt", "reward_full", "ppo_model", "rloo"),
     "tunix": ("ppo_function",),
 }
@@ -36,13 +47,12 @@ SCRIPTS = {"ours": "our_steps.py", "trl": "trl_steps.py", "tunix": "tunix_steps.
 Record = dict[str, Any]
 
 
-def measured(python: str, who: str, what: str, a: argparse.Namespace) -> Record:
-    """One process' record. Raises SystemExit with what it said if it fails."""
-    options = ["--what", what, "--steps", str(a.steps), *(["--recompute"] if a.recompute else [])]
-    options += [] if a.micro_batch is None else ["--micro-batch", str(a.micro_batch)]
-    ran = subprocess.run([python, str(HERE / SCRIPTS[who]), *options], capture_output=True, text=True)
+def measured(python: str, who: str, asked: work.Work) -> Record | None:
+    """One process' record; None if it fails, and what it said on stderr."""
+    ran = subprocess.run([python, str(HERE / SCRIPTS[who]), *asked.options()], capture_output=True, text=True)
     if ran.returncode:
-        raise SystemExit(f"{who} {what} failed:\n{ran.stderr[-3000:]}")
+        print(f"{who} {asked.what} failed with {ran.returncode}:\n{ran.stderr[-3000:]}", file=sys.stderr, flush=True)
+        return None
     return json.loads(ran.stdout.splitlines()[-1])
 
 
@@ -52,25 +62,30 @@ def spread(values: list[float], digits: int = 2) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def table(records: list[Record]) -> str:
-    """Markdown. A ratio above 1 says that the peer takes longer, or more memory."""
-    lines = ["| work | who | seconds | peer over ours | rollout, score, learn | peak GiB | peer over ours |", "|---" * 7 + "|"]
-    for what in work.WORKS:
+def peak(record: Record) -> float:
+    """GiB of the device, or on a CPU of the process."""
+    return record["peak_rss_gib"] if record["peak_device_gib"] is None else record["peak_device_gib"]
+
+
+def table(works: list[work.Work], records: list[Record], failed: set[tuple[str, str]]) -> str:
+    """Markdown. A ratio above 1 says that the peer takes longer, or more memory, on the same device."""
+    lines = ["| work | who | device | seconds | peer over ours | rollout, score, learn | peak GiB | peer over ours |", "|---" * 8 + "|"]
+    for what in (asked.what for asked in works):
+        ours = {(r["turn"], r["device"]): r for r in records if (r["what"], r["who"]) == (what, "ours")}
         for who in SCRIPTS:
             found = [r for r in records if (r["what"], r["who"]) == (what, who)]
-            both = [(ours, r) for r in found for ours in records if (ours["what"], ours["who"], ours["turn"]) == (what, "ours", r["turn"])]
-            if not found:
-                continue
-            beside = [
-                "" if who == "ours" or not both else spread([r[name] / ours[name] for ours, r in both]) + "x"
-                for name in ("median", "peak_rss_gib")
-            ]
-            parts = ", ".join(f"{statistics.median(r['parts'][part] for r in found):.1f}" for part in found[0]["parts"])
-            name = f"{who} {found[0]['version']}"
-            seconds, memory = (spread([r[name] for r in found]) for name in ("median", "peak_rss_gib"))
-            lines.append(f"| {what} | {name} | {seconds} | {beside[0]} | {parts} | {memory} | {beside[1]} |")
+            if (what, who) in failed:
+                lines.append(f"| {what} | {who} | | failed | | | | |")
+            elif found:
+                both = [(ours[at], r) for r in found if who != "ours" and (at := (r["turn"], r["device"])) in ours]
+                ratios = [f"{spread([of(r) / of(mine) for mine, r in both])}x" if both else "" for of in (lambda r: r["median"], peak)]
+                seconds, memory = spread([r["median"] for r in found], 3), spread([peak(r) for r in found])
+                parts = ", ".join(f"{statistics.median(r['parts'][part] for r in found):.2f}" for part in found[0]["parts"])
+                name, device = f"{who} {found[0]['version']}", " and ".join(sorted({r["device"] for r in found}))
+                lines.append(f"| {what} | {name} | {device} | {seconds} | {ratios[0]} | {parts} | {memory} | {ratios[1]} |")
     notes = sorted({f"{r['what']}, {r['who']}: {r['note']}" for r in records if r["note"]})
-    return "\n".join([*lines, "", *(f"- {name}: {text}" for name, text in work.WORKS.items()), "", *(f"- {note}" for note in notes)])
+    texts = (f"- {asked.what}: {asked}, in {asked.dtype}" for asked in works)
+    return "\n".join([*lines, "", *texts, "", *(f"- {note}" for note in notes)])
 
 
 def main() -> None:
@@ -79,30 +94,36 @@ def main() -> None:
     parser.add_argument("--tunix-python", help="the interpreter of tunix's")
     parser.add_argument("--what", nargs="+", choices=work.WORKS, default=list(work.WORKS))
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="timed in a process")
     parser.add_argument("--threads", type=int, help="logical processors that each may use; all by default")
-    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing, TRL's default and ours")
-    parser.add_argument("--micro-batch", type=int, help="pairs or episodes at a time in updates; all at once by default")
     parser.add_argument("--log", type=Path, help="JSON lines; continued")
+    work.add_options(parser)
     a = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: a.threads])  # processes inherit it
     pythons = {"ours": sys.executable, "trl": a.trl_python, "tunix": a.tunix_python}
+    works = [work.Work.of(what, a) for what in a.what]
+    same = [asked.record() | {"processors": len(os.sched_getaffinity(0))} for asked in works]
     kept = [json.loads(line) for line in a.log.read_text().splitlines()] if a.log and a.log.exists() else []
-    same = {"recompute": a.recompute, "micro_batch": a.micro_batch, "processors": len(os.sched_getaffinity(0))}
-    records: list[Record] = [r for r in kept if {name: r.get(name) for name in same} == same and len(r["seconds"]) == a.steps]
+    records: list[Record] = [r for r in kept if any({name: r.get(name) for name in one} == one for one in same)]
+    failed: set[tuple[str, str]] = set()
     for turn in range(a.turns):
-        for what in a.what:
+        for asked in works:
+            what = asked.what
             who_does = [who for who, python in pythons.items() if python and what in DOES[who] and not (who == "tunix" and a.recompute)]
             for who in who_does[turn % len(who_does) :] + who_does[: turn % len(who_does)] if len(who_does) > 1 else ():
-                if any((r["turn"], r["what"], r["who"]) == (turn, what, who) for r in records):
+                if (what, who) in failed or any((r["turn"], r["what"], r["who"]) == (turn, what, who) for r in records):
                     continue
-                record = measured(pythons[who], who, what, a) | {"turn": turn}
+                record = measured(pythons[who], who, asked)
+                if record is None:
+                    failed.add((what, who))
+                    continue
+                record["turn"] = turn
                 records.append(record)
                 print(json.dumps(record), file=sys.stderr, flush=True)
                 if a.log:
                     with a.log.open("a") as file:
                         file.write(json.dumps(record) + "\n")
-    print(table(records))
+    print(table(works, records, failed))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

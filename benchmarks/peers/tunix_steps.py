@@ -1,7 +1,7 @@
-"""Steps of tunix's own PPO learner, JAX on a CPU: one line of JSON.
+"""Steps of tunix's own PPO learner, JAX: one line of JSON.
 
     python3 -m venv VENV && VENV/bin/pip install -r benchmarks/peers/requirements-tunix.txt
-    VENV/bin/python benchmarks/peers/tunix_steps.py --what ppo_function [--steps 3]
+    VENV/bin/python benchmarks/peers/tunix_steps.py --what ppo_function [--steps 3] [--dtype bfloat16] [--rows 32] ...
 
 tunix trains no reward model and has no RLOO. How its PPO differs from ours:
 
@@ -9,7 +9,10 @@ tunix trains no reward model and has no RLOO. How its PPO differs from ours:
   after the other, each with an optimizer of its own.
 - The value model is made by tunix's `create_critic_model` of an untied Llama, since it replaces `lm_head`, and takes and ignores an
   argument that tunix's Llama does not know and its scoring passes. Its head would stay as it is beside adapters; it is declared one.
-- It makes a pass for the old log-probabilities; ours are those of sampling, as in float32 they are the same.
+- It makes a pass for the old log-probabilities; ours are those of sampling in float32, in which they are the same.
+- tunix's Llama has no field for its dtype: it computes in that of its weights. In bfloat16, qwix makes the adapters bfloat16 as well, so
+  AdamW's moments are; the value model's head is float32. Ours has adapters, heads and moments in float32.
+- Rotary embeddings are not scaled to longer contexts.
 - Sampling makes one decode step more than there are tokens, and the same random numbers at every step. Layers are not scanned.
 - Nothing is recomputed in the backward pass; `RematConfig.DECODER` fails in tunix's sampler ("Cannot mutate Param from a different trace
   level").
@@ -18,11 +21,11 @@ tunix trains no reward model and has no RLOO. How its PPO differs from ours:
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import qwix
@@ -41,36 +44,38 @@ class Llama(llama.Llama3):
         return super().__call__(*arguments, **named)
 
 
-def backbone(mesh: jax.sharding.Mesh, tied: bool) -> Llama:
+def backbone(w: work.Work, mesh: jax.sharding.Mesh, tied: bool) -> Llama:
     """With random weights; tunix's own has layers of zeros. Roles share it only if it lies on their mesh before it has an adapter."""
-    shape = work.SHAPE
+    shape = w.shape
     config = llama.ModelConfig(
         num_layers=shape["num_hidden_layers"],
         vocab_size=shape["vocab_size"],
         embed_dim=shape["hidden_size"],
         hidden_dim=shape["intermediate_size"],
         num_heads=shape["num_attention_heads"],
-        head_dim=shape["hidden_size"] // shape["num_attention_heads"],
+        head_dim=w.head_dim,
         num_kv_heads=shape["num_key_value_heads"],
         rope_theta=int(shape["rope_theta"]),
         norm_eps=shape["rms_norm_eps"],
         weight_tying=tied,
     )
-    model = Llama(config, rngs=nnx.Rngs(0))
-    draw = np.random.default_rng(0)
-    state = nnx.state(model, nnx.Param)
-    random = jax.tree.map(lambda x: x if x.ndim == 1 else 0.02 * jax.numpy.asarray(draw.standard_normal(x.shape, np.float32)), state)
-    nnx.update(model, random)
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    draw, dtype = nnx.Rngs(0), jnp.dtype(w.dtype)
+
+    def weight(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.ones(x.shape, dtype) if x.ndim == 1 else 0.02 * jax.random.normal(draw(), x.shape, dtype)
+
+    nnx.update(model, jax.tree.map(weight, nnx.state(model, nnx.Param)))
     return reshard.reshard_model_to_mesh(model, mesh)
 
 
-def adapted(model: Llama) -> Any:
-    provider = qwix.LoraProvider(module_path=f".*({'|'.join(work.LINEAR)})", rank=work.RANK, alpha=work.ALPHA)
+def adapted(w: work.Work, model: Llama) -> Any:
+    provider = qwix.LoraProvider(module_path=f".*({'|'.join(w.linear)})", rank=work.RANK, alpha=work.ALPHA)
     return qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(0), **model.get_model_input())
 
 
-def value_model(mesh: jax.sharding.Mesh) -> Any:
-    model = adapted(utils.create_critic_model(backbone(mesh, tied=False)))
+def value_model(w: work.Work, mesh: jax.sharding.Mesh) -> Any:
+    model = adapted(w, utils.create_critic_model(backbone(w, mesh, tied=False)))
     model.lm_head.kernel = nnx.LoRAParam(model.lm_head.kernel[...])
     return model
 
@@ -79,8 +84,8 @@ def trained(model: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
 
 
-def ppo(a: argparse.Namespace) -> work.Done:
-    if a.recompute:
+def ppo(w: work.Work) -> work.Done:
+    if w.recompute:
         raise SystemExit("tunix does not sample from a model that recomputes; leave --recompute out")
     mesh, role = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp")), rl_cluster.Role
     endless = 10**6
@@ -89,17 +94,17 @@ def ppo(a: argparse.Namespace) -> work.Done:
         critic_optimizer=optax.adamw(work.LEARNING_RATE, weight_decay=0.0),
         eval_every_n_steps=endless,
         max_steps=endless,
-        mini_batch_size=work.ROWS,
-        train_micro_batch_size=a.micro_batch or work.ROWS,
-        rollout_micro_batch_size=work.ROWS,  # else it samples no more rows at a time than it learns from
+        mini_batch_size=w.rows,
+        train_micro_batch_size=w.micro_batch or w.rows,
+        rollout_micro_batch_size=w.rows,  # else it samples no more rows at a time than it learns from
     )
     rollout = base_rollout.RolloutConfig(
-        max_tokens_to_generate=work.RESPONSE,
-        max_prompt_length=work.PROMPT,
-        kv_cache_size=work.PROMPT + work.RESPONSE,
+        max_tokens_to_generate=w.response,
+        max_prompt_length=w.prompt,
+        kv_cache_size=w.prompt + w.response,
         temperature=1.0,
     )
-    generated, clock = 0, work.Clock()
+    generated = 0
 
     def score(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         nonlocal generated
@@ -107,13 +112,14 @@ def ppo(a: argparse.Namespace) -> work.Done:
         return work.reward(prompts, completions)
 
     with mesh:
-        reference = backbone(mesh, tied=True)
-        actor, critic = adapted(reference), value_model(mesh)
+        reference = backbone(w, mesh, tied=w.shape["tie_word_embeddings"])
+        actor, critic = adapted(w, reference), value_model(w, mesh)
+        clock = work.Clock(lambda: jax.block_until_ready([nnx.state(model, nnx.LoRAParam) for model in (actor, critic)]))
         cluster = rl_cluster.RLCluster(
             actor=actor,
             critic=critic,
             reference=reference,
-            tokenizer=work.tokenizer(),
+            tokenizer=w.tokenizer(),
             cluster_config=rl_cluster.ClusterConfig(
                 role_to_mesh=dict.fromkeys((role.ACTOR, role.CRITIC, role.REFERENCE, role.ROLLOUT), mesh),
                 training_config=training,
@@ -127,8 +133,8 @@ def ppo(a: argparse.Namespace) -> work.Done:
 
         def batches() -> Iterator[dict[str, np.ndarray]]:
             """The learner asks for the next batch when a step is done."""
-            prompts = np.array(work.texts(work.rows(work.ROWS, work.PROMPT)))
-            for _ in range(a.total):
+            prompts = np.array(work.texts(w.prompts()))
+            for _ in range(w.total):
                 clock.start()
                 yield {"prompts": prompts}
                 clock.stop()
@@ -136,7 +142,10 @@ def ppo(a: argparse.Namespace) -> work.Done:
         learner.train(batches())
     updates = {trainer.train_steps for trainer in (cluster.actor_trainer, cluster.critic_trainer)}
     assert len(updates) == 1, f"updates of policy and value model: {updates}"
-    return work.Done(clock.steps, trained(actor) + trained(critic), updates.pop(), generated, "policy and value on two backbones")
+    device = jax.devices()[0]
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    numbers, note = trained(actor) + trained(critic), "policy and value on two backbones"
+    return work.Done(clock.steps, numbers, updates.pop(), device.device_kind, peak, generated, note)
 
 
 if __name__ == "__main__":
