@@ -5,13 +5,14 @@
 
 Without `--config`, the shape is that of SmolLM2-135M (`--model-config` takes another `config.json`). No weight is loaded and no prompt is
 read: caches stand as if so many tokens had been. With `--adapter` the configuration's adapter is on top, as RL samples. In each turn, every
-batch is timed for `--steps` steps, and before it one read of a large array, a product with a vector. The roofline is the greatest rate
-at which that was read. Prints a line of JSON for each batch, with medians, least and greatest of the turns:
+batch is timed for `--steps` steps, and before it reads of a large matrix, products with a vector. The roofline is the greatest rate
+at which that was read. Weights are joined beforehand where a rollout joins them (`rl.sampling.join_weights`). Prints a line of JSON for
+each batch, with medians, least and greatest of the turns:
 
     tokens     a second, all rows together
     bytes      that a step has to read, in MB
     rate       bytes over the time of a step, in GB/s
-    read       the large array's greatest rate, in GB/s
+    read       the large matrix' greatest rate, in GB/s
     share      rate over read
     processor  the same share by the seconds that a processor worked, which other work lengthens less; for a CPU
 """
@@ -31,11 +32,12 @@ from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.models.roles import TOWER
 from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.programs import abstract_context
-from pe_rlhf_jax.rollout.decode import DecodeState, Sampler, advance, idle
+from pe_rlhf_jax.rollout.decode import DecodeState, Sampler, advance, for_decoding, idle
+from pe_rlhf_jax.training.rollouts import Decoding
 from pe_rlhf_jax.types import PyTree
 
-LARGE = 2**27
-"""Numbers in the array that is read: far beyond any cache."""
+LARGE = {"cpu": (8192, 1)}
+"""Side of the square matrix that is read, far beyond any cache, and how often in one program, so that starting it does not count."""
 
 
 def filled(shapes: PyTree) -> PyTree:
@@ -70,19 +72,33 @@ def main() -> None:
     if a.adapter:
         variables["lora"] = filled(jax.eval_shape(decoder.init_lora, jax.random.key(0)))
     sampling = config.rl.sampling.model_copy(update={"max_new_tokens": a.steps + 1})  # so that no row ends
-    sampler, key = Sampler(decoder, sampling, (), 0), jax.random.key(0)
+    key, samplers = jax.random.key(0), [Sampler(decoder, sampling, (), 0)]
+
+    @jax.jit
+    def prepared(variables: PyTree) -> PyTree:
+        sampler, variables = for_decoding(samplers[0], variables)
+        samplers.append(sampler)
+        return variables
+
+    variables = prepared(variables)
+    sampler = samplers[-1]
 
     @jax.jit(static_argnums=0)
     def begun(rows: int) -> DecodeState:
         state, at = idle(sampler, rows, a.prompt + a.steps), jnp.int32(a.prompt)
         return state.replace(slot=at, position=jnp.full_like(state.position, at), alive=jnp.ones_like(state.alive))
 
-    @jax.jit(donate_argnums=0)
-    def decoded(state: DecodeState, variables: PyTree) -> DecodeState:
+    def advanced(sampler: Sampler, state: DecodeState, variables: PyTree) -> DecodeState:
         return advance(sampler, variables, key, state, a.steps)
 
-    large = jnp.full((LARGE // 1024, 1024), 0.01, dtype), jnp.ones(1024, dtype)
-    product = jax.jit(jnp.dot)
+    decoded = Decoding(advanced, donate_argnames="state")
+    side, times_read = LARGE.get(jax.default_backend(), (32768, 8))
+    large = jnp.full((side, side), 1 / side, dtype), jnp.ones(side, dtype)
+
+    @jax.jit
+    def product(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, times_read, lambda _, x: matrix @ x, vector)
+
     token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
     weights = weights_read(variables["params"]) + size(variables.get("lora", ()))
     read: list[tuple[float, float]] = []
@@ -90,11 +106,11 @@ def main() -> None:
     for turn in range(a.turns + 1):
         for rows in a.batch:
             state = jax.block_until_ready(begun(rows))
-            measured = seconds(product, *large), seconds(decoded, state, variables)
+            measured = seconds(product, *large), seconds(decoded, sampler, state, variables)
             if turn:  # the first one compiles
                 read.append(measured[0])
                 steps[rows].append(measured[1])
-    roofline, of_processor = (large[0].nbytes / min(times) for times in zip(*read, strict=True))
+    roofline, of_processor = (times_read * large[0].nbytes / min(times) for times in zip(*read, strict=True))
     for rows, times in steps.items():
         needed = weights + rows * token * (a.prompt + (a.steps + 1) / 2)
         rates = [(a.steps * needed / clock, a.steps * needed / worked) for clock, worked in times]

@@ -1,4 +1,4 @@
-"""Which devices JAX looks for when it starts."""
+"""Which devices JAX looks for when it starts, and what they are."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def skip_missing_tpu() -> None:
     if getattr(jax.config, "jax_platforms", None) or getattr(cloud_tpu_init, "running_in_cloud_tpu_vm", True):
         return
     backend.register_backend_factory("tpu", _no_tpu)
+
+
+def is_nvidia() -> bool:
+    """Whether programs are compiled for NVIDIA GPUs, where nothing else is asked for."""
+    return jax.default_backend() == "gpu" and "cuda" in backend.get_backend().platform_version.lower()
 
 
 def _no_tpu() -> None:

@@ -136,6 +136,12 @@ def gathered(tree: PyTree) -> PyTree:
     return _constrained(tree, lambda spec: PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
 
 
+def holds_whole(is_gathered: bool) -> bool:
+    """Inside a compiled program: whether each device of the mesh in use has all of every parameter, or will, if it is `gathered`."""
+    mesh = _mesh_in_use()
+    return mesh is None or (mesh.shape["tensor"] == 1 and (is_gathered or mesh.shape["fsdp"] == 1))
+
+
 def _constrained(tree: PyTree, change: Callable[[PartitionSpec], PartitionSpec]) -> PyTree:
     mesh = _mesh_in_use()
     if mesh is None:

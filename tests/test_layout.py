@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pe_rlhf_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"config", "files", "hosts", "image_prompt", "package", "protobuf", "types", "sharding"}
+GROUND = {"config", "devices", "files", "hosts", "image_prompt", "package", "protobuf", "types", "sharding"}
 PARTS = GROUND | {"data", "models", "rollout", "algorithms", "training", "checkpoint", "plan", "report"}
 MAY_IMPORT = {
     "config": {"files"},

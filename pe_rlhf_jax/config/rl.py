@@ -30,6 +30,12 @@ class SamplingConfig(Section):
         description="Gather the weights over `mesh.fsdp` once for all the tokens of a batch of responses, in place of once for each token: "
         "far faster, and each device meanwhile holds them whole, or its part of `mesh.tensor`. The samples are the same.",
     )
+    join_weights: bool | None = Field(
+        None,
+        description="For the tokens of a batch of responses, join q, k, v and gate, up of each layer to one matrix each, their adapters "
+        "too: fewer and larger products, which a GPU does faster (a CPU does not), and meanwhile a copy of these matrices. The samples are "
+        "the same to rounding. Only where each device holds whole, unquantized weights. null: on NVIDIA GPUs.",
+    )
     stop_strings: tuple[str, ...] = Field(
         (), strict=False, description="A response ends with the token that completes one of these; what was sampled after it is dropped."
     )

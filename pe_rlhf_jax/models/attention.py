@@ -11,6 +11,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from pe_rlhf_jax.devices import is_nvidia
 from pe_rlhf_jax.models.visibility import Places, Visible
 
 PARTS = 4
@@ -87,6 +88,10 @@ def _attend(
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B H T h"]:
+    if cap is None and _has_kernel(q, k, mask):
+        q, k, v = (rearrange(x, "B n T h -> B T n h") for x in (q, k, v))
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+        return rearrange(out, "B T H h -> B H T h")
     # Written out: on a CPU, `jax.nn.dot_product_attention` takes twice as long, forward and backward; and it has no argument for a cap.
     q_BKGTh = rearrange(q, "B (K G) T h -> B K G T h", K=k.shape[1])
     scores = softcap(jnp.einsum("BKGTh,BKSh->BKGTS", q_BKGTh, k, preferred_element_type=jnp.float32) * scale, cap)
@@ -94,6 +99,17 @@ def _attend(
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     out = jnp.einsum("BKGTS,BKSh->BKGTh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
     return rearrange(out, "B K G T h -> B (K G) T h")
+
+
+def _has_kernel(q: Float[Array, "B H T h"], k: Float[Array, "B K S h"], mask: Array | None) -> bool:
+    """Whether cuDNN's kernel, which never writes the scores, takes these: the kernel is for NVIDIA GPUs, 16 bits and heads of up to 128.
+
+    A single query writes so few scores that it gains nothing.
+    """
+    (length, head), keys = q.shape[2:], k.shape[2]
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and head <= 128 and head % 8 == 0
+    even = mask is None or (length % 2 == 0 and keys % 2 == 0)
+    return length > 1 and fits and even and is_nvidia()
 
 
 def softcap(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:

@@ -50,6 +50,7 @@ class Layer(nn.Module):
     param_dtype: Any
     remat: str
     attention_block: int | None
+    joined: bool
 
     @nn.compact
     def __call__(self, carry, layer: PerLayer, rotation: Rotation | None, seen: Visible, start, deterministic):
@@ -72,8 +73,8 @@ class Layer(nn.Module):
             # again once that is through, from queries, keys and values, which is little beside the projections.
             keep = jax.checkpoint_policies.save_only_these_names(HEADS)
             attention_class = nn.remat(Attention, policy=keep, static_argnums=(7,))
-        attention = attention_class(c, **common, block=self.attention_block, name="attention")
-        mlp = MLP(c, **common, name="mlp")
+        attention = attention_class(c, **common, block=self.attention_block, joined=self.joined, name="attention")
+        mlp = MLP(c, **common, joined=self.joined, name="mlp")
         y, cache = attention(norm("attention_norm", x), rotation, seen, cache, layer.index, start, deterministic)
         if c.post_norms:
             y = norm("attention_post_norm", y)
@@ -88,7 +89,8 @@ class Decoder(nn.Module):
     """Hidden states of a sequence; `unembed` turns them into logits.
 
     `lora` says where adapters may sit; they act when the collection `lora` is among the variables. `remat` names what the backward
-    pass recomputes: `none`, `full`, or `dots` (all but the results of matrix products). `attention_block` is `attend`'s.
+    pass recomputes: `none`, `full`, or `dots` (all but the results of matrix products). `attention_block` is `attend`'s. `joined` says
+    that the layers' parameters are those of joined.py; the layers are then written out one after the other, not scanned.
     """
 
     config: DecoderConfig
@@ -97,6 +99,7 @@ class Decoder(nn.Module):
     param_dtype: Any = jnp.float32
     remat: str = "full"
     attention_block: int | None = None
+    joined: bool = False
 
     @nn.compact
     def __call__(
@@ -151,7 +154,8 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "lora": True, "dropout": True},
             in_axes=(0, *[nn.broadcast] * 4),
             length=c.num_layers,
-        )(c, self.lora, self.dtype, self.param_dtype, self.remat, self.attention_block, name="layers")
+            unroll=c.num_layers if self.joined else 1,
+        )(c, self.lora, self.dtype, self.param_dtype, self.remat, self.attention_block, self.joined, name="layers")
         rotation, kinds = rotations(c, positions_BT)
         window = None
         windows = [c.sliding_window if c.is_windowed(i) else None for i in range(c.num_layers)]

@@ -13,6 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -32,6 +33,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),
 }
 
+
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
 
 HEADS = "heads"
 """What queries, keys and values are called where a backward pass chooses what to keep."""
@@ -110,6 +114,8 @@ class Attention(nn.Module):
     """What `lora.target_modules` has before the names of the linear layers: `vision.` in a tower."""
     block: int | None = None
     """See `attend`."""
+    joined: bool = False
+    """See joined.py."""
 
     @nn.compact
     def __call__(
@@ -125,11 +131,11 @@ class Attention(nn.Module):
         c = self.config
 
         def linear(name: str, features: int, bias: bool) -> Linear:
-            lora = self.lora if is_target(f"{self.prefix}attention.{name}", self.lora) else None
+            lora = self.lora if self.joined or is_target(f"{self.prefix}attention.{name}", self.lora) else None
             return Linear(features, lora, self.dtype, self.param_dtype, bias, c.quantization, name=name)
 
-        def heads(name: str, count: int) -> Float[Array, "B count T h"]:
-            x = rearrange(linear(name, count * c.head_dim, c.qkv_bias)(x_BTD, deterministic), "B T (n h) -> B n T h", n=count)
+        def heads(x: Float[Array, "B T nh"]) -> Float[Array, "B n T h"]:
+            x = rearrange(x, "B T (n h) -> B n T h", h=c.head_dim)
             # Heads that the axis does not divide are whole on every chip of it: attention never splits one.
             return checkpoint_name(constrain(x, BATCH, "tensor", None, None), HEADS)
 
@@ -140,9 +146,14 @@ class Attention(nn.Module):
                 return x
             return rotate(x, rotation.angles, 1.0 if rotation.length is None else rotation.length)
 
-        q = placed(heads("q_proj", c.num_heads), "q_norm")
-        k = placed(heads("k_proj", c.num_kv_heads), "k_norm")
-        v = heads("v_proj", c.num_kv_heads)
+        features = {name: count * c.head_dim for name, count in zip(QKV, (c.num_heads, c.num_kv_heads, c.num_kv_heads), strict=True)}
+        if self.joined:
+            together = linear("qkv_proj", sum(features.values()), c.qkv_bias)(x_BTD, deterministic)
+            parts = jnp.split(together, np.cumsum(list(features.values()))[:-1], axis=-1)
+        else:
+            parts = [linear(name, count, c.qkv_bias)(x_BTD, deterministic) for name, count in features.items()]
+        q, k, v = map(heads, parts)
+        q, k = placed(q, "q_norm"), placed(k, "k_norm")
         if cache is not None:
             at = (layer, 0, 0, start, 0)
             cache = KVCache(
@@ -165,19 +176,23 @@ class MLP(nn.Module):
     dtype: Any
     param_dtype: Any
     prefix: str = ""
+    joined: bool = False
+    """See joined.py."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], deterministic: bool) -> Float[Array, "B T D"]:
         c = self.config
 
         def linear(name: str, features: int) -> Linear:
-            lora = self.lora if is_target(f"{self.prefix}mlp.{name}", self.lora) else None
+            lora = self.lora if self.joined or is_target(f"{self.prefix}mlp.{name}", self.lora) else None
             return Linear(features, lora, self.dtype, self.param_dtype, c.mlp_bias, c.quantization, name=name)
 
         act = ACTIVATIONS[c.activation]
         if c.gated_mlp:
-            gate = linear("gate_proj", c.intermediate_size)(x, deterministic)
-            up = linear("up_proj", c.intermediate_size)(x, deterministic)
+            if self.joined:
+                gate, up = jnp.split(linear("gate_up_proj", 2 * c.intermediate_size)(x, deterministic), 2, axis=-1)
+            else:
+                gate, up = (linear(name, c.intermediate_size)(x, deterministic) for name in GATE_UP)
             inner = act(gate) * up
         else:
             inner = act(linear("up_proj", c.intermediate_size)(x, deterministic))

@@ -19,11 +19,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pe_rlhf_jax.config import SamplingConfig
+from pe_rlhf_jax.devices import is_nvidia
 from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.joined import join
 from pe_rlhf_jax.models.layers import KVCache
 from pe_rlhf_jax.rollout.sampling import sample
 from pe_rlhf_jax.rollout.score import features_of
-from pe_rlhf_jax.sharding import BATCH, constrain, row_groups
+from pe_rlhf_jax.sharding import BATCH, constrain, holds_whole, row_groups
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
 _Output = tuple[Array, KVCache]
@@ -142,6 +144,16 @@ def _repeated(once: Read, answers: int, room: int) -> Read:
 
     rows = [constrain(jnp.repeat(x, answers, axis=0), BATCH, *(None for _ in x.shape[1:])) for x in (once.position, once.hidden)]
     return Read(jax.tree.map(cache, once.cache), *rows)
+
+
+def for_decoding(sampler: Sampler, variables: PyTree) -> tuple[Sampler, PyTree]:
+    """What `advance` takes where it is called again and again: with joined weights, where the configuration asks for them and they fit."""
+    sampling, quantized = sampler.sampling, sampler.decoder.config.quantization is not None
+    wanted = is_nvidia() if sampling.join_weights is None else sampling.join_weights
+    if not wanted or quantized or not holds_whole(sampling.gather_weights):
+        return sampler, variables
+    decoder, variables = join(sampler.decoder, variables)
+    return dataclasses.replace(sampler, decoder=decoder), variables
 
 
 def advance(sampler: Sampler, variables: PyTree, key: jax.Array, state: DecodeState, steps: int) -> DecodeState:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pe_rlhf_jax.rollout.decode import DecodeState, Sampler, advance, begin, so_far
+from pe_rlhf_jax.rollout.decode import DecodeState, Sampler, advance, begin, for_decoding, so_far
 from pe_rlhf_jax.rollout.refill import Queue, enough, finish, give, new_queue, read_next, waits
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
 
@@ -30,8 +30,10 @@ def generate(sampler: Sampler, variables: PyTree, prompts: PromptBatch, key: jax
     count, sampling = len(prompts.tokens), sampler.sampling
     steps = block_steps(sampling.max_new_tokens)
 
+    decoding = for_decoding(sampler, variables)
+
     def block(state: DecodeState) -> DecodeState:
-        return advance(sampler, variables, key, state, steps)
+        return advance(*decoding, key, state, steps)
 
     if sampling.max_num_seqs is None or sampling.max_num_seqs >= count:
         state = begin(sampler, variables, prompts, sampling.max_new_tokens)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from pe_rlhf_jax.config import SamplingConfig
+from pe_rlhf_jax.devices import is_nvidia
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.decode import DecodeState, Sampler, advance, begin, so_far
@@ -16,6 +19,10 @@ from pe_rlhf_jax.rollout.generate import generate
 from pe_rlhf_jax.sharding import gathered
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.types import PromptBatch, PyTree, Rollout
+
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+"""Of the compiler, for decoding on NVIDIA GPUs: cuBLAS reads a layer's matrix where it lies, in the stack of all layers; otherwise every
+step copies it first, or joins it with another that is multiplied by the same rows."""
 
 WATCHED = 4
 """Tokens between two looks at a response that is watched."""
@@ -65,18 +72,37 @@ def _variables(sampler: Sampler, policy: Role, backbone: PyTree) -> PyTree:
     return {**variables, "params": jax.tree_util.tree_map_with_path(narrow, variables["params"])}
 
 
-@jax.jit(static_argnums=0)
+class Decoding:
+    """`jax.jit` of a function whose first argument is a `Sampler`, static, with the options that suit it; decided when it is used, since
+    only then the devices are known."""
+
+    def __init__(self, function: Callable[..., Any], **jit: Any):
+        functools.update_wrapper(self, function)
+        self._plain = jax.jit(function, static_argnums=0, **jit)
+        self._on_gpu = jax.jit(function, static_argnums=0, compiler_options=GPU_OPTIONS, **jit)
+
+    def _of(self, sampler: Sampler) -> Any:
+        return self._on_gpu if is_nvidia() and sampler.decoder.config.quantization is None else self._plain
+
+    def __call__(self, sampler: Sampler, *arguments: Any) -> Any:
+        return self._of(sampler)(sampler, *arguments)
+
+    def lower(self, sampler: Sampler, *arguments: Any) -> jax.stages.Lowered:
+        return self._of(sampler).lower(sampler, *arguments)
+
+
+@Decoding
 def _respond(sampler: Sampler, policy: Role, backbone: PyTree, prompts: PromptBatch, key: jax.Array) -> Rollout:
     variables = _variables(sampler, policy, backbone)
     return generate(sampler, gathered(variables) if sampler.sampling.gather_weights else variables, prompts, key)
 
 
-@jax.jit(static_argnums=0)
+@Decoding
 def _begin(sampler: Sampler, policy: Role, backbone: PyTree, prompts: PromptBatch) -> DecodeState:
     return begin(sampler, _variables(sampler, policy, backbone), prompts, sampler.sampling.max_new_tokens)
 
 
-@jax.jit(static_argnums=0, donate_argnames="state")
+@functools.partial(Decoding, donate_argnames="state")
 def _advance(
     sampler: Sampler, policy: Role, backbone: PyTree, prompts: PromptBatch, key: jax.Array, state: DecodeState
 ) -> tuple[DecodeState, Rollout]:

@@ -11,6 +11,7 @@ import pytest
 from tiny_families import Tiny
 
 from pe_rlhf_jax.checkpoint.weights import load_params
+from pe_rlhf_jax.models import attention
 from pe_rlhf_jax.models.attention import attend
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.visibility import positions, visible, with_blocks
@@ -148,3 +149,48 @@ def test_memory_grows_with_the_row_and_not_with_its_square(tiny, remat):
     whole, blocks, longer = temporaries(1024, None), temporaries(1024, 64), temporaries(4096, 64)
     assert blocks < 0.5 * whole
     assert longer < 5 * blocks
+
+
+def kernel(monkeypatch, calls):
+    """As on an NVIDIA GPU, where cuDNN's kernel would be called; here the same function's other implementation is."""
+    plain = jax.nn.dot_product_attention
+
+    def called(q, k, v, *, mask, scale, implementation):
+        assert implementation == "cudnn"
+        calls.append(q.shape)
+        return plain(q, k, v, mask=mask, scale=scale, implementation="xla")
+
+    monkeypatch.setattr(attention, "is_nvidia", lambda: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", called)
+
+
+def inputs(length, dtype=jnp.bfloat16, head=8):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, (2, heads, length, head), dtype) for key, heads in zip(keys, (4, 2, 2), strict=True)]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_gpu_kernel_is_given_what_is_computed_without_it(monkeypatch, masked):
+    q, k, v = inputs(6)
+    mask = jnp.ones((2, 6), bool).at[0, :2].set(False)  # left padding
+    seen = visible(mask, 6) if masked else None
+    expected = attend(q, k, v, seen, 0.3, None, None)
+    calls = []
+    kernel(monkeypatch, calls)
+    found = attend(q, k, v, seen, 0.3, None, None)
+    assert calls == [(2, 6, 4, 8)]
+    real = np.asarray(mask)[:, None, :, None] if masked else np.ones((2, 1, 6, 1), bool)
+    difference = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32))
+    assert np.max(np.where(real, difference, 0)) < 0.02 < np.max(np.abs(np.asarray(expected, np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("length", "changes", "cap"),
+    [(1, {}, None), (5, {}, None), (6, {"dtype": jnp.float32}, None), (6, {"head": 136}, None), (6, {"head": 4}, None), (6, {}, 30.0)],
+    ids=["one-query", "odd", "float32", "wide-heads", "narrow-heads", "soft-cap"],
+)
+def test_what_the_gpu_kernel_does_not_take_is_computed_without_it(monkeypatch, length, changes, cap):
+    calls = []
+    kernel(monkeypatch, calls)
+    out = attend(*inputs(length, **changes), visible(jnp.ones((2, length), bool), length), 0.3, cap, None)
+    assert not calls and bool(jnp.all(jnp.isfinite(out)))
