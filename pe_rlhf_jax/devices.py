@@ -18,9 +18,11 @@ def skip_missing_tpu() -> None:
     backend.register_backend_factory("tpu", _no_tpu)
 
 
-def is_nvidia() -> bool:
-    """Whether programs are compiled for NVIDIA GPUs, where nothing else is asked for."""
-    return jax.default_backend() == "gpu" and "cuda" in backend.get_backend().platform_version.lower()
+def is_nvidia(capability: float = 0.0) -> bool:
+    """Whether programs are compiled for NVIDIA GPUs, where nothing else is asked for; of this compute capability or a later one."""
+    if jax.default_backend() != "gpu" or "cuda" not in backend.get_backend().platform_version.lower():
+        return False
+    return all(float(device.compute_capability) >= capability for device in jax.local_devices())
 
 
 def _no_tpu() -> None:

@@ -86,11 +86,7 @@ def reward(w: work.Work) -> work.Done:
     with jax.set_mesh(context.mesh):
         steps, _, state = taken(w, reward_stage.run(context, Role(), reward_stage.init(context, Role())))
     rows = np.shape(reward_stage.kind_of(context.config.reward).collator(context)(pairs).tokens)
-    (trained, updates), note = learned(state), f"{rows[0] * rows[1]} rows of {rows[2]}"
-    unread = np.size((state.trainable.params or {}).get("lm_head", ()))
-    if unread:
-        note += f"; the optimizer also holds {unread} numbers of an output layer that the loss does not read"
-    return work.Done(steps, trained - unread, updates, *device(), note=note)
+    return work.Done(steps, *learned(state), *device(), note=f"{rows[0] * rows[1]} rows of {rows[2]}")
 
 
 def reinforcement(w: work.Work) -> work.Done:

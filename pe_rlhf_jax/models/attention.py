@@ -102,14 +102,14 @@ def _attend(
 
 
 def _has_kernel(q: Float[Array, "B H T h"], k: Float[Array, "B K S h"], mask: Array | None) -> bool:
-    """Whether cuDNN's kernel, which never writes the scores, takes these: the kernel is for NVIDIA GPUs, 16 bits and heads of up to 128.
+    """Whether cuDNN's kernel, which never writes the scores, takes these: it is for NVIDIA GPUs from Ampere on, in bfloat16, with heads of
+    up to 128.
 
     A single query writes so few scores that it gains nothing.
     """
     (length, head), keys = q.shape[2:], k.shape[2]
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and head <= 128 and head % 8 == 0
     even = mask is None or (length % 2 == 0 and keys % 2 == 0)
-    return length > 1 and fits and even and is_nvidia()
+    return length > 1 and q.dtype == k.dtype == jnp.bfloat16 and head <= 128 and head % 8 == 0 and even and is_nvidia(capability=8.0)
 
 
 def softcap(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:

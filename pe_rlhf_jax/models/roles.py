@@ -50,6 +50,8 @@ class Role(flax.struct.PyTreeNode):
     def tuned(self, tuning: Tuning, backbone: PyTree, fresh_lora: PyTree, config: LoRAConfig) -> Role:
         """A copy of this role as a start for training: with an adapter (its own or `fresh_lora`), or with merged float32 parameters.
 
+        A role with a head predicts no tokens, so it has no copy of the matrix that does only that.
+
         Raises:
             ConfigError: full tuning leaves the vision tower as it is, so it cannot start from an adapter on it.
         """
@@ -60,7 +62,8 @@ class Role(flax.struct.PyTreeNode):
         if self.lora is not None and TOWER in self.lora:
             raise ConfigError("full tuning cannot start from an adapter on the vision tower: it is the backbone's; use tuning: lora")
         source = backbone if self.params is None else self.params
-        tuned = {name: tree for name, tree in source.items() if name != TOWER}
+        left_out = {TOWER} if self.head is None else {TOWER, "lm_head"}
+        tuned = {name: tree for name, tree in source.items() if name not in left_out}
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tuned)
         return Role(head=head, params=params if self.lora is None else merge(params, self.lora, config))
 

@@ -35,10 +35,10 @@ def init(context: Context, sft: Role) -> TrainState:
     of them, would otherwise move the scores of all rows alike, and steps would follow that rather than what tells right from wrong.
     """
     config = context.config.reward
-    role = context.start(sft if config.start_from == "sft" else context.reward_base, config.tuning, STAGE)
-    size = context.decoder.config.hidden_size
+    role, size = sft if config.start_from == "sft" else context.reward_base, context.decoder.config.hidden_size
     head = role.head or (init_head(context.key(f"{STAGE}/head"), size) if config.kind == "pairs" else zero_head(size))
-    return new_state(role.replace(head=head).trained(config.tuning), make_optimizer(config.optimizer, config.steps, config.tuning))
+    role = context.start(role.replace(head=head), config.tuning, STAGE)
+    return new_state(role.trained(config.tuning), make_optimizer(config.optimizer, config.steps, config.tuning))
 
 
 def run(context: Context, sft: Role, state: TrainState) -> Iterator[tuple[TrainState, Metrics]]:

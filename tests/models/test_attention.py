@@ -151,6 +151,27 @@ def test_memory_grows_with_the_row_and_not_with_its_square(tiny, remat):
     assert longer < 5 * blocks
 
 
+def test_in_bfloat16_values_and_gradients_are_those_of_float32_to_rounding():
+    """On a GPU this is cuDNN's kernel."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, weight = (jax.random.normal(key, (2, heads, 128, 16), jnp.bfloat16) for key, heads in zip(keys, (4, 2, 2, 4), strict=True))
+    real = jnp.arange(128) >= jnp.array([[0], [37]])
+    weight = jnp.where(real[:, None, :, None], weight, 0)
+
+    def loss(q, k, v):
+        out = attend(q, k, v, visible(real, 128), 0.25, None, None)
+        return jnp.sum((out * weight).astype(jnp.float32)), jnp.where(real[:, None, :, None], out, 0)
+
+    def numbers(dtype):
+        (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*(x.astype(dtype) for x in (q, k, v)))
+        return [np.asarray(x, np.float64) for x in (out, *gradients)]
+
+    with jax.default_matmul_precision("highest"):
+        expected = numbers(jnp.float32)
+    for name, found, wanted in zip(("out", "q", "k", "v"), numbers(jnp.bfloat16), expected, strict=True):
+        assert 1e-5 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 8e-3, name
+
+
 def kernel(monkeypatch, calls):
     """As on an NVIDIA GPU, where cuDNN's kernel would be called; here the same function's other implementation is."""
     plain = jax.nn.dot_product_attention
@@ -160,7 +181,7 @@ def kernel(monkeypatch, calls):
         calls.append(q.shape)
         return plain(q, k, v, mask=mask, scale=scale, implementation="xla")
 
-    monkeypatch.setattr(attention, "is_nvidia", lambda: True)
+    monkeypatch.setattr(attention, "is_nvidia", lambda capability: capability == 8.0)
     monkeypatch.setattr(jax.nn, "dot_product_attention", called)
 
 

@@ -55,6 +55,12 @@ def test_a_start_for_training_can_be_donated(tiny):
     assert all(np.isfinite(leaf).all() for leaf in leaves((origin, tiny.params)))
 
 
+def test_a_scorer_has_no_copy_of_the_matrix_that_predicts_tokens(untied):
+    scorer = Role(head=zero_head(16)).tuned("full", untied.params, None, untied.decoder.lora)
+    assert set(untied.params) - set(scorer.params) == {"lm_head"}
+    assert "lm_head" in Role().tuned("full", untied.params, None, untied.decoder.lora).params
+
+
 def test_full_tuning_starts_from_the_merged_adapter_in_float32(tiny):
     backbone = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params)
     start = Role(lora=tiny.lora).tuned("full", backbone, tiny.lora, tiny.decoder.lora)

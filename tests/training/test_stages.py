@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_context import tiny_context
 
 from pe_rlhf_jax.data import pad_preferences, pad_prompts
 from pe_rlhf_jax.models.roles import Role
@@ -61,6 +62,18 @@ def test_every_stage_learns_and_the_backbone_keeps_its_bits(make_context, tuning
     assert all(np.isfinite(value) for value in metrics.values())
     assert_same_bits(copy_of((reference, model)), kept)
     assert_same_bits(copy_of(context.backbone), backbone)
+
+
+def test_fully_tuned_scorers_have_no_part_of_an_output_matrix_of_its_own(untied):
+    """The policy has one: it predicts tokens."""
+    full = {"tuning": "full"}
+    context = tiny_context(untied, reward=full, rl={**full, "roles": "separate", "value_init": "reward"})
+    *_, (state, _) = reward.run(context, Role(), reward.init(context, Role()))
+    model = reward.whole(context, Role(), state.trainable)
+    *_, (after, metrics) = rl.run(context, Role(), model, judged_by(context, model), rl.init(context, Role(), model))
+    roles = {"reward": model, **after.train.trainable}
+    assert {name: "lm_head" in role.params for name, role in roles.items()} == {"reward": False, "policy": True, "value": False}
+    assert np.isfinite(metrics["loss/value_avg"]) and np.isfinite(metrics["loss/policy_avg"])
 
 
 def test_optimizer_state_and_gradients_are_of_adapters_and_heads_only(make_context):
