@@ -36,7 +36,7 @@ from pe_rlhf_jax.rollout.decode import DecodeState, Sampler, advance, for_decodi
 from pe_rlhf_jax.training.rollouts import Decoding
 from pe_rlhf_jax.types import PyTree
 
-LARGE = {"cpu": (8192, 1)}
+LARGE = {"cpu": (11584, 1)}
 """Side of the square matrix that is read, far beyond any cache, and how often in one program, so that starting it does not count."""
 
 
@@ -80,6 +80,7 @@ def main() -> None:
         samplers.append(sampler)
         return variables
 
+    weights = weights_read(variables["params"]) + size(variables.get("lora", ()))
     variables = prepared(variables)
     sampler = samplers[-1]
 
@@ -100,7 +101,6 @@ def main() -> None:
         return jax.lax.fori_loop(0, times_read, lambda _, x: matrix @ x, vector)
 
     token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-    weights = weights_read(variables["params"]) + size(variables.get("lora", ()))
     read: list[tuple[float, float]] = []
     steps: dict[int, list[tuple[float, float]]] = {rows: [] for rows in a.batch}
     for turn in range(a.turns + 1):

@@ -109,7 +109,7 @@ def rl_twin(context: Context) -> Twin:
     copies = [jax.tree.map(lambda x: jnp.array(x, copy=True), copied) if full else None for _ in range(2)]
     head = reward.init(context, Role()).trainable.head
     adapter = None if full else context.decoder.init_lora(jax.random.key(1))
-    reference, model = Role(params=copies[0]), Role(lora=adapter, head=head, params=copies[1])
+    reference, model = Role(params=copies[0]), Role(lora=adapter, head=head, params=copies[1] and _scoring(copies[1]))
     state = rl.init(context, reference, model)
     frozen_roles = rl._frozen(context, reference, model)
     backbone = _kept(context, config.tuning)
@@ -262,6 +262,11 @@ def _batch(context: Context) -> PyTree:
 def _kept(context: Context, tuning: Tuning) -> PyTree:
     """What stays of the backbone: full tuning trains a copy, and the one that it began from is not read and need not stay."""
     return {name: tree for name, tree in context.backbone.items() if tuning == "lora" or name == TOWER}
+
+
+def _scoring(params: PyTree) -> PyTree:
+    """What a scorer has of a backbone: not the matrix that predicts tokens."""
+    return {name: tree for name, tree in params.items() if name != "lm_head"}
 
 
 def _seeing(context: Context, batch: PyTree) -> PyTree:

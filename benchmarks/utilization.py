@@ -3,11 +3,13 @@
     python benchmarks/utilization.py --model-config configs/shapes/llama3_1b.json --grid model.remat=none,dots,full
     python benchmarks/utilization.py --config configs/llama3_8b.yaml --stages reward --turns 5
 
-Learning steps of the reward model and of RL, with adapters, on random weights of the shape and with the longest texts of the configuration.
+Learning steps of the reward model and of RL, with adapters, on one device, on random weights of the shape and with the longest texts of the
+configuration.
 In every turn large products of two square matrices are timed before it. Prints a line of JSON for each step:
 
     seconds      median, least and greatest of the turns
-    tflop        that the step has to do, as `pe-rlhf plan` counts, without what it computes again to save memory
+    tflop        that the step has to do, as `pe-rlhf plan` counts, without what it computes again to save memory; attention is counted
+                 over the whole square, of which a causal mask needs half
     tflops       tflop over seconds, with its spread: TFLOP/s
     product      the large products' TFLOP/s, median, least and greatest
     share        tflops over the products' greatest
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +36,11 @@ from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.flops import Costs
-from pe_rlhf_jax.plan.programs import abstract_context
+from pe_rlhf_jax.plan.programs import abstract_context, updates_a_step
+from pe_rlhf_jax.training import rl
 from pe_rlhf_jax.training.context import Context
 
-PUBLISHED = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+PUBLISHED = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}
 """FLOP/s of dense products in bfloat16, by a part of the device's name."""
 
 PRODUCTS = {"cpu": (2048, 1)}
@@ -48,16 +52,22 @@ def peak_of(kind: str, dtype: jnp.dtype) -> float | None:
     return next((rate for name, rate in PUBLISHED.items() if name in kind), None) if dtype == jnp.bfloat16 else None
 
 
-def needed(config: Config, context: Context, stage: str) -> float:
-    """FLOPs that a learning step has to do."""
+def needed(context: Context, stage: str) -> float:
+    """FLOPs that the updates of a learning step have to do."""
+    config = context.config
     kept = config.model_copy(update={"model": config.model.model_copy(update={"remat": "none", "attention_block": None})})
     costs = Costs(kept, context.decoder.config, 1, str(jnp.dtype(context.decoder.dtype)))
-    return costs.of(stage, "update")
+    # Logits are always computed again: once forward, once backward for their input, and once more.
+    again = (
+        config.rl.batch_size // rl._mini_batches(config.rl) * config.rl.sampling.max_new_tokens * costs.head if stage == rl.STAGE else 0.0
+    )
+    return updates_a_step(context, stage) * (costs.of(stage, "update") - again)
 
 
 def measured(config: Config, context: Context, stage: str, turns: int) -> dict[str, Any]:
     """Figures of one step; see the top of this file."""
-    twin = {"reward": paper_tables.reward_twin, "rl": paper_tables.rl_twin}[stage](paper_tables._tuned(config, context, "lora"))
+    context = paper_tables._tuned(config, context, "lora")
+    twin = {"reward": paper_tables.reward_twin, "rl": paper_tables.rl_twin}[stage](context)
     device, dtype = jax.devices()[0], jnp.dtype(context.decoder.dtype)
     side, count = PRODUCTS.get(device.platform, (8192, 8))
     square = jax.random.normal(jax.random.key(0), (side, side), dtype) / side**0.5
@@ -72,7 +82,7 @@ def measured(config: Config, context: Context, stage: str, turns: int) -> dict[s
         if turn:  # the first one compiles
             products.append(found[0])
             times.append(found[1])
-    work, stats = needed(config, context, stage), device.memory_stats()
+    work, stats = needed(context, stage), device.memory_stats()
     peak, best = peak_of(device.device_kind, dtype), 2 * side**3 / min(products)
     return {
         "device": device.device_kind,
@@ -82,8 +92,8 @@ def measured(config: Config, context: Context, stage: str, turns: int) -> dict[s
         "tflop": round(work / 1e12, 3),
         "tflops": spread([work / x / 1e12 for x in times]),
         "product": spread([2 * side**3 / x / 1e12 for x in products]),
-        "share": round(work / sorted(times)[len(times) // 2] / best, 3),
-        "peak": None if peak is None else round(work / sorted(times)[len(times) // 2] / peak, 3),
+        "share": round(work / statistics.median(times) / best, 3),
+        "peak": None if peak is None else round(work / statistics.median(times) / peak, 3),
         "gib": round(stats["peak_bytes_in_use"] / 2**30, 2) if stats else None,
     }
 
@@ -97,6 +107,8 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=("reward", "rl"), default=["reward", "rl"])
     parser.add_argument("--turns", type=int, default=5)
     a = parser.parse_args()
+    if jax.device_count() > 1:
+        raise SystemExit(f"expected one device, found {jax.device_count()}: name one with CUDA_VISIBLE_DEVICES or the like")
     for point in sweep.points(a.grid):
         given = [*a.overrides, *point]
         config = configuration.load(a.config, given) if a.config else configuration.parse("model: {source: none}", given)

@@ -50,8 +50,9 @@ STOPPED = 75
 """Exit code of a run that was stopped and can be continued (EX_TEMPFAIL)."""
 FULL = """out of memory: {}
 Compute fewer rows at once (sft.micro_batch_size, reward.micro_batch_size, rl.micro_batch_size, evaluate.batch_size), or logits of fewer \
-tokens (model.logprob_chunk), recompute activations (model.remat: full), or spread the model over more devices (mesh.fsdp); a run may be \
-continued with these changed. `plan` says beforehand what fits."""
+tokens (model.logprob_chunk), recompute activations (model.remat: full), copy no weights while responses are sampled \
+(rl.sampling.join_weights: false), or spread the model over more devices (mesh.fsdp); a run may be continued with these \
+changed. `plan` says beforehand what fits."""
 
 
 REASONS = ("", signal.SIGTERM.name, signal.SIGINT.name, *maintenance.NOTICES.values())

@@ -136,6 +136,11 @@ def gathered(tree: PyTree) -> PyTree:
     return _constrained(tree, lambda spec: PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
 
 
+def one_device() -> bool:
+    """Whether the mesh in use, if any, is of a single device."""
+    return _mesh_in_use() is None
+
+
 def holds_whole(is_gathered: bool) -> bool:
     """Inside a compiled program: whether each device of the mesh in use has all of every parameter, or will, if it is `gathered`."""
     mesh = _mesh_in_use()

@@ -5,8 +5,7 @@
 A step is what the stage does for one: it makes the batch, computes, and fetches and counts its metrics. In PPO the reward model is an
 adapter as well, on the backbone of the others and not merged into it. Full tuning keeps the backbone that it began from, as a run does.
 In bfloat16, adapters, heads, what full tuning trains, and the optimizer's moments are float32, and RL makes a pass for the old
-log-probabilities; in float32, those of sampling are taken. Full tuning of a reward model has the output layer of an untied backbone in
-its optimizer as well, though nothing reads it; it is not counted. What a peer's work has otherwise stands in its script.
+log-probabilities; in float32, those of sampling are taken. What a peer's work has otherwise stands in its script.
 """
 
 from __future__ import annotations

@@ -33,8 +33,9 @@ class SamplingConfig(Section):
     join_weights: bool | None = Field(
         None,
         description="For the tokens of a batch of responses, join q, k, v and gate, up of each layer to one matrix each, their adapters "
-        "too: fewer and larger products, which a GPU does faster (a CPU does not), and meanwhile a copy of these matrices. The samples are "
-        "the same to rounding. Only where each device holds whole, unquantized weights. null: on NVIDIA GPUs.",
+        "too: fewer and larger products, which a GPU does faster (a CPU does not), and meanwhile a copy of these matrices, about half of "
+        "the backbone, and a program in which every layer is written out. The samples are the same to rounding. Only where each device "
+        "holds whole, unquantized weights. null: on NVIDIA GPUs.",
     )
     stop_strings: tuple[str, ...] = Field(
         (), strict=False, description="A response ends with the token that completes one of these; what was sampled after it is dropped."

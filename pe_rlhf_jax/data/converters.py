@@ -210,7 +210,7 @@ def _coffee_calls(utterance: Values) -> list[Values]:
         key = "api" if kind in ("api_call", "request") else "response"
         if kind in ("api_call", "api_response"):
             turns.append({key: {value: {}}})
-        elif kind in ("request", "response") and turns and key in turns[-1]:
+        elif kind in ("request", "response") and turns and key in turns[-1] and not any(turns[-1][key].values()):
             turns[-1] = {key: dict.fromkeys(turns[-1][key], _parsed(annotation, "value", dict))}
         else:
             raise BadRow(

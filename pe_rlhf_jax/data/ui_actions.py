@@ -162,8 +162,10 @@ def wrong_action(right: Action, shown: list[Element], others: Sequence[Action], 
 
 def _other_element(right: Action, shown: list[Element], others: Sequence[Action], draw: random.Random) -> Action | None:
     if right.element is None:
-        places = [other.place for other in others if _free(other.place, shown) and not _same_place(other.place, right.place)]
-        return replace(right, place=draw.choice(places), touch=None) if places else None
+        places = [other.place for other in others if other.place is not None and not _same_place(other.place, right.place)]
+        draw.shuffle(places)
+        place = next((place for place in places if _free(place, shown)), None)
+        return None if place is None else replace(right, place=place, touch=None)
     x, y = right.touch or shown[right.element].centre
     taken = set(right_elements(right, shown))
     # What holds the touch may be right as well, such as the row around a box that is ticked.

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from pe_rlhf_jax.devices import is_nvidia
 from pe_rlhf_jax.models.visibility import Places, Visible
+from pe_rlhf_jax.sharding import one_device
 
 PARTS = 4
 """Of a row that is read from left to right: the queries of each meet only keys up to its end. Of the square, 5/8 are computed (of two
@@ -31,7 +32,8 @@ def keys_met(length: int, block: int | None, ordered: bool) -> float:
 def blocks_of(length: int, block: int | None) -> tuple[int, int]:
     """In how many blocks so many queries are computed, 1 where all at once, and the queries of each."""
     blocks = -(-length // (block or length))
-    return blocks, -(-length // blocks)
+    size = -(-length // blocks)
+    return blocks, size if blocks == 1 else size + size % 2  # GPU kernels take even ones
 
 
 def _parts(blocks: int) -> list[np.ndarray]:
@@ -102,14 +104,16 @@ def _attend(
 
 
 def _has_kernel(q: Float[Array, "B H T h"], k: Float[Array, "B K S h"], mask: Array | None) -> bool:
-    """Whether cuDNN's kernel, which never writes the scores, takes these: it is for NVIDIA GPUs from Ampere on, in bfloat16, with heads of
-    up to 128.
+    """Whether cuDNN's kernel, which writes the mask for all heads together but never the scores, takes these: it is for NVIDIA GPUs from
+    Ampere on, in bfloat16, with heads of up to 128.
 
-    A single query writes so few scores that it gains nothing.
+    A single query writes so few scores that it gains nothing. JAX before 0.11 computes a gradient of the mask besides. Several devices: not
+    tried, and heads that the axis `tensor` does not divide alike are refused.
     """
     (length, head), keys = q.shape[2:], k.shape[2]
     even = mask is None or (length % 2 == 0 and keys % 2 == 0)
-    return length > 1 and q.dtype == k.dtype == jnp.bfloat16 and head <= 128 and head % 8 == 0 and even and is_nvidia(capability=8.0)
+    fits = length > 1 and q.dtype == k.dtype == jnp.bfloat16 and head <= 128 and head % 8 == 0 and even
+    return fits and jax.__version_info__ >= (0, 11) and one_device() and is_nvidia(capability=8.0)
 
 
 def softcap(x: Float[Array, "*batch"], cap: float | None) -> Float[Array, "*batch"]:

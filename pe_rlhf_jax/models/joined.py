@@ -26,8 +26,10 @@ GROUPS = {"attention": ("qkv_proj", QKV), "mlp": ("gate_up_proj", GATE_UP)}
 
 
 def join(decoder: Decoder, variables: PyTree) -> tuple[Decoder, PyTree]:
-    """The decoder and its variables in this form, inside a compiled program. Raises ValueError for a quantized backbone, whose matrices
-    stay apart."""
+    """The decoder and its variables in this form, inside a compiled program.
+
+    Raises ValueError for a quantized backbone, whose matrices stay apart.
+    """
     if decoder.config.quantization is not None:
         raise ValueError(f"expected a backbone in floating point, found one in {decoder.config.quantization}")
     layers, adapters = variables["params"]["layers"], variables.get("lora", {}).get("layers", {})

@@ -36,6 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 QKV = ("q_proj", "k_proj", "v_proj")
 GATE_UP = ("gate_proj", "up_proj")
+"""What reads the same input, as `QKV` does."""
 
 HEADS = "heads"
 """What queries, keys and values are called where a backward pass chooses what to keep."""

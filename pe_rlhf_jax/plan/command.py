@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import ConfigError
+from pe_rlhf_jax.devices import is_nvidia
 from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.plan import GIB, STAGES, Plan, plan
 from pe_rlhf_jax.plan.suggest import Suggestion, suggest
@@ -49,6 +50,8 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     if LOCAL not in names:
         # Only the compiler is wanted: looking for real accelerators takes long where libtpu is installed and there is none.
         jax.config.update("jax_platforms", "cpu")
+    elif len(names) > 1 and is_nvidia():
+        raise ConfigError(f"programs of this machine's GPUs differ from those of TPUs: plan `{LOCAL}` and the slices by a command each")
     config = configuration.load(arguments.config, arguments.set)
     shape = architecture(config.model, arguments.model_config)
     stages = arguments.stage or STAGES

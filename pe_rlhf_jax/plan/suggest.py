@@ -10,6 +10,7 @@ import yaml
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import Config, ConfigError
+from pe_rlhf_jax.devices import is_nvidia
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.plan.plan import GIB, STAGES, Plan, plan
 from pe_rlhf_jax.plan.topology import Topology
@@ -17,6 +18,7 @@ from pe_rlhf_jax.sharding import micro_batch_multiple
 from pe_rlhf_jax.training import evaluate, reward, rl
 
 GATHER = "rl.sampling.gather_weights"
+JOIN = "rl.sampling.join_weights"
 ENOUGH = 3
 """Changes that make it fit, after which no more are tried."""
 Overrides = tuple[str, ...]
@@ -39,7 +41,7 @@ def same_results(config: Config, overrides: Overrides) -> bool:
     An evaluation of other batches draws other samples. With dropout, which is drawn anew for each device and micro-batch, meshes and
     micro-batches change results.
     """
-    free = ("model.remat", "evaluate.batch_size", GATHER)
+    free = ("model.remat", "evaluate.batch_size", GATHER, JOIN)
     fields = [field for field in (override.partition("=")[0] for override in overrides) if field not in free]
     if config.lora.lora_dropout > 0 and {"sft", reward.STAGE} & {*config.run.stages}:
         return not fields
@@ -86,14 +88,21 @@ def suggest(
 
 
 def _gathering(config: Config, first: Plan, room: float, tries: Iterator[Overrides]) -> Iterator[Overrides]:
-    """The tries, all with weights gathered for each token where they are too much at once; or first with them at once, where all fits."""
+    """The tries, all with weights apart, and gathered for each token, where joined ones, or all at once, are too much; or first with them
+    gathered at once, where all fits.
+    """
     rollouts = [timed for stage in first.stages for timed in stage.programs if timed.program.name == "rollout"]
     sharded, gathers = first.mesh["fsdp"] > 1, config.rl.sampling.gather_weights
     if first.fits and rollouts and sharded and not gathers:
         yield (f"{GATHER}=true",)
     off: Overrides = ()
-    if gathers and any(timed.hbm > room or timed.program.refused for timed in rollouts):
-        off = (f"{GATHER}=false",)
+    crowded = any(timed.hbm > room or timed.program.refused for timed in rollouts)
+    joins = is_nvidia() if config.rl.sampling.join_weights is None else config.rl.sampling.join_weights
+    if crowded and joins:
+        off += (f"{JOIN}=false",)
+        yield off
+    if crowded and gathers:
+        off += (f"{GATHER}=false",)
         if sharded:
             yield off
     yield from (one + off for one in tries)

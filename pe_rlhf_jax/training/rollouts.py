@@ -43,7 +43,7 @@ def respond(
 def watch(context: Context, policy: Role, prompts: PromptBatch, key: jax.Array, sampling: SamplingConfig) -> Iterator[Rollout]:
     """The same responses as `respond`'s while they are sampled: what there is after every few tokens, until all have ended.
 
-    All prompts are answered at once, whatever `max_num_seqs` says, and weights are gathered for each token.
+    All prompts are answered at once, whatever `max_num_seqs` says, and weights are gathered for each token, and not joined.
     """
     sampler = _sampler(context, sampling)
     state = _begin(sampler, policy, context.backbone, prompts)
@@ -74,21 +74,26 @@ def _variables(sampler: Sampler, policy: Role, backbone: PyTree) -> PyTree:
 
 class Decoding:
     """`jax.jit` of a function whose first argument is a `Sampler`, static, with the options that suit it; decided when it is used, since
-    only then the devices are known."""
+    only then the devices are known. Inside another program JAX takes no options.
+    """
 
     def __init__(self, function: Callable[..., Any], **jit: Any):
         functools.update_wrapper(self, function)
-        self._plain = jax.jit(function, static_argnums=0, **jit)
-        self._on_gpu = jax.jit(function, static_argnums=0, compiler_options=GPU_OPTIONS, **jit)
+        self._plain: Any = jax.jit(function, static_argnums=0, **jit)
+        self._on_gpu: Any = jax.jit(function, static_argnums=0, compiler_options=GPU_OPTIONS, **jit)
 
-    def _of(self, sampler: Sampler) -> Any:
-        return self._on_gpu if is_nvidia() and sampler.decoder.config.quantization is None else self._plain
+    def _of(self, sampler: Sampler, arguments: PyTree) -> Any:
+        inside = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+        return self._on_gpu if is_nvidia() and sampler.decoder.config.quantization is None and not inside else self._plain
 
     def __call__(self, sampler: Sampler, *arguments: Any) -> Any:
-        return self._of(sampler)(sampler, *arguments)
+        return self._of(sampler, arguments)(sampler, *arguments)
 
     def lower(self, sampler: Sampler, *arguments: Any) -> jax.stages.Lowered:
-        return self._of(sampler).lower(sampler, *arguments)
+        return self._of(sampler, arguments).lower(sampler, *arguments)
+
+    def _cache_size(self) -> int:
+        return self._plain._cache_size() + self._on_gpu._cache_size()
 
 
 @Decoding

@@ -241,6 +241,7 @@ BAD = [
     ("taskmaster", "sft", user(apis=[{"name": "book", "args": []}]), "expected `args` with an object, found []"),
     ("taskmaster", "sft", user(apis=[{"name": "book", "args": {}}]), "expected `response` with an object, found `name`, `args`"),
     ("taskmaster", "sft", user(annotations=annotations(("request", "{}"))), "a `request` after its `api_call`"),
+    ("taskmaster", "sft", user(annotations=annotations(("api_call", "a"), *2 * [("request", '{"b": 1}')])), "after its `api_call`"),
     ("taskmaster", "sft", user(annotations=annotations(("api_call", "a"), ("response", "{}"))), "after its `api_response`, found response"),
     # As in some of the dialogs: a name in doubled quotation marks.
     ("taskmaster", "sft", user(annotations=annotations(("api_call", "a"), ("request", '{"id":""m-1""}'))), "to be a text that holds JSON"),

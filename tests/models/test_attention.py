@@ -183,6 +183,7 @@ def kernel(monkeypatch, calls):
 
     monkeypatch.setattr(attention, "is_nvidia", lambda capability: capability == 8.0)
     monkeypatch.setattr(jax.nn, "dot_product_attention", called)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
 
 
 def inputs(length, dtype=jnp.bfloat16, head=8):
@@ -190,19 +191,31 @@ def inputs(length, dtype=jnp.bfloat16, head=8):
     return [jax.random.normal(key, (2, heads, length, head), dtype) for key, heads in zip(keys, (4, 2, 2), strict=True)]
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_the_gpu_kernel_is_given_what_is_computed_without_it(monkeypatch, masked):
-    q, k, v = inputs(6)
-    mask = jnp.ones((2, 6), bool).at[0, :2].set(False)  # left padding
-    seen = visible(mask, 6) if masked else None
-    expected = attend(q, k, v, seen, 0.3, None, None)
-    calls = []
+@pytest.mark.parametrize(
+    ("length", "head", "masked", "block", "shape"),
+    [(6, 8, True, None, (2, 6, 4, 8)), (7, 128, False, None, (2, 7, 4, 128)), (6, 8, True, 3, (2, 4, 4, 8))],
+    ids=["masked", "odd-without-a-mask", "blocks-of-an-even-size"],
+)
+def test_the_gpu_kernel_is_given_what_is_computed_without_it(monkeypatch, length, head, masked, block, shape):
+    inside = inputs(length, head=head)
+    mask = jnp.ones((2, length), bool).at[0, :2].set(False)  # left padding
+    seen = visible(mask, length) if masked else None
+    real = mask[:, None, :, None] if masked else jnp.ones((2, 1, length, 1), bool)
+
+    def loss(q, k, v):
+        out = jnp.where(real, attend(q, k, v, seen, 0.3, None, block), 0)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+    def numbers():
+        (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*inside)
+        return [np.asarray(x, np.float32) for x in (out, *gradients)]
+
+    expected, calls = numbers(), []
     kernel(monkeypatch, calls)
-    found = attend(q, k, v, seen, 0.3, None, None)
-    assert calls == [(2, 6, 4, 8)]
-    real = np.asarray(mask)[:, None, :, None] if masked else np.ones((2, 1, 6, 1), bool)
-    difference = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32))
-    assert np.max(np.where(real, difference, 0)) < 0.02 < np.max(np.abs(np.asarray(expected, np.float32)))
+    found = numbers()
+    assert set(calls) == {shape}
+    for one, wanted in zip(found, expected, strict=True):
+        assert np.max(np.abs(one - wanted)) < 0.03 < np.max(np.abs(wanted))
 
 
 @pytest.mark.parametrize(
@@ -215,3 +228,17 @@ def test_what_the_gpu_kernel_does_not_take_is_computed_without_it(monkeypatch, l
     kernel(monkeypatch, calls)
     out = attend(*inputs(length, **changes), visible(jnp.ones((2, length), bool), length), 0.3, cap, None)
     assert not calls and bool(jnp.all(jnp.isfinite(out)))
+
+
+@pytest.mark.parametrize("reason", ["several devices", "JAX 0.10"])
+def test_where_the_gpu_kernel_was_not_tried_it_is_not_used(monkeypatch, reason):
+    calls, seen = [], visible(jnp.ones((2, 6), bool), 6)
+    kernel(monkeypatch, calls)
+    attend(*inputs(6), seen, 0.3, None, None)
+    assert len(calls) == 1
+    if reason == "several devices":
+        monkeypatch.setattr(attention, "one_device", lambda: False)
+    else:
+        monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    attend(*inputs(6), seen, 0.3, None, None)
+    assert len(calls) == 1

@@ -246,6 +246,20 @@ def test_weights_are_gathered_at_once_where_there_is_room(gathers, fsdp, rollout
     assert list(_gathering(config, first, 8, iter([("a=1",), ("b=2",)]))) == expected
 
 
+@pytest.mark.parametrize(
+    ("nvidia", "asked", "joins"), [(True, "null", True), (False, "null", False), (True, "false", False), (False, "true", True)]
+)
+def test_weights_stay_apart_where_joined_ones_do_not_fit(monkeypatch, nvidia, asked, joins):
+    monkeypatch.setattr("pe_rlhf_jax.plan.suggest.is_nvidia", lambda: nvidia)
+    config = configuration.parse(CONFIG, [f"rl.sampling.join_weights={asked}"])
+    timed = [SimpleNamespace(program=SimpleNamespace(name="rollout", refused=""), hbm=9)]
+    first = SimpleNamespace(mesh={"fsdp": 1}, stages=[SimpleNamespace(programs=timed)], fits=False)
+    apart = "rl.sampling.join_weights=false"
+    expected = [(apart,), ("a=1", apart)] if joins else [("a=1",)]
+    assert list(_gathering(config, first, 8, iter([("a=1",)]))) == expected
+    assert same_results(config, (apart,))
+
+
 def test_nothing_of_the_model_is_allocated(on_a_chip):
     before = jax.live_arrays()
     known = {id(array) for array in before}

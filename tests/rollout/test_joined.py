@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 from pe_rlhf_jax import sharding
 from pe_rlhf_jax.config import LoRAConfig, SamplingConfig
 from pe_rlhf_jax.models.joined import join
+from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout import decode
 from pe_rlhf_jax.rollout.decode import Sampler
 from pe_rlhf_jax.rollout.generate import generate
@@ -63,6 +64,32 @@ def test_a_layer_has_four_products_and_its_adapters_four_pairs(tiny):
     assert decoder.joined and decoder.lora.scale == 1
 
 
+def test_policies_of_full_tuning_are_joined_in_the_type_that_they_are_computed_in(tiny):
+    decoder, policy = dataclasses.replace(tiny.decoder, dtype=jnp.bfloat16), Role(params=tiny.params)
+    prompts = PromptBatch(jnp.full((2, PROMPT), 5), jnp.ones((2, PROMPT), bool))
+
+    def dtypes(join_weights):
+        sampler = Sampler(decoder, SamplingConfig(max_new_tokens=LENGTH, join_weights=join_weights), (0,), 0)
+        jaxpr = jax.make_jaxpr(rollouts._respond, static_argnums=0)(sampler, policy, tiny.params, prompts, jax.random.key(0))
+        shapes = {value.aval.shape: value.aval.dtype for value in matrices(jaxpr.jaxpr)}
+        return shapes[(tiny.config.num_layers, 16, 48)]  # gate and up
+
+    assert dtypes(True) == jnp.bfloat16
+    with pytest.raises(KeyError):
+        dtypes(False)
+
+
+def matrices(jaxpr):
+    """What the loops of a program read."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "while":
+            yield from equation.invars
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from matrices(inner)
+
+
 def test_quantized_matrices_stay_apart(tiny):
     quantized = dataclasses.replace(tiny.decoder, config=dataclasses.replace(tiny.decoder.config, quantization="int8"))
     with pytest.raises(ValueError, match="expected a backbone in floating point, found one in int8"):
@@ -97,3 +124,4 @@ def test_the_compiler_has_options_for_decoding_on_nvidia_gpus(monkeypatch, tiny,
     doubled = rollouts.Decoding(lambda sampler, x: 2 * x)
     assert doubled(Sampler(decoder, SamplingConfig(), (0,), 0), jnp.float32(2)) == 4
     assert (doubled._on_gpu._cache_size(), doubled._plain._cache_size()) == ((1, 0) if options else (0, 1))
+    assert jax.eval_shape(lambda x: doubled(Sampler(decoder, SamplingConfig(), (0,), 0), x), 2.0).shape == ()  # where options are refused

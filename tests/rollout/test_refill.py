@@ -138,11 +138,11 @@ def test_one_program_serves_every_call_and_stop_strings_cut_the_same(tiny):
     row = int(np.asarray(free.response_mask).sum(1).argmax())
     tokens = np.asarray(free.response)[row]
     sampling = sampling.model_copy(update={"max_num_seqs": 4, "stop_strings": (f"{tokens[5]} {tokens[6]}",)})
-    before = rollouts._respond._plain._cache_size()
+    before = rollouts._respond._cache_size()
     found = respond(context, role, batch, key, sampling)
     for seed in range(3):
         other = respond(context, Role(lora=jax.tree.map(lambda x: x * 0.5, tiny.lora)), batch, jax.random.key(seed), sampling)
-    assert rollouts._respond._plain._cache_size() == before + 1
+    assert rollouts._respond._cache_size() == before + 1
     expected = cut_at_stop_strings(context, free, sampling.stop_strings)
     for name in ("response", "response_mask", "ended"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))

@@ -10,6 +10,7 @@ import numpy as np
 import paper_tables
 import pytest
 import sweep
+import utilization
 from tiny_pictures import seeing_context
 from tiny_vision_folder import write_model
 
@@ -33,6 +34,24 @@ def test_twins_are_run_and_weighed(make_context, stage, sees):
     table = paper_tables.table([row])
     assert f"| {stage} | as it is |" in table
     assert paper_tables.PAPER[stage]["memory"] in table and f"{row['memory_share']:.0%}" in table
+
+
+def test_what_a_learning_step_has_to_do_is_counted_by_hand(make_context):
+    """The tiny decoder: 2 layers of 16 x 16 + 2 x 16 x 8 + 16 x 16 + 3 x 16 x 24 weights, adapters of rank 3, 31 tokens."""
+    rank, rows, prompt, response = 3, 4, 8, 8
+    lengths = {"max_prompt_length": prompt, "max_response_length": response}
+    rl = {"batch_size": rows, "algorithm": "ppo", "num_ppo_epochs": 3, "num_mini_batches": 2, "sampling": {"max_new_tokens": response}}
+    context = make_context(data=lengths, reward={"batch_size": rows, "kind": "labels"}, rl=rl, lora={"r": rank})
+    assert context.config.model.remat == "full"  # which is not counted
+    matrices = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24)
+    adapters = 2 * rank * (2 * (16 + 16) + 2 * (16 + 8) + 3 * (16 + 24))
+    attention = 2 * 4 * (prompt + response) * 16  # scores and sums over all heads
+    token = 2 * (2 * matrices + 3 * adapters) + 3 * attention  # forward and back; of adapters, what is trained too
+    tokens = rows * (prompt + response)
+    assert utilization.needed(context, "reward") == pytest.approx(tokens * token)
+    logits = 2 * 2 * 16 * 31 * rows * response
+    both = 2 * tokens * token + logits  # policy and value model
+    assert utilization.needed(context, "rl") == pytest.approx(3 * both)  # each epoch learns each row once
 
 
 @pytest.mark.usefixtures("quick_compile")
