@@ -48,6 +48,7 @@ def test_tpus_are_only_looked_for_where_one_is_or_is_asked_for(there, platforms,
     [
         ("gpu", "cuda 13000", "9.0", True, True),
         ("gpu", "cuda 12080", "12.0", True, True),
+        ("gpu", "cuda 12080", "8.0", True, True),
         ("gpu", "cuda 12080", "7.5", True, False),
         ("gpu", "rocm 70000", "gfx942", False, False),
         ("cpu", "cuda 13000", "9.0", False, False),
