@@ -107,12 +107,12 @@ def _has_kernel(q: Float[Array, "B H T h"], k: Float[Array, "B K S h"], mask: Ar
     """Whether cuDNN's kernel, which writes the mask for all heads together but never the scores, takes these: it is for NVIDIA GPUs from
     Ampere on, in bfloat16, with heads of up to 128.
 
-    A single query writes so few scores that it gains nothing. JAX before 0.11 computes a gradient of the mask besides. Several devices: not
-    tried, and heads that the axis `tensor` does not divide alike are refused.
+    With a mask it takes even numbers of queries and keys, so no single query, which would gain nothing. JAX before 0.11 computes a gradient
+    of the mask besides. Several devices: not tried, and heads that the axis `tensor` does not divide alike are refused.
     """
     (length, head), keys = q.shape[2:], k.shape[2]
     even = mask is None or (length % 2 == 0 and keys % 2 == 0)
-    fits = length > 1 and q.dtype == k.dtype == jnp.bfloat16 and head <= 128 and head % 8 == 0 and even
+    fits = q.dtype == k.dtype == jnp.bfloat16 and head <= 128 and head % 8 == 0 and even
     return fits and jax.__version_info__ >= (0, 11) and one_device() and is_nvidia(capability=8.0)
 
 
