@@ -4,8 +4,7 @@
     python benchmarks/utilization.py --config configs/llama3_8b.yaml --stages reward --turns 5
 
 Learning steps of the reward model and of RL, with adapters, on one device, on random weights of the shape and with the longest texts of the
-configuration.
-In every turn large products of two square matrices are timed before it. Prints a line of JSON for each step:
+configuration. In every turn large products of two square matrices are timed before it. Prints a line of JSON for each step:
 
     seconds      median, least and greatest of the turns
     tflop        that the step has to do, as `pe-rlhf plan` counts, without what it computes again to save memory; attention is counted
@@ -58,9 +57,8 @@ def needed(context: Context, stage: str) -> float:
     kept = config.model_copy(update={"model": config.model.model_copy(update={"remat": "none", "attention_block": None})})
     costs = Costs(kept, context.decoder.config, 1, str(jnp.dtype(context.decoder.dtype)))
     # Logits are always computed again: once forward, once backward for their input, and once more.
-    again = (
-        config.rl.batch_size // rl._mini_batches(config.rl) * config.rl.sampling.max_new_tokens * costs.head if stage == rl.STAGE else 0.0
-    )
+    logits = config.rl.batch_size // rl._mini_batches(config.rl) * config.rl.sampling.max_new_tokens if stage == rl.STAGE else 0
+    again = logits * costs.head
     return updates_a_step(context, stage) * (costs.of(stage, "update") - again)
 
 
@@ -83,7 +81,7 @@ def measured(config: Config, context: Context, stage: str, turns: int) -> dict[s
             products.append(found[0])
             times.append(found[1])
     work, stats = needed(context, stage), device.memory_stats()
-    peak, best = peak_of(device.device_kind, dtype), 2 * side**3 / min(products)
+    peak, best, rate = peak_of(device.device_kind, dtype), 2 * side**3 / min(products), work / statistics.median(times)
     return {
         "device": device.device_kind,
         "dtype": str(dtype),
@@ -92,8 +90,8 @@ def measured(config: Config, context: Context, stage: str, turns: int) -> dict[s
         "tflop": round(work / 1e12, 3),
         "tflops": spread([work / x / 1e12 for x in times]),
         "product": spread([2 * side**3 / x / 1e12 for x in products]),
-        "share": round(work / statistics.median(times) / best, 3),
-        "peak": None if peak is None else round(work / statistics.median(times) / peak, 3),
+        "share": round(rate / best, 3),
+        "peak": None if peak is None else round(rate / peak, 3),
         "gib": round(stats["peak_bytes_in_use"] / 2**30, 2) if stats else None,
     }
 

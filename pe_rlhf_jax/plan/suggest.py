@@ -10,10 +10,10 @@ import yaml
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import Config, ConfigError
-from pe_rlhf_jax.devices import is_nvidia
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.plan.plan import GIB, STAGES, Plan, plan
 from pe_rlhf_jax.plan.topology import Topology
+from pe_rlhf_jax.rollout.decode import joins
 from pe_rlhf_jax.sharding import micro_batch_multiple
 from pe_rlhf_jax.training import evaluate, reward, rl
 
@@ -97,8 +97,7 @@ def _gathering(config: Config, first: Plan, room: float, tries: Iterator[Overrid
         yield (f"{GATHER}=true",)
     off: Overrides = ()
     crowded = any(timed.hbm > room or timed.program.refused for timed in rollouts)
-    joins = is_nvidia() if config.rl.sampling.join_weights is None else config.rl.sampling.join_weights
-    if crowded and joins:
+    if crowded and joins(config.rl.sampling):
         off += (f"{JOIN}=false",)
         yield off
     if crowded and gathers:

@@ -146,13 +146,17 @@ def _repeated(once: Read, answers: int, room: int) -> Read:
     return Read(jax.tree.map(cache, once.cache), *rows)
 
 
+def joins(sampling: SamplingConfig) -> bool:
+    """Whether weights are to be joined, the default decided."""
+    return is_nvidia() if sampling.join_weights is None else sampling.join_weights
+
+
 def for_decoding(sampler: Sampler, variables: PyTree) -> tuple[Sampler, PyTree]:
     """What `advance` takes where it is called again and again: with joined weights, if the configuration asks for them, where each device
     holds whole, unquantized ones.
     """
     sampling = sampler.sampling
-    wanted = is_nvidia() if sampling.join_weights is None else sampling.join_weights
-    if not wanted or not holds_whole(sampling.gather_weights) or sampler.decoder.config.quantization is not None:
+    if not joins(sampling) or not holds_whole(sampling.gather_weights) or sampler.decoder.config.quantization is not None:
         return sampler, variables
     decoder, variables = join(sampler.decoder, variables)
     return dataclasses.replace(sampler, decoder=decoder), variables

@@ -250,7 +250,7 @@ def test_weights_are_gathered_at_once_where_there_is_room(gathers, fsdp, rollout
     ("nvidia", "asked", "joins"), [(True, "null", True), (False, "null", False), (True, "false", False), (False, "true", True)]
 )
 def test_weights_stay_apart_where_joined_ones_do_not_fit(monkeypatch, nvidia, asked, joins):
-    monkeypatch.setattr("pe_rlhf_jax.plan.suggest.is_nvidia", lambda: nvidia)
+    monkeypatch.setattr("pe_rlhf_jax.rollout.decode.is_nvidia", lambda: nvidia)
     config = configuration.parse(CONFIG, [f"rl.sampling.join_weights={asked}"])
     timed = [SimpleNamespace(program=SimpleNamespace(name="rollout", refused=""), hbm=9)]
     first = SimpleNamespace(mesh={"fsdp": 1}, stages=[SimpleNamespace(programs=timed)], fits=False)
