@@ -31,8 +31,8 @@ class Batch(flax.struct.PyTreeNode):
     mask: Bool[jax.Array, "B T"]
     target_mask: Bool[jax.Array, "B T"]
     """True at tokens that are learned (the response and its end token)."""
-    segments: Int[jax.Array, "B T"] | None = None
-    """Which of the examples that a row holds a token belongs to, as `models.visibility` has it; None where each has a row of its own."""
+    ends: Int[jax.Array, "B T"] | None = None
+    """Where the examples of a row end, as `models.visibility` has it; None where each has a row of its own."""
     prompt_mask: Bool[jax.Array, "B T"] | None = None
     """True at the prompt's tokens, among which pictures have their places; for models that see."""
     images: Images | None = None
@@ -43,38 +43,36 @@ class PreferenceBatch(flax.struct.PyTreeNode):
     """Preference pairs, right-padded; both sides end with the end token.
 
     A pair is n rows: one, in which each side goes on from the beginning that both share, or two, chosen and rejected. Or rows hold up to
-    E pairs each, one row a pair (`segments`): then B counts rows, and `margin` and `weight` are of B and E.
+    E pairs each: then n is 1, B counts rows, and `margin` and `weight` are of B and E.
     """
 
     tokens: Int[jax.Array, "B n T"]
     mask: Bool[jax.Array, "B n T"]
     last: Int[jax.Array, "B n 2E/n"]
     """Where in each row its sides end, chosen first."""
-    branches: Int[jax.Array, "B n T"] | None
-    """In one row: 0 at what both sides share, 1 where chosen goes on, 2 where rejected does; as `models.visibility` has it."""
+    ends: Int[jax.Array, "B n T"] | None
+    """Where n is 1: how far each token's texts go, as `models.visibility` has it."""
     margin: Float[jax.Array, "B ..."]
     """How much better the chosen side was rated; 0 where unknown."""
     weight: Float[jax.Array, "B ..."]
     """1 for a real pair, 0 for one that only fills a row, or the last batch of an evaluation."""
-    segments: Int[jax.Array, "B n T"] | None = None
-    """As in `Batch`."""
     prompt_mask: Bool[jax.Array, "B n T"] | None = None
     """As in `Batch`: both sides have one prompt."""
     images: Images | None = None
 
 
 class LabelBatch(flax.struct.PyTreeNode):
-    """Responses with 0/1 labels, right-padded; each ends with the end token. With `segments` rows hold up to E of them."""
+    """Responses with 0/1 labels, right-padded; each ends with the end token. With `ends` rows hold up to E of them."""
 
     tokens: Int[jax.Array, "B T"]
     mask: Bool[jax.Array, "B T"]
     last: Int[jax.Array, "B E"]
-    """Where in each row its responses end; E is 1 without segments."""
+    """Where in each row its responses end; E is 1 without `ends`."""
     label: Float[jax.Array, "B ..."]
     """1 for a good response, 0 for a bad one."""
     weight: Float[jax.Array, "B ..."]
     """As in `PreferenceBatch`; in training it may hold class weights too."""
-    segments: Int[jax.Array, "B T"] | None = None
+    ends: Int[jax.Array, "B T"] | None = None
     """As in `Batch`."""
     prompt_mask: Bool[jax.Array, "B T"] | None = None
     """As in `Batch`."""

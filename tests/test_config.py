@@ -106,6 +106,8 @@ def test_text_that_is_no_configuration(text, expected):
         ("reward: {kind: pairs-as-labels, use_margin: true}", "reward.use_margin belongs to reward.kind pairs and would do nothing with"),
         ("reward: {kind: labels, center_rewards_coefficient: 0.1}", "reward.center_rewards_coefficient belongs to reward.kind pairs"),
         ("reward: {adapter: x, start_from: sft}", "reward.adapter and reward.start_from sft both say where the adapter starts"),
+        ("data: {group_by_prefix: true}", "data.group_by_prefix would do nothing without data.packing"),
+        ("data: {group_by_prefix: true, packing: true, group_by_length: true}", "group_by_length both say which examples make a batch"),
         ("reward: {balance_classes: true}", "reward.balance_classes belongs to reward.kind labels and would do nothing with pairs"),
         ("rl: {rewards: [{function: 'a:b'}]}\nevaluate: {judge: 'a:b'}", "evaluate.judge a:b is one of rl.rewards"),
     ],

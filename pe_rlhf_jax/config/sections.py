@@ -212,7 +212,13 @@ class DataConfig(Section):
         False,
         description="In SFT and reward training, examples of a batch share rows, each as long as the longest training example, and none "
         "sees another: fewer tokens are padding, if there are more examples in a batch than devices, and the loss is the same (but for "
-        "what dropout draws). In updates `micro_batch_size` then counts such rows. For models of text.",
+        "what dropout draws). In reward training, what examples of a row begin with alike is computed once. In updates "
+        "`micro_batch_size` then counts such rows. For models of text.",
+    )
+    group_by_prefix: bool = Field(
+        False,
+        description="With `packing`, batches of reward training hold examples that begin alike, up to a quarter of a batch: rated turns of "
+        "one dialog, or pairs of answers to one prompt. They are computed in fewer tokens, but a batch holds fewer different ones.",
     )
     image_cache_gib: float = Field(
         1.0,
@@ -224,6 +230,14 @@ class DataConfig(Section):
     validation_pairs: int = Field(512, ge=1, description="movie-reviews: number of held-out pairs.")
     min_margin: float = Field(0.5, ge=0, description="movie-reviews: least difference between the mean ratings of a pair's two sides.")
     prompt_words: int = Field(4, ge=1, description="movie-reviews: words of the review that the prompt shows.")
+
+    @model_validator(mode="after")
+    def _grouped_in_one_way(self) -> DataConfig:
+        if self.group_by_prefix and not self.packing:
+            raise ValueError("data.group_by_prefix would do nothing without data.packing, whose rows share what examples begin with")
+        if self.group_by_prefix and self.group_by_length:
+            raise ValueError("data.group_by_prefix and data.group_by_length both say which examples make a batch; leave one of them out")
+        return self
 
 
 class SFTConfig(Section):

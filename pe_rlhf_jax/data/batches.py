@@ -54,13 +54,39 @@ class BatchOrder:
         return batches[np.random.default_rng((self._seed, window)).permutation(self._window)]
 
 
+class FamilyOrder:
+    """As `BatchOrder`, but rows that begin alike stand next to each other, and what is shuffled anew in every epoch are families of them.
+
+    Args:
+        families: the rows of each, as `prefixes.families` makes them.
+    """
+
+    def __init__(self, families: Sequence[Sequence[int]], batch_size: int, seed: int):
+        self._families = [np.asarray(family) for family in families]
+        self._size, self._batch_size, self._seed = sum(map(len, families)), batch_size, seed
+        self._kept: tuple[int, np.ndarray] | None = None  # the epoch last used
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Row indices [batch_size] of the batch at a step counted from 0."""
+        epochs, places = np.divmod(step * self._batch_size + np.arange(self._batch_size), self._size)
+        return np.array([self._epoch(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)])
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self._kept is None or self._kept[0] != epoch:
+            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._families))
+            self._kept = epoch, np.concatenate([self._families[i] for i in order])
+        return self._kept[1]
+
+
 def pad_sft(examples: Sequence[SFTExample], pad_id: int, multiple: int, packing: Packing | None = None) -> Batch:
     """Right-padded prompt + response; the length is the longest row's, rounded up to `multiple`, or the packing's."""
-    rows = Rows([np.concatenate([example.prompt, example.response]) for example in examples], multiple, packing)
+    texts = [(np.concatenate([example.prompt, example.response]),) for example in examples]
+    # What is learned of a text is not what is learned of another that begins alike.
+    rows = Rows(texts, multiple, packing, share=False)
     tokens, mask = rows.tokens(pad_id)
     # What a text begins with follows on nothing, and so is not learned.
     learned = [np.arange(example.length) >= max(1, example.prompt_length) for example in examples]
-    return Batch(tokens=tokens, mask=mask, target_mask=rows.marks(learned).astype(bool), segments=rows.segments())
+    return Batch(tokens=tokens, mask=mask, target_mask=rows.marks(learned), ends=None if packing is None else rows.ends())
 
 
 def pad_preferences(
@@ -83,32 +109,23 @@ def pad_preferences(
     """
     filled = fill(examples, rows)
     sides = [side for example in filled for side in (example.chosen, example.rejected)]
-    joined = Rows([np.concatenate([pair.chosen, pair.rejected[pair.shared :]]) for pair in filled], 2 * multiple, packing)
+    joined = Rows([(pair.chosen, pair.rejected) for pair in filled], 2 * multiple, packing)
     # A prompt that is read in both directions has to be one for both sides.
     whole = all(example.shared >= example.prompt_length for example in filled)
     if packing is not None or (whole and in_one_row(joined.length, rounded(sides, multiple))):
-        tokens, mask = joined.tokens(pad_id)
-        last = joined.places([(len(pair.chosen) - 1, pair.length - 1) for pair in filled])
-        branches, segments = joined.marks([_branches(pair) for pair in filled]), joined.segments()
+        (tokens, mask), last, ends = joined.tokens(pad_id), joined.last(), joined.ends()
         shape: tuple[int, ...] = (len(tokens), 1, -1)
     else:
         tokens, mask = pad(sides, pad_id, rounded(sides, multiple))
-        last, branches, segments, shape = np.array([len(side) for side in sides], np.int32) - 1, None, None, (len(filled), 2, -1)
+        last, ends, shape = np.array([len(side) for side in sides], np.int32) - 1, None, (len(filled), 2, -1)
     return PreferenceBatch(
         tokens=tokens.reshape(shape),
         mask=mask.reshape(shape),
         last=last.reshape(shape),
-        branches=None if branches is None else branches.reshape(shape),
+        ends=None if ends is None else ends.reshape(shape),
         margin=joined.said([example.margin for example in filled]),
         weight=joined.said(_weight(examples, filled)),
-        segments=None if segments is None else segments.reshape(shape),
     )
-
-
-def _branches(pair: PreferenceExample) -> np.ndarray:
-    """Of a pair in one row: 0 at what both sides share, 1 where chosen goes on, 2 where rejected does."""
-    places = np.arange(pair.length)
-    return (places >= pair.shared).astype(np.int32) + (places >= len(pair.chosen))
 
 
 def pad_labels(
@@ -116,14 +133,11 @@ def pad_labels(
 ) -> LabelBatch:
     """Right-padded rows with their labels; `multiple`, `rows` and `packing` as in `pad_preferences`."""
     filled = fill(examples, rows)
-    laid = Rows([example.tokens for example in filled], multiple, packing)
+    laid = Rows([(example.tokens,) for example in filled], multiple, packing)
     tokens, mask = laid.tokens(pad_id)
-    last, label, weight = (
-        laid.places([(example.length - 1,) for example in filled]),
-        laid.said([example.label for example in filled]),
-        laid.said(_weight(examples, filled)),
-    )
-    return LabelBatch(tokens=tokens, mask=mask, last=last, label=label, weight=weight, segments=laid.segments())
+    label, weight = laid.said([example.label for example in filled]), laid.said(_weight(examples, filled))
+    ends = None if packing is None else laid.ends()
+    return LabelBatch(tokens=tokens, mask=mask, last=laid.last(), label=label, weight=weight, ends=ends)
 
 
 def pad_prompts(examples: Sequence[PromptExample], pad_id: int, multiple: int, rows: int | None = None) -> PromptBatch:

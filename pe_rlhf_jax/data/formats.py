@@ -23,6 +23,7 @@ from jaxtyping import Int
 
 from pe_rlhf_jax.data.images import KEYS, Picture
 from pe_rlhf_jax.data.images import shown as _shown
+from pe_rlhf_jax.data.prefixes import common
 from pe_rlhf_jax.data.sources import BadRow, DataError, Row, Skipped
 from pe_rlhf_jax.data.turns import PLACEHOLDER, Template, Turn, Vision, folder_of, has_pictures, row_pictures, turns
 from pe_rlhf_jax.data.turns import text as _text
@@ -76,12 +77,15 @@ class PreferenceExample:
     group: str | None = None
     """`TextRow.together`; so in the other examples. None: the row stands alone."""
 
+    @property
+    def begins(self) -> Tokens:
+        """By which examples that begin alike are found: one of the sides."""
+        return self.chosen
+
     @functools.cached_property
     def shared(self) -> int:
-        """Tokens with which both sides begin: the prompt, and as much of the answers as is alike. Of each side at least one is left."""
-        most = min(len(self.chosen), len(self.rejected)) - 1
-        same = self.chosen[:most] == self.rejected[:most]
-        return most if np.all(same) else int(np.argmin(same))
+        """Tokens with which both sides begin: the prompt, and as much of the answers as is alike."""
+        return common(self.chosen, self.rejected)
 
     @property
     def length(self) -> int:
@@ -101,6 +105,11 @@ class LabelExample:
     prompt_length: int = 0
     """As in `PreferenceExample`."""
     place: str = ""
+
+    @property
+    def begins(self) -> Tokens:
+        """By which examples that begin alike are found."""
+        return self.tokens
 
     @property
     def length(self) -> int:

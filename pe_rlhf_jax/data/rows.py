@@ -1,15 +1,18 @@
 """Texts in the rows of a batch: padded, or packed. Lengths are multiples of a number, so that few programs are compiled.
 
-Letters: B rows, T tokens, E examples of a packed row.
+Letters: B rows, T tokens, E examples of a packed row, N texts of a batch.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from pe_rlhf_jax.data.prefixes import common, common_prefixes, in_order
 
 # The batch types speak of JAX arrays; what is made here stays NumPy until a step's shardings place it on devices.
 HostArray = Any
@@ -21,7 +24,7 @@ MOST_IN_A_ROW = 16
 
 @dataclass(frozen=True)
 class Packing:
-    """How a batch's examples are packed: several in a row, one after the other, each as if it stood in a row of its own."""
+    """How a batch's examples are packed: several in a row, each as if it stood in a row of its own."""
 
     length: int
     """Tokens of a row; no example is longer."""
@@ -31,57 +34,91 @@ class Packing:
     """Examples that a row holds at most."""
 
 
-def packed(lengths: Sequence[int], packing: Packing) -> list[list[int]]:
-    """The examples of each row, by their numbers: first-fit decreasing. The last rows may be empty.
+def packed(lengths: Sequence[Sequence[int]], packing: Packing, alike: HostArray | None = None) -> list[list[int]]:
+    """The examples of each row, by their numbers. The last rows may be empty.
 
-    So that few programs are compiled, a batch has one of few numbers of rows (as `padded` has it), and no more than it has examples, but
-    for `packing.multiple`. Raises ValueError for an example that is longer than a row.
+    First-fit decreasing: of the rows with room, an example goes into that to which it adds least, the first of such. So that few programs
+    are compiled, a batch has one of few numbers of rows (as `padded` has it), and no more than it has examples, but for
+    `packing.multiple`. Raises ValueError for an example that is longer than a row.
+
+    Args:
+        lengths: of the texts of each example.
+        alike: int [N, N], with how many tokens each two of all these texts begin alike. None: every text is there whole.
     """
-    if max(lengths) > packing.length:
-        raise ValueError(f"expected examples of at most {packing.length} tokens, found one of {max(lengths)}")
+    flat, firsts = np.concatenate(lengths), np.cumsum([0, *map(len, lengths)])
+    own = [np.arange(first, end) for first, end in itertools.pairwise(firsts)]
+    # Of each text, what texts before it in its example have, and texts of each row.
+    known, there = np.zeros(len(flat), np.int64), np.zeros((len(flat), 0), np.int64)
+    if alike is not None:
+        known = np.array([max(alike[t, texts[0] : t], default=0) for texts in own for t in texts])
+    alone = [int(np.sum((flat - known)[texts])) for texts in own]
+    if max(alone) > packing.length:
+        raise ValueError(f"expected examples of at most {packing.length} tokens, found one of {max(alone)}")
     rows: list[list[int]] = []
     room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for row, free in enumerate(room):
-            if lengths[i] <= free and len(rows[row]) < packing.most:
-                break
-        else:
-            row = len(rows)
+    for i in sorted(range(len(own)), key=lambda i: -alone[i]):
+        texts, adds = own[i], [alone[i]] * len(rows)
+        if alike is not None:
+            adds = np.sum(flat[texts, None] - np.maximum(there[texts], known[texts, None]), axis=0).tolist()
+        fit = [row for row, free in enumerate(room) if adds[row] <= free and len(rows[row]) < packing.most]
+        if not fit:
+            fit, adds = [len(rows)], [*adds, alone[i]]
             rows.append([])
             room.append(packing.length)
+            there = np.pad(there, ((0, 0), (0, 1)))
+        row = min(fit, key=lambda row: adds[row])
         rows[row].append(i)
-        room[row] -= lengths[i]
+        room[row] -= adds[row]
+        if alike is not None:
+            there[:, row] = np.maximum(there[:, row], np.max(alike[:, texts], axis=1))
     most = -(-len(lengths) // packing.multiple) * packing.multiple
     return rows + [[] for _ in range(min(padded(len(rows), packing.multiple), most) - len(rows))]
 
 
 class Rows:
-    """Examples in rows of their own, or packed."""
+    """Examples in rows of their own, or packed. Where they share, what texts of a row begin with alike is there once."""
 
-    def __init__(self, texts: Sequence[np.ndarray], multiple: int, packing: Packing | None):
-        self.texts, self.packing = texts, packing
-        self.rows = [[i] for i in range(len(texts))] if packing is None else packed([len(text) for text in texts], packing)
-        self.length = rounded(texts, multiple) if packing is None else packing.length
+    def __init__(self, examples: Sequence[Sequence[np.ndarray]], multiple: int, packing: Packing | None, share: bool = True):
+        self.packing = packing
+        self.rows = [[i] for i in range(len(examples))]
+        if packing is not None:
+            alike = common_prefixes([text for texts in examples for text in texts]) if share else None
+            self.rows = packed([[len(text) for text in texts] for texts in examples], packing, alike)
+        self.slots: list[dict[tuple[int, int], np.ndarray]] = []
+        """Of each row, where the tokens of an example's texts are."""
+        self._tokens, self._ends = [], []
+        for row in self.rows:
+            texts = {(i, at): text for i in row for at, text in enumerate(examples[i])}
+            if packing is not None and share:
+                texts = dict(sorted(texts.items(), key=lambda item: in_order(item[1])))
+            slots, tokens, ends = laid(list(texts.values()), share)
+            self.slots.append(dict(zip(texts, slots, strict=True)))
+            self._tokens.append(tokens)
+            self._ends.append(ends)
+        self.length = rounded(self._tokens, multiple) if packing is None else packing.length
 
     def tokens(self, pad_id: int) -> tuple[HostArray, HostArray]:
         """Tokens [B, T] and their mask."""
-        return pad([self._joined(row, self.texts) for row in self.rows], pad_id, self.length)
+        return pad(self._tokens, pad_id, self.length)
+
+    def ends(self) -> HostArray:
+        """Where texts end, int32 [B, T], as `models.visibility` has it; 0 at padding."""
+        return pad(self._ends, 0, self.length)[0]
 
     def marks(self, marks: Sequence[np.ndarray]) -> HostArray:
-        """What each example says of each of its tokens, int32 [B, T]; 0 at padding."""
-        return pad([self._joined(row, marks) for row in self.rows], 0, self.length)[0]
+        """What is said of each token of examples of one text, where rows do not share them: bool [B, T]; False at padding."""
+        found = np.zeros((len(self.rows), self.length), bool)
+        for row, texts in enumerate(self.slots):
+            for (i, _), slots in texts.items():
+                found[row, slots] = marks[i]
+        return found
 
-    def segments(self) -> HostArray | None:
-        """The examples of each row, counted from 1, at their tokens."""
-        numbers = {i: number for row in self.rows for number, i in enumerate(row, start=1)}
-        return None if self.packing is None else self.marks([np.full(len(text), numbers[i]) for i, text in enumerate(self.texts)])
-
-    def places(self, places: Sequence[Sequence[int]]) -> HostArray:
-        """Where places of each example are in its row: int32 [B, E times places]; 0 where a row holds fewer examples than E."""
-        starts = {i: sum(len(self.texts[j]) for j in row[:at]) for row in self.rows for at, i in enumerate(row)}
-        moved = [np.add(starts[i], place) for i, place in enumerate(places)]
-        found = self._said(np.asarray(moved, np.int32))
-        return found.reshape(len(self.rows), -1)
+    def last(self) -> HostArray:
+        """Where in its row each text of each example ends: int32 [B, E times texts]; 0 where a row holds fewer examples than E."""
+        ends = {name: slots[-1] for texts in self.slots for name, slots in texts.items()}
+        each = 1 + max(at for _, at in ends)
+        places = np.array([[ends[i, at] for at in range(each)] for i in range(len(ends) // each)], np.int32)
+        return self._said(places).reshape(len(self.rows), -1)
 
     def said(self, values: Sequence[float]) -> HostArray:
         """What is said of each example: float32 [B], packed [B, E] with 0 where a row holds fewer than E."""
@@ -94,9 +131,23 @@ class Rows:
             found[row, : len(members)] = values[members]
         return found
 
-    @staticmethod
-    def _joined(row: list[int], values: Sequence[np.ndarray]) -> np.ndarray:
-        return np.concatenate([np.zeros(0, np.int32), *(values[i] for i in row)])
+
+def laid(texts: Sequence[np.ndarray], share: bool) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """A row of texts, each without what it has in common with the one before it if they `share` it: where the tokens of each are, and the
+    row's tokens and ends, as `models.visibility` has them.
+    """
+    tokens, ends = np.zeros((2, sum(map(len, texts))), np.int32)
+    found: list[np.ndarray] = []
+    path, length = np.zeros(0, np.int32), 0
+    for before, text in itertools.pairwise([path, *texts]):
+        shared = common(before, text) if share else 0
+        ends[path[shared:]] = length
+        path = np.append(path[:shared], np.arange(length, length + len(text) - shared, dtype=np.int32))
+        tokens[path[shared:]] = text[shared:]
+        length += len(text) - shared
+        found.append(path)
+    ends[path] = length
+    return found, tokens[:length], ends[:length]
 
 
 def padded(length: int, multiple: int) -> int:

@@ -112,8 +112,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         features: Float[Array, "B M F E"] | None = None,
         prompt: Bool[Array, "B T"] | None = None,
-        branches: Int[Array, "B T"] | None = None,
-        segments: Int[Array, "B T"] | None = None,
+        ends: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Returns final-normed hidden states and the updated cache (None without one).
 
@@ -122,17 +121,15 @@ class Decoder(nn.Module):
         other slots are before its own. Positions default to counting real tokens only, so that left padding changes nothing; they must
         be given when `start` is not 0. `features` of pictures take the place of the prompt's placeholders, and tokens that are read in
         both directions see each other: vlm.py says how, and when `prompt` is needed.
-        `branches` are for several continuations of one beginning in one row, `segments` for several texts, without a cache:
-        visibility.py.
+        `ends` are for several texts in one row, whose common beginnings are there once, without a cache: visibility.py.
         """
         c = self.config
-        seen = visible(mask_BS, tokens_BT.shape[1], start, branches, segments)
+        seen = visible(mask_BS, tokens_BT.shape[1], start, ends)
         if features is not None and (c.vision is None or prompt is None):
             what = "a model without a vision tower" if c.vision is None else "no `prompt`, which says where its placeholders are"
             raise ValueError(f"expected features of pictures only for a model that sees, together with `prompt`; found {what}")
         if positions_BT is None:
-            of_slots = branches is None and segments is None
-            positions_BT = positions(mask_BS)[:, : tokens_BT.shape[1]] if of_slots else seen.queries.place
+            positions_BT = positions(mask_BS)[:, : tokens_BT.shape[1]] if ends is None else seen.queries.place
         embedding = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.param_dtype)
         x = constrain(embedding[tokens_BT].astype(self.dtype), BATCH, None, None)
         if c.embedding_scale is not None:

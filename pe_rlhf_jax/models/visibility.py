@@ -2,14 +2,12 @@
 
 A row is read from left to right: each token sees the real tokens up to its own place. What a row may say besides, one integer a token:
 
-    segments   tokens see their own segment only, as if it stood in a row of its own; positions begin anew in each. So short rows are
-               packed into one. Each segment is one stretch.
-    branches   0 is the trunk, which all see; tokens of a branch see the trunk and their own branch, as if the other branches were not
-               there. So several answers to one prompt stand in one row, `prompt | answer | answer`, and the prompt is computed once.
-               Positions go on from the trunk's end in every branch. The trunk comes first in the row (with segments: in each), each
-               branch is one stretch.
-    blocks     0 sees what comes before it; tokens of one block see each other besides (prompts and pictures: vlm.py). Blocks lie in
-               the trunk.
+    ends       up to which slot the row goes on from the token: later tokens do not see it. A text that ends where the next begins stands
+               as if in a row of its own. Of answers to one prompt, `prompt | answer | answer`, each ends where the next begins, and the
+               prompt with the row: it is computed once for all. In general a row holds trees of texts, depth first: what several begin
+               with is there once, and ends at the end of the last of them. Positions go on from token to token of a text.
+    blocks     0 sees what comes before it; tokens of one block see each other besides (prompts and pictures: vlm.py). Every text of the
+               row goes on from them.
 
 Who sees whom is worked out from these where scores are computed, for as many tokens as are at hand: the square of a long row never exists.
 
@@ -29,9 +27,9 @@ class Places(flax.struct.PyTreeNode):
 
     slot: Int[Array, "#B N"]
     place: Int[Array, "#B N"]
-    """Between places windows are measured: slots of the row, or positions where there are branches or segments."""
-    branch: Int[Array, "B N"] | None = None
-    segment: Int[Array, "B N"] | None = None
+    """Between places windows are measured: slots of the row, or positions where tokens have ends."""
+    end: Int[Array, "B N"] | None = None
+    """Of keys only."""
     block: Int[Array, "B N"] | None = None
 
 
@@ -66,10 +64,8 @@ class Visible(flax.struct.PyTreeNode):
             jax.tree.map(lambda x: x[:, None, :], self.keys),
         )
         sees = key.slot <= query.slot
-        if query.branch is not None:
-            sees &= (key.branch == 0) | (key.branch == query.branch)
-        if query.segment is not None:
-            sees &= key.segment == query.segment
+        if key.end is not None:
+            sees &= query.slot < key.end
         together = None if query.block is None else (key.block == query.block) & (query.block > 0)
         if together is not None and not self.beyond:
             sees |= together
@@ -84,15 +80,8 @@ class Visible(flax.struct.PyTreeNode):
         return self.replace(real=self.real[:, :keys], keys=jax.tree.map(lambda x: x[:, :keys], self.keys))
 
 
-def visible(
-    mask_BS: Bool[Array, "B S"],
-    length: int,
-    start: Int[Array, ""] | int = 0,
-    branches_BT: Int[Array, "B T"] | None = None,
-    segments_BT: Int[Array, "B T"] | None = None,
-) -> Visible:
-    """What tokens at slots start .. start + length - 1 see of the real ones, from left to right; branches and segments only in rows that
-    are whole.
+def visible(mask_BS: Bool[Array, "B S"], length: int, start: Int[Array, ""] | int = 0, ends_BT: Int[Array, "B T"] | None = None) -> Visible:
+    """What tokens at slots start .. start + length - 1 see of the real ones, from left to right; ends only in rows that are whole.
 
     For a single token the slots are a ring: all others are before its own.
     """
@@ -102,34 +91,19 @@ def visible(
     queries, keys = start + jnp.arange(length)[None], jnp.arange(mask_BS.shape[1])[None]
     if length == 1:
         keys = queries - (queries - keys) % mask_BS.shape[1]
-    if branches_BT is None and segments_BT is None:
+    if ends_BT is None:
         return Visible(mask_BS, Places(queries, queries), Places(keys, keys), whole=whole)
-    own = Places(queries, positions(mask_BS, branches_BT, segments_BT), branches_BT, segments_BT)
-    return Visible(mask_BS, own, own, whole=True)
+    own = Places(queries, positions(mask_BS, ends_BT))
+    return Visible(mask_BS, own, own.replace(end=ends_BT), whole=True)
 
 
-def positions(
-    mask_BT: Bool[Array, "B T"], branches_BT: Int[Array, "B T"] | None = None, segments_BT: Int[Array, "B T"] | None = None
-) -> Int[Array, "B T"]:
+def positions(mask_BT: Bool[Array, "B T"], ends_BT: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:
     """Position of each real token among the real tokens that it sees of its row; 0 at leading padding."""
-    begins = jnp.zeros_like(mask_BT) if segments_BT is None else _begins(segments_BT)
-    count = _since(begins, mask_BT)
-    if branches_BT is not None:
-        trunk = _since(begins, mask_BT & (branches_BT == 0))
-        own = _since(begins | _begins(branches_BT), mask_BT)
-        count = jnp.where(branches_BT == 0, count, trunk + own)
+    count = jnp.cumsum(mask_BT, axis=1)
+    if ends_BT is not None:
+        ended = jax.vmap(lambda real, ends: jnp.zeros(len(real) + 1, jnp.int32).at[ends].add(real))(mask_BT, ends_BT)
+        count -= jnp.cumsum(ended[:, :-1], axis=1)
     return jnp.maximum(count - 1, 0)
-
-
-def _begins(stretches_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Where the number of a stretch is another than before."""
-    return stretches_BT != jnp.pad(stretches_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-
-
-def _since(begins_BT: Bool[Array, "B T"], counted_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """How many tokens are counted from the last beginning on, or from the row's."""
-    count = jnp.cumsum(counted_BT, axis=1)
-    return count - jax.lax.cummax(jnp.where(begins_BT, count - counted_BT, 0), axis=1)
 
 
 def with_blocks(seen: Visible, start: Int[Array, ""] | int, block_BT: Int[Array, "B T"], beyond: bool) -> Visible:

@@ -265,7 +265,7 @@ def _sft_update(context: Context) -> Update:
     width = _text_width(context)
     mask = _flags(config.batch_size, width)
     tokens = _ints(config.batch_size, width)
-    return Update(step, state, context.backbone, Batch(tokens, mask, mask, _segments(context, tokens), **_seen(context, mask)))
+    return Update(step, state, context.backbone, Batch(tokens, mask, mask, _ends(context, tokens), **_seen(context, mask)))
 
 
 def _reward_update(context: Context) -> Update:
@@ -284,12 +284,12 @@ def _reward_update(context: Context) -> Update:
     each, said = (MOST_IN_A_ROW, _floats(rows, MOST_IN_A_ROW)) if packing else (1, _floats(rows))
     if kind.data == "label":
         tokens, mask, last = _ints(rows, width), _flags(rows, width), _ints(rows, each)
-        labels = LabelBatch(tokens, mask, last, said, said, _segments(context, tokens), **_seen(context, mask))
+        labels = LabelBatch(tokens, mask, last, said, said, _ends(context, tokens), **_seen(context, mask))
         return Update(step, state, frozen, labels)
     n, width = longest_pair(context.config, context.decoder.config, row_multiple(context.mesh))
     tokens, mask, last = _ints(rows, n, width), _flags(rows, n, width), _ints(rows, n, 2 * each // n)
-    branches, segments = tokens if n == 1 else None, _segments(context, tokens)
-    return Update(step, state, frozen, PreferenceBatch(tokens, mask, last, branches, said, said, segments, **_seen(context, mask)))
+    ends = tokens if n == 1 else None
+    return Update(step, state, frozen, PreferenceBatch(tokens, mask, last, ends, said, said, **_seen(context, mask)))
 
 
 def _rl_update(context: Context) -> Update:
@@ -325,7 +325,7 @@ def rows(context: Context, shapes: PyTree) -> PyTree:
     return with_places(shapes, jax.tree.map(lambda _: NamedSharding(context.mesh, ROWS), shapes))
 
 
-def _segments(context: Context, tokens: Any) -> Any:
+def _ends(context: Context, tokens: Any) -> Any:
     return tokens if context.config.data.packing else None
 
 

@@ -67,8 +67,8 @@ class Rows(NamedTuple):
 
     tokens: Int[Array, "G T"]
     mask: Bool[Array, "G T"]
-    branches: Int[Array, "G T"] | None
-    """None where n is 1."""
+    ends: Int[Array, "G T"] | None
+    """As in `models.visibility`; None where n is 1."""
     prompt: Bool[Array, "G T"] | None
     """None for a model of text, which does not ask."""
     images: Images | None
@@ -87,13 +87,14 @@ def rows_of(decoder: Decoder, rollout: Rollout, answers: int) -> Rows:
     prompt_mask, response_mask = once(rollout.prompt_mask), beside(rollout.response_mask)
     tokens = jnp.concatenate([once(rollout.prompt), beside(rollout.response)], axis=1)
     mask = jnp.concatenate([prompt_mask, response_mask], axis=1)
-    branches = prompt = None
+    ends = prompt = None
     if answers > 1:
-        branch_T = jnp.concatenate([jnp.zeros(prompt_mask.shape[1], jnp.int32), jnp.repeat(jnp.arange(1, answers + 1), length)])
-        branches = jnp.broadcast_to(branch_T, tokens.shape)
+        starts = prompt_mask.shape[1] + length * jnp.arange(answers)
+        end_T = jnp.concatenate([jnp.full(prompt_mask.shape[1], tokens.shape[1]), jnp.repeat(starts + length, length)])
+        ends = jnp.broadcast_to(end_T, tokens.shape)
     if decoder.config.vision is not None:
         prompt = jnp.concatenate([prompt_mask, jnp.zeros_like(response_mask)], axis=1)
-    return Rows(tokens, mask, branches, prompt, jax.tree.map(once, rollout.images))
+    return Rows(tokens, mask, ends, prompt, jax.tree.map(once, rollout.images))
 
 
 def response_hidden(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rollout, answers: int = 1) -> Float[Array, "B R D"]:
@@ -105,7 +106,7 @@ def response_hidden(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rol
     # The last token of a response predicts nothing; without it rows would have an odd length, which no mesh divides.
     rows, variables = rows_of(decoder, rollout, answers), role.variables(backbone)
     features = features_of(decoder, variables, rows.images)
-    hidden, _ = decoder.apply(variables, rows.tokens, rows.mask, features=features, prompt=rows.prompt, branches=rows.branches)
+    hidden, _ = decoder.apply(variables, rows.tokens, rows.mask, features=features, prompt=rows.prompt, ends=rows.ends)
     if answers == 1:
         return hidden[:, prompt_length - 1 : -1]
     begin = jnp.repeat(hidden[:, prompt_length - 1], answers, axis=0)[:, None]
@@ -136,7 +137,7 @@ def response_scores(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rol
     starts = prompt_length + length * jnp.arange(answers)
     places = starts + jnp.sum(rollout.response_mask, axis=1).reshape(-1, answers) - 1
     features = features_of(decoder, role.variables(backbone), rows.images)
-    at = (rows.tokens, rows.mask, places, rows.branches)
+    at = (rows.tokens, rows.mask, places, rows.ends)
     return scores_at(decoder, backbone, role, *at, prompt=rows.prompt, features=features).reshape(-1)
 
 
@@ -163,14 +164,13 @@ def scores_at(
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     places: Int[Array, "B n"],
-    branches: Int[Array, "B T"] | None,
+    ends: Int[Array, "B T"] | None,
     deterministic: bool = True,
     dropout_key: jax.Array | None = None,
     prompt: Bool[Array, "B T"] | None = None,
     features: Float[Array, "B M F E"] | None = None,
-    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B n"]:
-    """The role's head at `places` of each row: the ends of its branches and segments, say, as `models.visibility` has them."""
+    """The role's head at `places` of each row: where its texts end, say; `ends` as `models.visibility` has them."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden, _ = decoder.apply(
         role.variables(backbone),
@@ -180,7 +180,6 @@ def scores_at(
         rngs=rngs,
         features=features,
         prompt=prompt,
-        branches=branches,
-        segments=segments,
+        ends=ends,
     )
     return apply_head(role.head, jnp.take_along_axis(hidden, places[..., None], axis=1))

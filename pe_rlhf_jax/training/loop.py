@@ -12,13 +12,15 @@ from jaxtyping import Array
 
 from pe_rlhf_jax import hosts
 from pe_rlhf_jax.config import RewardConfig, SFTConfig
-from pe_rlhf_jax.data import BatchOrder, as_read
+from pe_rlhf_jax.data import BatchOrder, FamilyOrder, as_read, families
 from pe_rlhf_jax.training.context import Context, peak_memory_gib
 from pe_rlhf_jax.training.optimizer import learning_rate, make_optimizer
 from pe_rlhf_jax.training.step import Loss, make_step, stop_if_not_finite
 from pe_rlhf_jax.types import PyTree, TrainState
 
 Metrics = dict[str, float]
+SHARE = 0.25
+"""Of the shorter of two texts, with how much of it both begin in a family: less would save little."""
 
 
 def updates(
@@ -41,8 +43,7 @@ def updates(
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
     step = make_step(loss, total, optimizer, config.micro_batch_size)
     rate = learning_rate(config.optimizer, config.steps)
-    lengths = [example.length for example in as_read(examples)] if context.config.data.group_by_length else None
-    order, key = BatchOrder(len(examples), config.batch_size, context.config.run.seed, lengths), context.key(stage)
+    order, key = _order(context, config, examples), context.key(stage)
 
     def made(index: int) -> PyTree:
         """The batch of a step, on the host: the devices hold one at a time."""
@@ -78,3 +79,11 @@ def updates(
         if evaluates:
             values |= {f"eval/{name}": value for name, value in evaluate(state).items()}
         yield state, values
+
+
+def _order(context: Context, config: SFTConfig | RewardConfig, examples: Sequence[Any]) -> BatchOrder | FamilyOrder:
+    """Which examples make up the batch of a step."""
+    data, seed, read = context.config.data, context.config.run.seed, as_read(examples)
+    if data.group_by_prefix and isinstance(config, RewardConfig):
+        return FamilyOrder(families([example.begins for example in read], SHARE, max(2, config.batch_size // 4)), config.batch_size, seed)
+    return BatchOrder(len(read), config.batch_size, seed, [example.length for example in read] if data.group_by_length else None)

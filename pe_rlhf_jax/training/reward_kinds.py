@@ -237,10 +237,10 @@ def pair_scores(
     Adapters then drop out once for both sides in what they share, in place of twice.
     """
     prompt, features = _seen(decoder, role, backbone, batch, dropout_key)
-    given = (batch.tokens, batch.mask, batch.last, batch.branches, prompt, batch.segments)
-    tokens, mask, last, branches, prompt, segments = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), given)
+    given = (batch.tokens, batch.mask, batch.last, batch.ends, prompt)
+    tokens, mask, last, ends, prompt = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), given)
     features = None if features is None else jnp.repeat(features, batch.tokens.shape[1], axis=0)
-    scores = scores_at(decoder, backbone, role, tokens, mask, last, branches, dropout_key is None, dropout_key, prompt, features, segments)
+    scores = scores_at(decoder, backbone, role, tokens, mask, last, ends, dropout_key is None, dropout_key, prompt, features)
     chosen, rejected = scores.reshape(-1, 2).T
     return chosen, rejected
 
@@ -250,8 +250,8 @@ def label_scores(
 ) -> Float[Array, " B"]:
     """The logit of each response."""
     prompt, features = _seen(decoder, role, backbone, batch, dropout_key)
-    rows = (batch.tokens, batch.mask, batch.last, None)
-    scores = scores_at(decoder, backbone, role, *rows, dropout_key is None, dropout_key, prompt, features, batch.segments)
+    rows = (batch.tokens, batch.mask, batch.last, batch.ends)
+    scores = scores_at(decoder, backbone, role, *rows, dropout_key is None, dropout_key, prompt, features)
     return scores.reshape(-1)
 
 

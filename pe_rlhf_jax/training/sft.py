@@ -80,7 +80,7 @@ def _logprobs(decoder: Decoder, chunk: int, role: Role, backbone: PyTree, batch:
         rngs=rngs,
         features=features,
         prompt=batch.prompt_mask,
-        segments=batch.segments,
+        ends=batch.ends,
     )
     return token_logprobs(hidden[:, :-1], batch.tokens[:, 1:], lambda h: decoder.unembed(variables["params"], h), 1.0, chunk)[0]
 

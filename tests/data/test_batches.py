@@ -1,5 +1,6 @@
 """Batch order and padding."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from pe_rlhf_jax.data import (
     BatchOrder,
+    FamilyOrder,
     LabelExample,
     PreferenceExample,
     PromptExample,
@@ -42,6 +44,21 @@ def test_order_depends_on_step_and_seed_alone():
 def test_fewer_rows_than_a_batch():
     batch = BatchOrder(3, 8, seed=0)(5)
     assert len(batch) == 8 and set(Counter(batch.tolist()).values()) <= {2, 3, 4} and set(batch.tolist()) == {0, 1, 2}
+
+
+def test_families_stand_together_and_are_shuffled():
+    """Each row once an epoch; one epoch's last batch begins the next; a function of the step alone."""
+    families = [[0, 1, 2], [3], [4, 5], [6, 7, 8, 9]]
+    order = FamilyOrder(families, 4, seed=1)
+    stream = np.concatenate([order(step) for step in range(10)]).reshape(4, 10).tolist()
+    assert all(sorted(epoch) == list(range(10)) for epoch in stream) and len(set(map(tuple, stream))) == 4
+    for epoch, family in itertools.product(stream, families):
+        at = epoch.index(family[0])
+        assert epoch[at : at + len(family)] == family
+    other = FamilyOrder(families, 4, seed=1)
+    assert [other(step).tolist() for step in (7, 2)] == [order(step).tolist() for step in (7, 2)]
+    assert any(FamilyOrder(families, 4, seed=2)(step).tolist() != order(step).tolist() for step in range(3))
+    assert set(Counter(FamilyOrder(families, 25, seed=1)(0).tolist()).values()) == {2, 3}  # a batch of several epochs
 
 
 def test_rows_of_similar_length_share_batches():
@@ -101,31 +118,26 @@ def test_pad_preferences_to_two_rows_and_fill():
     first, second = [[1, 2, 3, 9, 9, 9], [4, 9, 9, 9, 9, 9]], [[5, 9, 9, 9, 9, 9], [6, 7, 8, 8, 8, 9]]
     assert batch.tokens.tolist() == [first, second, first, first]
     assert (batch.tokens != PAD).tolist() == batch.mask.tolist()
-    assert batch.last.tolist() == [[[2], [0]], [[0], [4]], [[2], [0]], [[2], [0]]] and batch.branches is None
+    assert batch.last.tolist() == [[[2], [0]], [[0], [4]], [[2], [0]], [[2], [0]]] and batch.ends is None
     assert batch.margin.tolist() == [0.5, 1.5, 0.5, 0.5] and batch.weight.tolist() == [1, 1, 0, 0]
     assert batch.margin.dtype == batch.weight.dtype == np.float32
     assert pad_preferences(examples, PAD, 5).weight.tolist() == [1, 1]
 
 
 def test_pad_preferences_to_one_row_after_what_both_sides_share():
-    """As much as is alike, but for the last token; nothing at all; and a side that the other begins with."""
+    """As much as is alike; nothing at all; and a side that the other begins with, which ends on the way of the other."""
     examples = [
         PreferenceExample(ids(1, 2, 3, 4), ids(1, 2, 5), 0.5, prompt_length=1),
         PreferenceExample(ids(6), ids(7, 8)),
         PreferenceExample(ids(1, 2), ids(1, 2, 2, 2, 3)),
     ]
-    assert [(example.shared, example.length) for example in examples] == [(2, 5), (0, 3), (1, 6)]
+    assert [(example.shared, example.length) for example in examples] == [(2, 5), (0, 3), (2, 5)]
     batch = pad_preferences(examples, PAD, 3, rows=4)
-    assert batch.tokens.tolist() == [[[1, 2, 3, 4, 5, 9]], [[6, 7, 8, 9, 9, 9]], [[1, 2, 2, 2, 2, 3]], [[1, 2, 3, 4, 5, 9]]]
+    assert batch.tokens.tolist() == [[[1, 2, 3, 4, 5, 9]], [[6, 7, 8, 9, 9, 9]], [[1, 2, 2, 2, 3, 9]], [[1, 2, 3, 4, 5, 9]]]
     assert (batch.tokens != PAD).tolist() == batch.mask.tolist()
-    assert [row[0][: sum(real[0])] for row, real in zip(batch.branches.tolist(), batch.mask.tolist(), strict=True)] == [
-        [0, 0, 1, 1, 2],
-        [1, 2, 2],
-        [0, 1, 2, 2, 2, 2],
-        [0, 0, 1, 1, 2],
-    ]
-    assert batch.last.tolist() == [[[3, 4]], [[0, 2]], [[1, 5]], [[3, 4]]]
-    assert batch.tokens.dtype == batch.last.dtype == batch.branches.dtype == np.int32
+    assert batch.ends.tolist() == [[[5, 5, 4, 4, 5, 0]], [[1, 3, 3, 0, 0, 0]], [[5, 5, 5, 5, 5, 0]], [[5, 5, 4, 4, 5, 0]]]
+    assert batch.last.tolist() == [[[3, 4]], [[0, 2]], [[1, 4]], [[3, 4]]]
+    assert batch.tokens.dtype == batch.last.dtype == batch.ends.dtype == np.int32
 
 
 def test_sides_with_prompts_of_their_own_have_rows_of_their_own():

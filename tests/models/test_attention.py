@@ -18,9 +18,11 @@ from pe_rlhf_jax.models.visibility import positions, visible, with_blocks
 
 LENGTH, BLOCK = 23, 4  # six blocks, the last of them not full
 REAL = np.arange(LENGTH) >= np.array([[0], [3], [9]])
-BRANCHES = np.broadcast_to(np.repeat([0, 1, 2], [11, 7, 5]), REAL.shape)
-SEGMENTS = np.broadcast_to(np.repeat([1, 2], [13, 10]), REAL.shape)
-NESTED = np.broadcast_to(np.repeat([0, 1, 2, 0, 1, 2], [6, 4, 3, 4, 3, 3]), REAL.shape)  # branches of each segment
+# How far each token's texts go: one beginning of two texts, two texts, and two trees of which the second branches twice.
+BRANCHES = np.broadcast_to(np.repeat([23, 18, 23], [11, 7, 5]), REAL.shape)
+APART = np.broadcast_to(np.repeat([13, 23], [13, 10]), REAL.shape)
+TREES = np.broadcast_to(np.repeat([13, 10, 13, 23, 21, 19, 21, 23], [6, 4, 3, 2, 2, 2, 2, 2]), REAL.shape)
+ENDS = {"branches": BRANCHES, "branches, window": BRANCHES, "apart": APART, "trees, window": TREES}
 PICTURES = np.where((np.arange(LENGTH) % 8 < 3) & REAL, np.arange(LENGTH) // 8 + 1, 0)
 
 
@@ -41,8 +43,8 @@ SEEN = {
     "window": visible(jnp.asarray(REAL), LENGTH).within(6),
     "branches": visible(jnp.asarray(REAL), LENGTH, 0, jnp.asarray(BRANCHES)),
     "branches, window": visible(jnp.asarray(REAL), LENGTH, 0, jnp.asarray(BRANCHES)).within(jnp.int32(5)),
-    "segments": visible(jnp.asarray(REAL), LENGTH, 0, None, jnp.asarray(SEGMENTS)),
-    "segments, branches, window": visible(jnp.asarray(REAL), LENGTH, 0, jnp.asarray(NESTED), jnp.asarray(SEGMENTS)).within(5),
+    "apart": visible(jnp.asarray(REAL), LENGTH, 0, jnp.asarray(APART)),
+    "trees, window": visible(jnp.asarray(REAL), LENGTH, 0, jnp.asarray(TREES)).within(5),
     "pictures": with_blocks(visible(jnp.asarray(REAL), LENGTH), 0, jnp.asarray(PICTURES), False).within(2),
     "pictures beyond windows": with_blocks(visible(jnp.asarray(REAL), LENGTH), 0, jnp.asarray(PICTURES), True).within(2),
     "cache": in_cache(),
@@ -78,17 +80,13 @@ def test_a_mask_is_what_the_rules_say(name):
     mask = np.asarray(jnp.broadcast_to(seen.mask(), (3, 1, LENGTH, seen.real.shape[1])))[:, 0]
     real = np.asarray(seen.real)
     start = 5 if name == "cache" else 0
-    segments = SEGMENTS if "segments" in name else np.zeros_like(SEGMENTS)
-    branches = NESTED if "segments, branches" in name else BRANCHES if "branches" in name else np.zeros_like(BRANCHES)
     for row, query, key in np.ndindex(mask.shape):
         expected = key <= start + query and real[row, key]
         far = name == "window" and query - key >= 6
-        if "branches" in name or "segments" in name:
-            branch, segment = branches[row], segments[row]
-            sees = lambda at, j, branch=branch, segment=segment: segment[j] == segment[at] and branch[j] in (0, branch[at])  # noqa: E731
-            expected = expected and sees(query, key)
-            seen_real = lambda at, row=row, sees=sees: [j for j in range(at + 1) if real[row, j] and sees(at, j)]  # noqa: E731
-            far = "window" in name and len(seen_real(query)) - len(seen_real(key)) >= 5
+        if name in ENDS:
+            sees = [j for j in range(query + 1) if real[row, j] and query < ENDS[name][row, j]]
+            expected = key in sees
+            far = expected and "window" in name and len(sees) - sees.index(key) > 5
         if "pictures" in name:
             together = PICTURES[row, query] == PICTURES[row, key] > 0
             far = query - key >= 2 and not (together and "beyond" in name)
@@ -97,22 +95,20 @@ def test_a_mask_is_what_the_rules_say(name):
             assert mask[row, query, key] == (expected and not far), (row, query, key)
 
 
-def test_positions_go_on_from_the_trunk_in_every_branch():
-    """With padding before the trunk, and within a branch."""
+def test_positions_go_on_from_what_texts_begin_with():
+    """With padding before the first token, and within a text; ends of padding say nothing."""
     real = np.array([[0, 1, 1, 1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 1, 1, 0, 1]], bool)
-    branches = np.array([[0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 1, 1, 2, 2, 3, 3, 3]])
+    ends = np.array([[9, 9, 9, 6, 6, 6, 9, 9, 0], [9, 4, 4, 4, 6, 6, 9, 2, 9]])
     expected = [[0, 0, 1, 2, 3, 3, 2, 3, 3], [0, 1, 1, 2, 1, 2, 1, 1, 2]]
-    np.testing.assert_array_equal(positions(jnp.asarray(real), jnp.asarray(branches)), expected)
+    np.testing.assert_array_equal(positions(jnp.asarray(real), jnp.asarray(ends)), expected)
 
 
-def test_positions_begin_anew_in_every_segment():
-    """In the second row both segments have branches."""
+def test_positions_begin_anew_in_texts_that_share_nothing():
+    """In the second row both of them branch, one of them again."""
     real = np.array([[1, 1, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1, 1]], bool)
-    segments = np.array([[1, 1, 1, 2, 2, 2, 3, 0], [1, 1, 1, 1, 2, 2, 2, 2]])
-    np.testing.assert_array_equal(positions(jnp.asarray(real[:1]), None, jnp.asarray(segments[:1])), [[0, 1, 2, 0, 0, 1, 0, 0]])
-    branches = np.array([[0] * 8, [0, 1, 2, 2, 0, 0, 1, 2]])
-    found = positions(jnp.asarray(real), jnp.asarray(branches), jnp.asarray(segments))
-    np.testing.assert_array_equal(found[1], [0, 1, 1, 2, 0, 1, 2, 2])
+    ends = np.array([[3, 3, 3, 6, 6, 6, 7, 0], [4, 2, 4, 4, 8, 8, 7, 8]])
+    expected = [[0, 1, 2, 0, 0, 1, 0, 0], [0, 1, 1, 2, 0, 1, 2, 2]]
+    np.testing.assert_array_equal(positions(jnp.asarray(real), jnp.asarray(ends)), expected)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -16,9 +16,9 @@ from tiny_pairs import FAST, MARGINS, SHAPES, assert_alike, learned, model_of, p
 from tiny_pictures import seeing_context
 
 from pe_rlhf_jax.config import ConfigError
-from pe_rlhf_jax.data import LabelExample, Packing, SFTExample, Split, pad_labels, pad_preferences, pad_sft
+from pe_rlhf_jax.data import BatchOrder, LabelExample, Packing, PreferenceExample, SFTExample, Split, pad_labels, pad_preferences, pad_sft
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.training import reward, sft
+from pe_rlhf_jax.training import loop, reward, sft
 from pe_rlhf_jax.training.reward_kinds import label_scores, pair_scores
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -30,8 +30,11 @@ ROUNDING = 5e-5
 
 
 def texts(vocabulary: int, lengths: tuple[int, ...] = (13, 6, 5, 2, 9, 1)) -> list[np.ndarray]:
+    """The second begins as the first does, and all of the fourth is its beginning."""
     rng = np.random.default_rng(2)
-    return [rng.integers(2, vocabulary, n).astype(np.int32) for n in lengths]
+    found = [rng.integers(2, vocabulary, n).astype(np.int32) for n in lengths]
+    found[1][:4], found[3][:] = found[0][:4], found[0][:2]
+    return found
 
 
 def sft_examples(vocabulary: int) -> list[SFTExample]:
@@ -60,6 +63,7 @@ def test_packed_labels_are_labels_apart(tiny):
     examples = label_examples(tiny.config.vocab_size)
     packed = pad_labels(examples, 0, 1, packing=dataclasses.replace(ROWS, multiple=3))
     assert packed.tokens.shape == (3, 20) and not packed.mask[2].any()
+    assert packed.mask.sum() <= sum(example.length for example in examples) - 4 - 2  # what is there once
     assert_alike(*(learned(context, role_of(context), batch) for batch in (packed, pad_labels(examples, 0, 7))), ROUNDING)
 
 
@@ -80,15 +84,18 @@ def test_examples_do_not_see_each_other(name):
     model = model_of(name)
     context = tiny_context(model)
     role, size = role_of(context), model.config.vocab_size
-    batch = pad_labels(label_examples(size), 0, 1, packing=ROWS)
+    examples = [LabelExample(np.insert(text, 0, i).astype(np.int32), 1.0) for i, text in enumerate(texts(size))]  # begin unlike
+    batch = pad_labels(examples, 0, 1, packing=ROWS)
     scores = jax.jit(lambda batch: label_scores(context.decoder, role, context.backbone, batch).reshape(batch.label.shape))
     before = np.asarray(scores(batch))
-    for segment in (1, 2):
-        changed = np.where(batch.segments == segment, (batch.tokens + 3) % size, batch.tokens)
+    ends = batch.last + 1
+    for number in (0, 1):
+        changed = np.where(batch.ends == ends[:, number, None], (batch.tokens + 3) % size, batch.tokens)
         after = np.asarray(scores(batch.replace(tokens=changed)))
-        same = (np.arange(before.shape[1]) != segment - 1) & (batch.weight > 0)
+        same = (np.arange(before.shape[1]) != number) & (batch.weight > 0)
         np.testing.assert_array_equal(after[same], before[same])
-        assert np.all(after[:, segment - 1] != before[:, segment - 1])
+        there = batch.weight[:, number] > 0
+        assert there.any() and np.all((after != before)[there, number])
 
 
 @pytest.mark.parametrize(("kind", "micro_batch_size"), [("sft", 1), ("pairs", 2), ("labels", None)])
@@ -112,6 +119,32 @@ def test_the_stages_learn_the_same_packed(tiny, kind, micro_batch_size):
             assert packed_metrics[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-5), name
     padding = [[metrics["perf/padding"] for _, metrics in results[way]] for way in (False, True)]
     assert np.mean(padding[1]) < np.mean(padding[0])
+
+
+@pytest.mark.parametrize("kind", ["labels", "pairs"])
+def test_what_begins_alike_comes_in_one_batch(tiny, kind):
+    """24 dialogs of four rated turns, or as many prompts with four pairs of answers; batches of 12 of them. SFT takes rows as ever."""
+    rng = np.random.default_rng(0)
+    dialogs = [rng.integers(2, tiny.config.vocab_size, 10).astype(np.int32) for _ in range(24)]
+    turns = [[dialog[: 4 + 2 * turn] for turn in range(4)] for dialog in dialogs]
+    answers = [[np.append(dialog[:8], [i, i]).astype(np.int32) for i in range(2, 6)] for dialog in dialogs]
+    examples = {
+        "labels": [LabelExample(text, 1.0) for texts in turns for text in texts],
+        "pairs": [PreferenceExample(texts[i], texts[i - 1]) for texts in answers for i in range(4)],
+    }[kind]
+    tokens = {}
+    for together in (False, True):
+        context = tiny_context(tiny, reward={"kind": kind, "batch_size": 12}, data={"packing": True, "group_by_prefix": together})
+        data = dataclasses.replace(context.data, **{"label" if kind == "labels" else "preference": Split(examples, examples[:4])})
+        context = dataclasses.replace(context, data=data)
+        order = loop._order(context, context.config.reward, examples)
+        batches = [order(step) for step in range(8)]
+        assert sorted(np.concatenate(batches).tolist()) == list(range(96))
+        collate = reward.kind_of(context.config.reward).collator(context)
+        tokens[together] = sum(collate([examples[i] for i in batch]).mask.sum() for batch in batches)
+        assert isinstance(loop._order(context, context.config.sft, examples), BatchOrder)
+    every = 24 * {"labels": 10, "pairs": 8 + 4 * 2}[kind]  # but for families, of three, that two rows or batches part
+    assert every <= tokens[True] < 0.8 * tokens[False]
 
 
 def test_pairs_in_one_row_that_would_not_pay(tiny):

@@ -67,11 +67,13 @@ def test_sides_do_not_see_each_other(name):
     batch = one_and_two(context, pairs(model.config.vocab_size))[0]
     scores = jax.jit(lambda batch: jnp.stack(pair_scores(context.decoder, role, context.backbone, batch)))
     before = np.asarray(scores(batch))
-    for side in (1, 2):
-        other = (batch.tokens + 3) % model.config.vocab_size
-        changed = np.asarray(scores(batch.replace(tokens=jnp.where(batch.branches == side, other, batch.tokens))))
-        np.testing.assert_array_equal(changed[2 - side], before[2 - side])
-        assert np.all(changed[side - 1] != before[side - 1])
+    row = jnp.arange(batch.tokens.shape[-1])
+    for side in (0, 1):  # what only its tokens see
+        end, other = batch.last[..., side, None] + 1, (batch.tokens + 3) % model.config.vocab_size
+        own = (batch.ends == end) & (row < end) & (row > batch.last[..., :1] if side else True)
+        changed = np.asarray(scores(batch.replace(tokens=jnp.where(own, other, batch.tokens))))
+        np.testing.assert_array_equal(changed[1 - side], before[1 - side])
+        assert np.all(changed[side] != before[side])
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
