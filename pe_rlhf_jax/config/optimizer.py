@@ -14,6 +14,12 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "adafactor"] = Field("adamw", description="Update rule.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
+    head_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak rate of a score or value head; null: as the others. Hidden states are large and much alike, so a rate that suits "
+        "adapters can be high for a head: the scores of all rows then swing together.",
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay to 0 over the stage's updates, or none.")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of the updates over which the rate rises linearly from 0.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, times the learning rate.")

@@ -261,6 +261,12 @@ class RewardConfig(Section):
     tuning: Literal["lora", "full"] = Field("lora", description="Train an adapter and the score head, or backbone and head.")
     start_from: Literal["base", "sft"] = Field("base", description="Start the adapter fresh on the backbone, or from the SFT adapter.")
     adapter: str | None = Field(None, description="Folder of a PEFT adapter to start from instead, with its score head where it has one.")
+    linear_probe: int | None = Field(
+        None,
+        ge=10,
+        description="Before the first update, fit the score head alone to what the model makes of so many training rows: regularised "
+        "logistic regression. Helps most where few rows are labelled. Null: a fresh head.",
+    )
     steps: int = Field(100, ge=1, description="Updates.")
     batch_size: int = Field(16, ge=1, description="Pairs in an update.")
     micro_batch_size: int | None = Field(

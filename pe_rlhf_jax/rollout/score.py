@@ -138,7 +138,7 @@ def response_scores(decoder: Decoder, backbone: PyTree, role: Role, rollout: Rol
     places = starts + jnp.sum(rollout.response_mask, axis=1).reshape(-1, answers) - 1
     features = features_of(decoder, role.variables(backbone), rows.images)
     at = (rows.tokens, rows.mask, places, rows.ends)
-    return scores_at(decoder, backbone, role, *at, prompt=rows.prompt, features=features).reshape(-1)
+    return apply_head(role.head, hidden_at(decoder, backbone, role, *at, prompt=rows.prompt, features=features)).reshape(-1)
 
 
 def sequence_score(
@@ -154,10 +154,11 @@ def sequence_score(
 ) -> Float[Array, " B"]:
     """The role's head at the last real token of each row, whatever the padding side; `prompt` and `features` as `Decoder` takes them."""
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-    return scores_at(decoder, backbone, role, tokens, mask, last[:, None], None, deterministic, dropout_key, prompt, features)[:, 0]
+    hidden = hidden_at(decoder, backbone, role, tokens, mask, last[:, None], None, deterministic, dropout_key, prompt, features)
+    return apply_head(role.head, hidden)[:, 0]
 
 
-def scores_at(
+def hidden_at(
     decoder: Decoder,
     backbone: PyTree,
     role: Role,
@@ -169,8 +170,8 @@ def scores_at(
     dropout_key: jax.Array | None = None,
     prompt: Bool[Array, "B T"] | None = None,
     features: Float[Array, "B M F E"] | None = None,
-) -> Float[Array, "B n"]:
-    """The role's head at `places` of each row: where its texts end, say; `ends` as `models.visibility` has them."""
+) -> Float[Array, "B n D"]:
+    """Hidden states, which a head reads, at `places` of each row: where its texts end, say; `ends` as `models.visibility` has them."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden, _ = decoder.apply(
         role.variables(backbone),
@@ -182,4 +183,4 @@ def scores_at(
         prompt=prompt,
         ends=ends,
     )
-    return apply_head(role.head, jnp.take_along_axis(hidden, places[..., None], axis=1))
+    return jnp.take_along_axis(hidden, places[..., None], axis=1)

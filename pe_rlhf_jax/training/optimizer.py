@@ -41,9 +41,18 @@ def make_optimizer(config: OptimizerConfig, updates: int, tuning: Tuning) -> opt
             optax.adafactor(None, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None),
             optax.scale_by_learning_rate(schedule, flip_sign=False),
         )
+    if config.head_learning_rate is not None:
+        rule = optax.chain(rule, _scale_head(config.head_learning_rate / config.learning_rate))
     if config.max_grad_norm is not None:
         rule = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
     return optax.partition({"train": rule, "freeze": optax.set_to_zero()}, lambda tree: labels(tree, tuning))
+
+
+def _scale_head(factor: float) -> optax.GradientTransformation:
+    def scaled(updates: PyTree, _: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(lambda path, x: factor * x if "head" in _names(path) else x, updates)
+
+    return optax.stateless(scaled)
 
 
 def labels(tree: PyTree, tuning: Tuning) -> PyTree:
@@ -51,7 +60,10 @@ def labels(tree: PyTree, tuning: Tuning) -> PyTree:
     trained = {"head", "lora" if tuning == "lora" else "params"}
 
     def label(path: tuple, _: jax.Array) -> str:
-        names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
-        return "train" if names & trained else "freeze"
+        return "train" if _names(path) & trained else "freeze"
 
     return jax.tree_util.tree_map_with_path(label, tree)
+
+
+def _names(path: tuple) -> set[str]:
+    return {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}

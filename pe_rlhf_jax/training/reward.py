@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pe_rlhf_jax.config import RewardConfig
+from pe_rlhf_jax.config import ConfigError, RewardConfig
+from pe_rlhf_jax.data import as_read
 from pe_rlhf_jax.models.heads import init_head, zero_head
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.sharding import place
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.loop import Metrics, updates
 from pe_rlhf_jax.training.optimizer import make_optimizer
+from pe_rlhf_jax.training.probe import linear_probe
 from pe_rlhf_jax.training.reward_kinds import KINDS, Kind
 from pe_rlhf_jax.training.step import new_state
 from pe_rlhf_jax.types import PyTree, TrainState
@@ -46,6 +49,8 @@ def run(context: Context, sft: Role, state: TrainState) -> Iterator[tuple[TrainS
     config, rest, kind = context.config.reward, _rest(context, sft), kind_of(context.config.reward)
     split = context.split(kind.data)
     held_out = split.validation[: config.evaluation_pairs]
+    if config.linear_probe is not None and int(state.step) == 0:
+        state = state.replace(trainable=_probed(context, kind, state.trainable, rest, _some(split.train, config.linear_probe)))
     return updates(
         context,
         STAGE,
@@ -70,8 +75,7 @@ def finish(context: Context, sft: Role, state: TrainState) -> tuple[Role, dict[s
     figures = {"best_step": int(state.step), "skipped_updates": int(state.skipped)}
     if config.kind != "pairs":
         return trained, figures
-    train = context.split("preference").train
-    pairs = train[:: max(1, len(train) // config.evaluation_pairs)][: config.evaluation_pairs]  # neighbours often belong together
+    pairs = _some(context.split("preference").train, config.evaluation_pairs)
     mean = float(np.mean(np.concatenate(kind_of(config).scores(context, whole(context, sft, trained), pairs))))
     head = {**trained.head, "bias": trained.head["bias"] - mean}
     return trained.replace(head=head), figures | {"bias": -mean}
@@ -88,6 +92,20 @@ def evaluate(context: Context, role: Role) -> dict[str, Any]:
     figures = kind.figures(rows, settings.bootstrap, *kind.scores(context, role, rows))
     several, each = config.evaluate_every < config.steps, figures.get("rows", len(rows)) // len(rows)
     return figures | {"selected_on": each * min(len(rows), config.evaluation_pairs) if several else 0}
+
+
+def _probed(context: Context, kind: Kind, role: Role, rest: Role, rows: Sequence[Any]) -> Role:
+    """The role with a head that is fitted to what it makes of the rows. Raises ConfigError where it has one."""
+    if context.reward_base.head is not None:
+        raise ConfigError("reward.linear_probe would take the place of the head of reward.adapter; leave one of them out")
+    hidden, labels = kind.probed(context, role.join(rest), rows)
+    groups = [row.group for row in as_read(rows)] * (len(hidden) // len(rows))
+    return role.replace(head=place(linear_probe(hidden, labels, groups, context.config.reward.balance_classes), context.mesh))
+
+
+def _some(rows: Sequence[Any], count: int) -> Sequence[Any]:
+    """So many of the rows, from all over: neighbours often belong together."""
+    return rows[:: max(1, len(rows) // count)][:count]
 
 
 def whole(context: Context, sft: Role, trained: Role) -> Role:

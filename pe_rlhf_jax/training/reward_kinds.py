@@ -16,8 +16,9 @@ from pe_rlhf_jax.config import ConfigError, RewardConfig
 from pe_rlhf_jax.data import LabelExample, Packing, PreferenceExample, as_read, pad_labels, pad_preferences
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.heads import apply_head
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.rollout.score import features_of, scores_at
+from pe_rlhf_jax.rollout.score import features_of, hidden_at
 from pe_rlhf_jax.sharding import row_multiple
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.shared_rows import pair_in_one_row
@@ -56,6 +57,11 @@ class Kind(Protocol):
     def scores(self, context: Context, role: Role, rows: Sequence[Any]) -> tuple[np.ndarray, ...]:
         """The role's scores of the rows, float32 [len(rows)] each: of both sides of pairs, or of labelled responses."""
 
+    def probed(self, context: Context, role: Role, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Hidden states of the rows that a head is fitted to, float32 [N, D], and their labels [N]; or differences that it makes positive,
+        without labels. N is a multiple of the rows, which it has in their order, once or twice.
+        """
+
     def quick(self, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
         """Held-out figures during training."""
 
@@ -89,9 +95,16 @@ class Pairs:
         )
 
     def scores(self, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, ...]:
+        return self._sides(_score_pairs, context, role, rows)
+
+    def probed(self, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, np.ndarray | None]:
+        chosen, rejected = self._sides(_hidden_of_pairs, context, role, rows)
+        return chosen - rejected, None
+
+    def _sides(self, read: Any, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, ...]:
         def of(part: Sequence[PreferenceExample], size: int) -> tuple[Array, ...]:
-            batch = context.rows(_pad_pairs(context, part, size), part)
-            return _score_pairs(context.decoder, role, context.backbone, batch)
+            sides: tuple[Array, ...] = read(context.decoder, role, context.backbone, context.rows(_pad_pairs(context, part, size), part))
+            return sides
 
         return _in_batches(context, rows, of)
 
@@ -141,9 +154,16 @@ class Labels:
         return logistic(scores, batch.label.reshape(-1), weight=batch.weight.reshape(-1), total=total)
 
     def scores(self, context: Context, role: Role, rows: Sequence[LabelExample]) -> tuple[np.ndarray, ...]:
+        return self._responses(_score_labels, context, role, rows)
+
+    def probed(self, context: Context, role: Role, rows: Sequence[LabelExample]) -> tuple[np.ndarray, np.ndarray | None]:
+        [hidden] = self._responses(_hidden_of_labels, context, role, rows)
+        return hidden, _labels(rows)
+
+    def _responses(self, read: Any, context: Context, role: Role, rows: Sequence[LabelExample]) -> tuple[np.ndarray, ...]:
         def of(part: Sequence[LabelExample], size: int) -> tuple[Array, ...]:
             batch = context.rows(pad_labels(part, context.pad_token, context.config.data.length_multiple, rows=size), part)
-            return (_score_labels(context.decoder, role, context.backbone, batch),)
+            return (read(context.decoder, role, context.backbone, batch),)
 
         return _in_batches(context, rows, of)
 
@@ -174,6 +194,9 @@ class PairsAsLabels(Pairs):
         labels = jnp.concatenate([jnp.ones_like(chosen), jnp.zeros_like(rejected)])
         weight = jnp.tile(batch.weight.reshape(-1), 2) / 2
         return logistic(jnp.concatenate([chosen, rejected]), labels, weight=weight, total=total)
+
+    def probed(self, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, np.ndarray | None]:
+        return np.concatenate(self._sides(_hidden_of_pairs, context, role, rows)), np.repeat([1.0, 0.0], len(rows))
 
     def quick(self, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
         return _quick_of_labels(np.concatenate(scores), np.repeat([1.0, 0.0], len(rows)))
@@ -232,7 +255,16 @@ def _pad_pairs(
 def pair_scores(
     decoder: Decoder, role: Role, backbone: PyTree, batch: PreferenceBatch, dropout_key: jax.Array | None = None
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Scores of both sides of all pairs in one pass, and what they share computed once, where the batch has it once; pictures always are.
+    """Scores of both sides of all pairs, as `pair_hidden` reads them."""
+    chosen, rejected = apply_head(role.head, pair_hidden(decoder, role, backbone, batch, dropout_key))
+    return chosen, rejected
+
+
+def pair_hidden(
+    decoder: Decoder, role: Role, backbone: PyTree, batch: PreferenceBatch, dropout_key: jax.Array | None = None
+) -> Float[Array, "2 B D"]:
+    """What a head reads of both sides of all pairs, in one pass, and what they share computed once, where the batch has it once; pictures
+    always are.
 
     Adapters then drop out once for both sides in what they share, in place of twice.
     """
@@ -240,19 +272,25 @@ def pair_scores(
     given = (batch.tokens, batch.mask, batch.last, batch.ends, prompt)
     tokens, mask, last, ends, prompt = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), given)
     features = None if features is None else jnp.repeat(features, batch.tokens.shape[1], axis=0)
-    scores = scores_at(decoder, backbone, role, tokens, mask, last, ends, dropout_key is None, dropout_key, prompt, features)
-    chosen, rejected = scores.reshape(-1, 2).T
-    return chosen, rejected
+    hidden = hidden_at(decoder, backbone, role, tokens, mask, last, ends, dropout_key is None, dropout_key, prompt, features)
+    return jnp.moveaxis(hidden.reshape(-1, 2, hidden.shape[-1]), 1, 0)
 
 
 def label_scores(
     decoder: Decoder, role: Role, backbone: PyTree, batch: LabelBatch, dropout_key: jax.Array | None = None
 ) -> Float[Array, " B"]:
     """The logit of each response."""
+    return apply_head(role.head, label_hidden(decoder, role, backbone, batch, dropout_key))
+
+
+def label_hidden(
+    decoder: Decoder, role: Role, backbone: PyTree, batch: LabelBatch, dropout_key: jax.Array | None = None
+) -> Float[Array, "B D"]:
+    """What a head reads of each response."""
     prompt, features = _seen(decoder, role, backbone, batch, dropout_key)
     rows = (batch.tokens, batch.mask, batch.last, batch.ends)
-    scores = scores_at(decoder, backbone, role, *rows, dropout_key is None, dropout_key, prompt, features)
-    return scores.reshape(-1)
+    hidden = hidden_at(decoder, backbone, role, *rows, dropout_key is None, dropout_key, prompt, features)
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def _seen(
@@ -264,6 +302,8 @@ def _seen(
 
 _score_pairs = jax.jit(pair_scores, static_argnums=0)
 _score_labels = jax.jit(label_scores, static_argnums=0)
+_hidden_of_pairs = jax.jit(pair_hidden, static_argnums=0)
+_hidden_of_labels = jax.jit(label_hidden, static_argnums=0)
 
 
 def _in_batches(context: Context, rows: Sequence[Any], of: Any) -> tuple[np.ndarray, ...]:

@@ -1,0 +1,129 @@
+"""A head that is fitted before the first update, and a rate of its own for heads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_context import tiny_context
+from tiny_pairs import pairs, role_of
+
+from pe_rlhf_jax.config import ConfigError, OptimizerConfig
+from pe_rlhf_jax.data import LabelExample, Split
+from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.training import reward
+from pe_rlhf_jax.training.optimizer import make_optimizer
+from pe_rlhf_jax.training.probe import PENALTIES, _folds, linear_probe
+from pe_rlhf_jax.training.statistics import area_under_curve
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def drawn(rows: int = 300, size: int = 12):
+    """Hidden states of which nearly everything is common to all, and a label that one small direction tells, with noise."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random(rows) < 0.8).astype(float)
+    hidden = 50 + rng.normal(size=(rows, size)) * np.geomspace(0.01, 10, size)
+    hidden[:, 0] += 0.02 * labels
+    return hidden.astype(np.float32), labels
+
+
+def scores(head, hidden):
+    return hidden.astype(np.float64) @ head["kernel"][:, 0].astype(np.float64) + float(head["bias"][0])
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_head_is_where_the_loss_is_least(balanced):
+    """For one of the penalties: the gradient there, worked out anew, is 0."""
+    hidden, labels = drawn()
+    head = linear_probe(hidden, labels, [None] * len(labels), balanced)
+    x = (hidden - hidden.mean(axis=0, dtype=np.float64)) / hidden.std(axis=0, dtype=np.float64)
+    kernel = head["kernel"][:, 0] * hidden.std(axis=0, dtype=np.float64)
+    weight = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean())) if balanced else np.ones(len(labels))
+    wrong = weight / weight.sum() * (1 / (1 + np.exp(-scores(head, hidden))) - labels)
+    assert abs(wrong.sum()) < 1e-3
+    gradients = [np.abs(x.T @ wrong + penalty * kernel).max() for penalty in PENALTIES]
+    assert min(gradients) < 1e-3 < 0.05 * np.abs(kernel).max()
+    assert area_under_curve(scores(head, hidden), labels) > 0.9
+    assert head["kernel"].dtype == head["bias"].dtype == np.float32 and head["kernel"].shape == (12, 1)
+
+
+def test_the_size_of_hidden_states_does_not_matter():
+    """Nor does a number that is always the same."""
+    hidden, labels = drawn()
+    groups = [None] * len(labels)
+    other = np.append(hidden.astype(np.float64) * np.geomspace(0.1, 7, 12) - 3, np.full((len(labels), 1), 5.0), axis=1)
+    found, expected = linear_probe(other, labels, groups, True), linear_probe(hidden, labels, groups, True)
+    np.testing.assert_allclose(scores(found, other), scores(expected, hidden), atol=1e-2)
+    assert found["kernel"][-1] == 0
+
+
+def test_differences_become_positive():
+    rng = np.random.default_rng(0)
+    difference = rng.normal(size=(200, 6)) + np.array([1, 0, 0, -1, 0, 0])
+    head = linear_probe(difference, None, [None] * 200, False)
+    assert head["bias"] == 0 and np.mean(scores(head, difference) > 0) > 0.85
+
+
+def test_groups_stay_together():
+    folds = _folds(["a", "b", "a", None, None, "b"] + ["c"] * 3)
+    assert folds[0] == folds[2] and folds[1] == folds[5] and len(set(folds[6:])) == 1
+    assert set(_folds([None] * 10).tolist()) == set(range(5))
+
+
+def test_a_penalty_that_holds_out():
+    """Labels of chance: the strongest one. Labels that many rows tell without error: a weak one."""
+    rng = np.random.default_rng(0)
+    hidden, chance = rng.normal(size=(100, 60)), rng.integers(0, 2, 100).astype(float)
+    weak = linear_probe(hidden, chance, [None] * 100, False)
+    strong = linear_probe(hidden, (hidden[:, 0] > 0).astype(float), [None] * 100, False)
+    assert np.abs(weak["kernel"]).max() < 0.25 < np.abs(strong["kernel"]).max()
+
+
+@pytest.mark.parametrize("kind", ["labels", "pairs", "pairs-as-labels"])
+def test_the_stage_begins_with_a_fitted_head(tiny, kind):
+    """At its first step, of the rows it is given; a run that goes on keeps the head it has."""
+    size, rng = tiny.config.vocab_size, np.random.default_rng(1)
+    texts = [rng.integers(4, size, 6).astype(np.int32) for _ in range(40)]
+    labels = [LabelExample(np.append(text, 2 + i % 2).astype(np.int32), float(i % 2), prompt_length=3) for i, text in enumerate(texts)]
+    both = pairs(size, ((3, 2, 2),) * 24)
+    marked = [dataclasses.replace(x, chosen=np.append(x.chosen, 2), rejected=np.append(x.rejected, 3)) for x in both]
+    balance = {"balance_classes": True} if kind == "labels" else {}
+    section = {"kind": kind, "linear_probe": 40, "steps": 2, "batch_size": 4, "evaluate_every": 1, "evaluation_pairs": 40, **balance}
+    context = tiny_context(tiny, reward=section | {"optimizer": {"learning_rate": 1e-9}})
+    data = dataclasses.replace(context.data, label=Split(labels, labels), preference=Split(marked, marked))
+    context = dataclasses.replace(context, data=data)
+    start = reward.init(context, Role())
+    updates = reward.run(context, Role(), start)
+    state, metrics = next(updates)
+    assert metrics["eval/accuracy"] > 0.75 and metrics["loss"] < 0.6  # half, and 0.69, by chance
+    again = reward.run(
+        context, Role(), state.replace(trainable=state.trainable.replace(head=jax.tree.map(jnp.zeros_like, state.trainable.head)))
+    )
+    kept, _ = next(again)
+    assert float(jnp.abs(kept.trainable.head["kernel"]).max()) < 1e-6
+
+
+def test_a_head_that_is_there_already(tiny):
+    context = tiny_context(tiny, reward={"linear_probe": 10})
+    context = dataclasses.replace(context, reward_base=Role(head=role_of(context).head))
+    with pytest.raises(ConfigError, match=r"linear_probe would take the place of the head of reward\.adapter"):
+        reward.run(context, Role(), reward.init(context, Role()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_a_head_has_a_rate_of_its_own(name):
+    trained = Role(lora={"a": jnp.ones((4, 2))}, head={"kernel": jnp.ones((4, 1)), "bias": jnp.ones(1)})
+    gradient = jax.tree.map(lambda x: 0.1 * jnp.arange(1.0, x.size + 1).reshape(x.shape), trained)
+
+    def updates(**rate):
+        config = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1, **rate)
+        rule = make_optimizer(config, 10, "lora")
+        return rule.update(gradient, rule.init(trained), trained)[0]
+
+    plain, slow = updates(), updates(head_learning_rate=1e-3)
+    np.testing.assert_array_equal(slow.lora["a"], plain.lora["a"])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, 0.1 * y, rtol=1e-6), slow.head, plain.head)
