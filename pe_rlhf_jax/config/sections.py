@@ -217,8 +217,9 @@ class DataConfig(Section):
     )
     group_by_prefix: bool = Field(
         False,
-        description="With `packing`, batches of reward training hold examples that begin alike, up to a quarter of a batch: rated turns of "
-        "one dialog, or pairs of answers to one prompt. They are computed in fewer tokens, but a batch holds fewer different ones.",
+        description="With `packing`, batches of reward training hold families of examples that begin alike, each of up to a quarter of a "
+        "batch: rated turns of one dialog, or pairs of answers to one prompt. They are computed in fewer tokens, but a batch holds fewer "
+        "different ones. What nearly all examples begin with, such as a chat template, makes no family.",
     )
     image_cache_gib: float = Field(
         1.0,
@@ -359,6 +360,14 @@ class Config(Section):
             raise ValueError(
                 f"rl.roles shared keeps one backbone in memory, but {', '.join(full)} full makes another; set rl.roles: separate"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rates_are_of_heads(self) -> Config:
+        learns_values = self.rl.algorithm in ("ppo", "reinforce")
+        for name, section, head in (("sft", self.sft, False), ("rl", self.rl, learns_values)):
+            if section.optimizer.head_learning_rate is not None and not head:
+                raise ValueError(f"{name}.optimizer.head_learning_rate would do nothing: no head is trained there; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -38,13 +38,16 @@ def common_prefixes(texts: Sequence[Text]) -> Int[np.ndarray, "N N"]:
 def families(texts: Sequence[Text], share: float, most: int) -> list[list[int]]:
     """Texts, by their numbers, next to others that begin as they do.
 
-    In order, a text goes on the family of the one before it if it has `share` of its own tokens in common with it, or that of its, unless
-    the family has `most` members.
+    In order, a text goes into the family of the one before it if both have `share` of the shorter one in common, unless the family has
+    `most` members. What nearly all begin with, such as a chat template's first words, does not count.
     """
-    found: list[list[int]] = []
-    for i in sorted(range(len(texts)), key=lambda i: in_order(texts[i])):
-        text, last = texts[i], texts[found[-1][-1]] if found else None
-        if last is not None and len(found[-1]) < most and common(last, text) >= share * min(len(last), len(text)):
+    order = sorted(range(len(texts)), key=lambda i: in_order(texts[i]))
+    near = [common(texts[a], texts[b]) for a, b in itertools.pairwise(order)]
+    template = int(np.quantile(near, 0.01)) if near else 0
+    found = [[i] for i in order[:1]]
+    for i, last, both in zip(order[1:], order, near, strict=False):
+        own = min(len(texts[last]), len(texts[i])) - template
+        if len(found[-1]) < most and both > template and both - template >= share * own:
             found[-1].append(i)
         else:
             found.append([i])

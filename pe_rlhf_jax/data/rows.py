@@ -65,7 +65,7 @@ def packed(lengths: Sequence[Sequence[int]], packing: Packing, alike: HostArray 
             fit, adds = [len(rows)], [*adds, alone[i]]
             rows.append([])
             room.append(packing.length)
-            there = np.pad(there, ((0, 0), (0, 1)))
+            there = np.pad(there, ((0, 0), (0, 1))) if alike is not None else there
         row = min(fit, key=lambda row: adds[row])
         rows[row].append(i)
         room[row] -= adds[row]

@@ -45,6 +45,8 @@ class Context:
     def __post_init__(self) -> None:
         if self.config.data.packing and self.decoder.config.vision is not None:
             raise ConfigError("data.packing is for models of text, and this one sees: leave it out; data.group_by_length saves padding too")
+        if self.config.reward.linear_probe is not None and self.reward_base.head is not None:
+            raise ConfigError("reward.linear_probe would take the place of the head of reward.adapter; leave one of them out")
 
     @property
     def pad_token(self) -> int:

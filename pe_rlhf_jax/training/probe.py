@@ -23,15 +23,13 @@ PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
 FOLDS = 5
 
 
-def linear_probe(
-    hidden: Float[np.ndarray, "N D"], labels: Float[np.ndarray, " N"] | None, groups: Sequence[str | None], balanced: bool
-) -> PyTree:
+def linear_probe(hidden: Float[np.ndarray, "N D"], labels: Float[np.ndarray, " N"] | None, groups: Sequence[str], balanced: bool) -> PyTree:
     """The head whose scores tell labels 1 from 0, or, without labels, make differences of hidden states positive; as `models.heads` has it.
 
     Each number of a hidden state is standardised for the fit. The penalty is that with the least loss on held-out fifths of the groups.
 
     Args:
-        groups: of the rows that stand or fall together; None is alone.
+        groups: of each row; those of one group are held out together.
         balanced: each class weighs half.
     """
     hidden = np.asarray(hidden, np.float64)
@@ -48,12 +46,11 @@ def linear_probe(
     return {"kernel": kernel[:, None].astype(np.float32), "bias": np.array([bias - mean @ kernel], np.float32)}
 
 
-def _folds(groups: Sequence[str | None]) -> np.ndarray:
+def _folds(groups: Sequence[str]) -> np.ndarray:
     """A fold of each row, the same for a group's."""
-    names = [f"row {i}" if group is None else f"group {group}" for i, group in enumerate(groups)]
-    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     shuffled = np.random.default_rng(0).permutation(len(number))
-    return np.array([shuffled[number[name]] % FOLDS for name in names])
+    return np.array([shuffled[number[group]] % FOLDS for group in groups])
 
 
 def _held_out(x: np.ndarray, y: np.ndarray, weight: np.ndarray, out: np.ndarray, penalty: float, intercept: bool) -> float:

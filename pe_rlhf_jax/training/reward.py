@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pe_rlhf_jax import hosts
 from pe_rlhf_jax.config import ConfigError, RewardConfig
 from pe_rlhf_jax.data import as_read
 from pe_rlhf_jax.models.heads import init_head, zero_head
@@ -50,7 +51,7 @@ def run(context: Context, sft: Role, state: TrainState) -> Iterator[tuple[TrainS
     split = context.split(kind.data)
     held_out = split.validation[: config.evaluation_pairs]
     if config.linear_probe is not None and int(state.step) == 0:
-        state = state.replace(trainable=_probed(context, kind, state.trainable, rest, _some(split.train, config.linear_probe)))
+        state = state.replace(trainable=_probed(context, kind, state.trainable, rest, split.train))
     return updates(
         context,
         STAGE,
@@ -75,7 +76,8 @@ def finish(context: Context, sft: Role, state: TrainState) -> tuple[Role, dict[s
     figures = {"best_step": int(state.step), "skipped_updates": int(state.skipped)}
     if config.kind != "pairs":
         return trained, figures
-    pairs = _some(context.split("preference").train, config.evaluation_pairs)
+    train = context.split("preference").train
+    pairs = train[:: max(1, len(train) // config.evaluation_pairs)][: config.evaluation_pairs]  # neighbours often belong together
     mean = float(np.mean(np.concatenate(kind_of(config).scores(context, whole(context, sft, trained), pairs))))
     head = {**trained.head, "bias": trained.head["bias"] - mean}
     return trained.replace(head=head), figures | {"bias": -mean}
@@ -94,18 +96,20 @@ def evaluate(context: Context, role: Role) -> dict[str, Any]:
     return figures | {"selected_on": each * min(len(rows), config.evaluation_pairs) if several else 0}
 
 
-def _probed(context: Context, kind: Kind, role: Role, rest: Role, rows: Sequence[Any]) -> Role:
-    """The role with a head that is fitted to what it makes of the rows. Raises ConfigError where it has one."""
-    if context.reward_base.head is not None:
-        raise ConfigError("reward.linear_probe would take the place of the head of reward.adapter; leave one of them out")
+def _probed(context: Context, kind: Kind, role: Role, rest: Role, train: Sequence[Any]) -> Role:
+    """The role with a head that is fitted to what it makes of rows for training. Raises ConfigError where they have one label only."""
+    config = context.config.reward
+    # Drawn: rows often come in an order, such as right and wrong answers by turns.
+    drawn = np.random.default_rng(context.config.run.seed).permutation(len(train))[: config.linear_probe]
+    rows = [train[int(i)] for i in drawn]
     hidden, labels = kind.probed(context, role.join(rest), rows)
-    groups = [row.group for row in as_read(rows)] * (len(hidden) // len(rows))
-    return role.replace(head=place(linear_probe(hidden, labels, groups, context.config.reward.balance_classes), context.mesh))
-
-
-def _some(rows: Sequence[Any], count: int) -> Sequence[Any]:
-    """So many of the rows, from all over: neighbours often belong together."""
-    return rows[:: max(1, len(rows) // count)][:count]
+    if labels is not None and len(np.unique(labels)) < 2:
+        raise ConfigError(f"reward.linear_probe: the {len(rows)} rows drawn for it have one label only; let it have more")
+    names = [row.group or f"row {i}" for i, row in enumerate(as_read(rows))]
+    groups = names * (len(hidden) // len(rows))
+    # By one process: what others compute may differ in rounding.
+    head = hosts.once(lambda: linear_probe(hidden, labels, groups, config.balance_classes))
+    return role.replace(head=place(head, context.mesh))
 
 
 def whole(context: Context, sft: Role, trained: Role) -> Role:

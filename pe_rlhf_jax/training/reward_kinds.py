@@ -58,7 +58,7 @@ class Kind(Protocol):
         """The role's scores of the rows, float32 [len(rows)] each: of both sides of pairs, or of labelled responses."""
 
     def probed(self, context: Context, role: Role, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Hidden states of the rows that a head is fitted to, float32 [N, D], and their labels [N]; or differences that it makes positive,
+        """Hidden states of the rows that a head is fitted to [N, D], and their labels [N]; or differences that it makes positive,
         without labels. N is a multiple of the rows, which it has in their order, once or twice.
         """
 
@@ -98,7 +98,7 @@ class Pairs:
         return self._sides(_score_pairs, context, role, rows)
 
     def probed(self, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, np.ndarray | None]:
-        chosen, rejected = self._sides(_hidden_of_pairs, context, role, rows)
+        chosen, rejected = (side.astype(np.float32) for side in self._sides(_hidden_of_pairs, context, role, rows))
         return chosen - rejected, None
 
     def _sides(self, read: Any, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, ...]:

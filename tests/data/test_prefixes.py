@@ -37,4 +37,12 @@ def test_families():
     assert families(texts, 0.5, 8) == [[1, 2], [3], [4, 0]]
     assert families(texts, 0.25, 8) == [[1, 2, 3], [4, 0]]
     assert families(texts, 0.25, 2) == [[1, 2], [3], [4, 0]]
-    assert families([ids(1)] * 5, 1.0, 2) == [[0, 1], [2, 3], [4]]
+    assert families([ids(1), ids(1), ids(2), ids(3)], 1.0, 2) == [[0, 1], [2], [3]] and families([], 0.5, 2) == []
+
+
+def test_what_all_begin_with_makes_no_family():
+    """A chat template of six tokens before thirty texts, and one that goes on as the first does."""
+    template = list(range(50, 56))
+    texts = [ids(*template, 100 + i, 7) for i in range(30)] + [ids(*template, 100, 7, 8)]
+    found = families(texts, 0.25, 8)
+    assert [0, 30] in found and sum(len(family) for family in found) == 31 and len(found) == 30

@@ -13,6 +13,7 @@ from tiny_pairs import pairs, role_of
 
 from pe_rlhf_jax.config import ConfigError, OptimizerConfig
 from pe_rlhf_jax.data import LabelExample, Split
+from pe_rlhf_jax.models.heads import zero_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import reward
 from pe_rlhf_jax.training.optimizer import make_optimizer
@@ -31,6 +32,11 @@ def drawn(rows: int = 300, size: int = 12):
     return hidden.astype(np.float32), labels
 
 
+def names(count):
+    """Every row is alone."""
+    return [str(i) for i in range(count)]
+
+
 def scores(head, hidden):
     return hidden.astype(np.float64) @ head["kernel"][:, 0].astype(np.float64) + float(head["bias"][0])
 
@@ -39,7 +45,7 @@ def scores(head, hidden):
 def test_the_head_is_where_the_loss_is_least(balanced):
     """For one of the penalties: the gradient there, worked out anew, is 0."""
     hidden, labels = drawn()
-    head = linear_probe(hidden, labels, [None] * len(labels), balanced)
+    head = linear_probe(hidden, labels, names(len(labels)), balanced)
     x = (hidden - hidden.mean(axis=0, dtype=np.float64)) / hidden.std(axis=0, dtype=np.float64)
     kernel = head["kernel"][:, 0] * hidden.std(axis=0, dtype=np.float64)
     weight = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean())) if balanced else np.ones(len(labels))
@@ -54,7 +60,7 @@ def test_the_head_is_where_the_loss_is_least(balanced):
 def test_the_size_of_hidden_states_does_not_matter():
     """Nor does a number that is always the same."""
     hidden, labels = drawn()
-    groups = [None] * len(labels)
+    groups = names(len(labels))
     other = np.append(hidden.astype(np.float64) * np.geomspace(0.1, 7, 12) - 3, np.full((len(labels), 1), 5.0), axis=1)
     found, expected = linear_probe(other, labels, groups, True), linear_probe(hidden, labels, groups, True)
     np.testing.assert_allclose(scores(found, other), scores(expected, hidden), atol=1e-2)
@@ -64,22 +70,22 @@ def test_the_size_of_hidden_states_does_not_matter():
 def test_differences_become_positive():
     rng = np.random.default_rng(0)
     difference = rng.normal(size=(200, 6)) + np.array([1, 0, 0, -1, 0, 0])
-    head = linear_probe(difference, None, [None] * 200, False)
+    head = linear_probe(difference, None, names(200), False)
     assert head["bias"] == 0 and np.mean(scores(head, difference) > 0) > 0.85
 
 
 def test_groups_stay_together():
-    folds = _folds(["a", "b", "a", None, None, "b"] + ["c"] * 3)
+    folds = _folds(["a", "b", "a", "d", "e", "b"] + ["c"] * 3)
     assert folds[0] == folds[2] and folds[1] == folds[5] and len(set(folds[6:])) == 1
-    assert set(_folds([None] * 10).tolist()) == set(range(5))
+    assert set(_folds(names(10)).tolist()) == set(range(5))
 
 
 def test_a_penalty_that_holds_out():
     """Labels of chance: the strongest one. Labels that many rows tell without error: a weak one."""
     rng = np.random.default_rng(0)
     hidden, chance = rng.normal(size=(100, 60)), rng.integers(0, 2, 100).astype(float)
-    weak = linear_probe(hidden, chance, [None] * 100, False)
-    strong = linear_probe(hidden, (hidden[:, 0] > 0).astype(float), [None] * 100, False)
+    weak = linear_probe(hidden, chance, names(100), False)
+    strong = linear_probe(hidden, (hidden[:, 0] > 0).astype(float), names(100), False)
     assert np.abs(weak["kernel"]).max() < 0.25 < np.abs(strong["kernel"]).max()
 
 
@@ -109,9 +115,25 @@ def test_the_stage_begins_with_a_fitted_head(tiny, kind):
 
 def test_a_head_that_is_there_already(tiny):
     context = tiny_context(tiny, reward={"linear_probe": 10})
-    context = dataclasses.replace(context, reward_base=Role(head=role_of(context).head))
     with pytest.raises(ConfigError, match=r"linear_probe would take the place of the head of reward\.adapter"):
-        reward.run(context, Role(), reward.init(context, Role()))
+        dataclasses.replace(context, reward_base=Role(head=role_of(context).head))
+
+
+def test_rows_are_drawn_and_not_every_other(tiny, monkeypatch):
+    """Right and wrong by turns, of which a probe of half would see one kind; and rows of one label are refused."""
+    rng = np.random.default_rng(0)
+    labels = [LabelExample(rng.integers(2, tiny.config.vocab_size, 5).astype(np.int32), float(i % 2)) for i in range(40)]
+    context = tiny_context(tiny, reward={"kind": "labels", "linear_probe": 20, "steps": 1})
+    seen = []
+    monkeypatch.setattr(reward, "linear_probe", lambda hidden, y, *_: seen.append(y) or zero_head(hidden.shape[1]))
+    for rows in (labels, [dataclasses.replace(row, label=1.0) for row in labels]):
+        inside = dataclasses.replace(context, data=dataclasses.replace(context.data, label=Split(rows, rows)))
+        if rows is labels:
+            reward.run(inside, Role(), reward.init(inside, Role()))
+            assert 5 <= sum(seen[0]) <= 15 and len(seen[0]) == 20
+        else:
+            with pytest.raises(ConfigError, match="the 20 rows drawn for it have one label only"):
+                reward.run(inside, Role(), reward.init(inside, Role()))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
