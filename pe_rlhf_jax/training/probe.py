@@ -16,17 +16,22 @@ import scipy.optimize
 import scipy.special
 from jaxtyping import Float
 
+from pe_rlhf_jax.training.statistics import area_under_curve
 from pe_rlhf_jax.types import PyTree
 
-PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 """Of half the squared weights on standardised hidden states, beside the mean loss."""
+CERTAIN = 1e-3
+"""The same for the size of scores, which would have no end where they are all right."""
 FOLDS = 5
 
 
 def linear_probe(hidden: Float[np.ndarray, "N D"], labels: Float[np.ndarray, " N"] | None, groups: Sequence[str], balanced: bool) -> PyTree:
     """The head whose scores tell labels 1 from 0, or, without labels, make differences of hidden states positive; as `models.heads` has it.
 
-    Each number of a hidden state is standardised for the fit. The penalty is that with the least loss on held-out fifths of the groups.
+    Each number of a hidden state is standardised for the fit. The penalty is that whose scores of held-out fifths of the groups rank best:
+    the mean area under the curve, or the share of differences that are positive. A head that ranks well may be much too sure of itself, so
+    scores are then brought to the size, and with labels moved to the place, at which their loss on those fifths is least (Platt 1999).
 
     Args:
         groups: of each row; those of one group are held out together.
@@ -39,26 +44,43 @@ def linear_probe(hidden: Float[np.ndarray, "N D"], labels: Float[np.ndarray, " N
     x, y = (hidden - mean) / scale, np.ones(len(hidden)) if labels is None else np.asarray(labels, np.float64)
     share = float(np.mean(y))
     weight = np.where(y == 1, 0.5 / share, 0.5 / max(1 - share, 1e-9)) if balanced else np.ones(len(y))
-    fold = _folds(groups)
-    losses = [sum(_held_out(x, y, weight, fold == part, penalty, labels is not None) for part in range(FOLDS)) for penalty in PENALTIES]
-    found, bias = _fit(x, y, weight, PENALTIES[int(np.argmin(losses))], labels is not None)
-    kernel = found / scale
+    fold, labelled = _folds(groups), labels is not None
+    held_out = [_held_out(x, y, weight, fold, penalty, labelled) for penalty in PENALTIES]
+    best = int(np.argmax([_ranked(scores, y, fold, labelled) for scores in held_out]))
+    found, bias = _fit(x, y, weight, PENALTIES[best], labelled)
+    spread = float(np.sqrt(np.mean(held_out[best] ** 2)))
+    [size], moved = _fit(held_out[best][:, None] / spread, y, weight, CERTAIN, labelled)
+    size = max(size / spread, 0.0)
+    kernel, bias = size * found / scale, size * bias + moved
     return {"kernel": kernel[:, None].astype(np.float32), "bias": np.array([bias - mean @ kernel], np.float32)}
 
 
 def _folds(groups: Sequence[str]) -> np.ndarray:
-    """A fold of each row, the same for a group's."""
+    """A fold of each row, the same for a group's; where there is one group only, its rows are alone."""
+    if len(set(groups)) == 1:
+        groups = [str(i) for i in range(len(groups))]
     number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     shuffled = np.random.default_rng(0).permutation(len(number))
     return np.array([shuffled[number[group]] % FOLDS for group in groups])
 
 
-def _held_out(x: np.ndarray, y: np.ndarray, weight: np.ndarray, out: np.ndarray, penalty: float, intercept: bool) -> float:
-    """Loss on the rows that were left out."""
-    if not np.any(out) or np.all(out):
-        return 0.0
-    kernel, bias = _fit(x[~out], y[~out], weight[~out], penalty, intercept)
-    return float(weight[out] @ _loss(x[out] @ kernel + bias, y[out]))
+def _held_out(x: np.ndarray, y: np.ndarray, weight: np.ndarray, fold: np.ndarray, penalty: float, labelled: bool) -> np.ndarray:
+    """Scores of all rows, each by a head that has not seen its fold."""
+    scores = np.zeros(len(x))
+    for part in np.unique(fold):
+        out = fold == part
+        kernel, bias = _fit(x[~out], y[~out], weight[~out], penalty, labelled)
+        scores[out] = x[out] @ kernel + bias
+    return scores
+
+
+def _ranked(scores: np.ndarray, y: np.ndarray, fold: np.ndarray, labelled: bool) -> float:
+    """How well they rank within the folds, each of which has a head of its own."""
+    if not labelled:
+        return float(np.mean(scores > 0))
+    parts = [fold == part for part in np.unique(fold)]
+    areas = [area_under_curve(scores[part], y[part]) for part in parts if len(np.unique(y[part])) > 1]
+    return float(np.mean(areas)) if areas else 0.0
 
 
 def _loss(scores: np.ndarray, y: np.ndarray) -> np.ndarray:

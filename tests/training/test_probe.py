@@ -17,7 +17,7 @@ from pe_rlhf_jax.models.heads import zero_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import reward
 from pe_rlhf_jax.training.optimizer import make_optimizer
-from pe_rlhf_jax.training.probe import PENALTIES, _folds, linear_probe
+from pe_rlhf_jax.training.probe import _fit, _folds, linear_probe
 from pe_rlhf_jax.training.statistics import area_under_curve
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -41,19 +41,30 @@ def scores(head, hidden):
     return hidden.astype(np.float64) @ head["kernel"][:, 0].astype(np.float64) + float(head["bias"][0])
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_the_head_is_where_the_loss_is_least(balanced):
-    """For one of the penalties: the gradient there, worked out anew, is 0."""
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_fit_is_where_the_loss_is_least(labelled):
+    """The gradient, worked out anew, is 0."""
     hidden, labels = drawn()
-    head = linear_probe(hidden, labels, names(len(labels)), balanced)
-    x = (hidden - hidden.mean(axis=0, dtype=np.float64)) / hidden.std(axis=0, dtype=np.float64)
-    kernel = head["kernel"][:, 0] * hidden.std(axis=0, dtype=np.float64)
-    weight = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean())) if balanced else np.ones(len(labels))
-    wrong = weight / weight.sum() * (1 / (1 + np.exp(-scores(head, hidden))) - labels)
-    assert abs(wrong.sum()) < 1e-3
-    gradients = [np.abs(x.T @ wrong + penalty * kernel).max() for penalty in PENALTIES]
-    assert min(gradients) < 1e-3 < 0.05 * np.abs(kernel).max()
-    assert area_under_curve(scores(head, hidden), labels) > 0.9
+    x, y, weight = (hidden - 50) / 10, labels if labelled else np.ones(len(labels)), 1 + labels
+    kernel, bias = _fit(x, y, weight, 0.03, labelled)
+    wrong = weight / weight.sum() * (1 / (1 + np.exp(-(x @ kernel + bias))) - y)
+    np.testing.assert_allclose(x.T @ wrong + 0.03 * kernel, 0, atol=1e-5)
+    assert abs(wrong.sum()) < 1e-5 if labelled else bias == 0
+    assert np.abs(kernel).max() > 0.05
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_head_ranks_and_is_not_too_sure(balanced):
+    """Where most of what is told is common to all; on rows of the same kind that it has not seen, its loss is less than without it."""
+    hidden, labels = drawn(2000)
+    head = linear_probe(hidden[:1000], labels[:1000], names(1000), balanced)
+    found, y = scores(head, hidden[1000:]), labels[1000:]
+    assert area_under_curve(found, y) > 0.85
+    weight = np.where(y == 1, 0.5 / y.mean(), 0.5 / (1 - y.mean())) if balanced else np.ones(1000)
+    loss = lambda scores: np.average(np.logaddexp(0, np.where(y == 1, -scores, scores)), weights=weight)  # noqa: E731
+    base = np.log(1 if balanced else labels[:1000].sum() / (1000 - labels[:1000].sum()))
+    assert loss(found) < 0.85 * loss(np.full(1000, base))
+    assert loss(found) < min(loss(2 * found - base), loss(found / 2 + base / 2), loss(found - 1), loss(found + 1))
     assert head["kernel"].dtype == head["bias"].dtype == np.float32 and head["kernel"].shape == (12, 1)
 
 
@@ -77,7 +88,7 @@ def test_differences_become_positive():
 def test_groups_stay_together():
     folds = _folds(["a", "b", "a", "d", "e", "b"] + ["c"] * 3)
     assert folds[0] == folds[2] and folds[1] == folds[5] and len(set(folds[6:])) == 1
-    assert set(_folds(names(10)).tolist()) == set(range(5))
+    assert set(_folds(names(10)).tolist()) == set(_folds(["one"] * 10).tolist()) == set(range(5))
 
 
 def test_a_penalty_that_holds_out():
