@@ -47,7 +47,7 @@ def families(texts: Sequence[Text], share: float, most: int) -> list[list[int]]:
     found = [[i] for i in order[:1]]
     for i, last, both in zip(order[1:], order, near, strict=False):
         own = min(len(texts[last]), len(texts[i])) - template
-        if len(found[-1]) < most and both > template and both - template >= share * own:
+        if len(found[-1]) < most and both - template >= share * own:
             found[-1].append(i)
         else:
             found.append([i])

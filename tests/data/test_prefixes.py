@@ -37,7 +37,7 @@ def test_families():
     assert families(texts, 0.5, 8) == [[1, 2], [3], [4, 0]]
     assert families(texts, 0.25, 8) == [[1, 2, 3], [4, 0]]
     assert families(texts, 0.25, 2) == [[1, 2], [3], [4, 0]]
-    assert families([ids(1), ids(1), ids(2), ids(3)], 1.0, 2) == [[0, 1], [2], [3]] and families([], 0.5, 2) == []
+    assert families([ids(1)] * 5, 1.0, 2) == [[0, 1], [2, 3], [4]] and families([], 0.5, 2) == []
 
 
 def test_what_all_begin_with_makes_no_family():
