@@ -39,12 +39,13 @@ def run_context(tiny, **changes):
     """Rows of the longest lengths that the configuration allows, as the plan assumes."""
     context = tiny_context(tiny, **{name: FIELDS.get(name, {}) | changes.get(name, {}) for name in FIELDS | changes})
     words = np.arange(2, 10, dtype=np.int32)
-    pair = PreferenceExample(np.append(words, words), np.append(words, words[::-1]), 0.0)
+    asked = [np.roll(words, i) for i in range(8)]  # which packed rows have nothing of in common
+    pairs = [PreferenceExample(np.append(prompt, words), np.append(prompt, words[::-1]), 0.0) for prompt in asked]
     prompt = PromptExample(words, "text", {})
     data = dataclasses.replace(
         context.data,
         sft=Split([SFTExample(words, words)] * 8, [SFTExample(words, words)] * 2),
-        preference=Split([pair] * 8, [pair] * 2),
+        preference=Split(pairs, pairs[:2]),
         prompts=Split([prompt] * 8, [prompt] * 2),
     )
     return dataclasses.replace(context, data=data)
