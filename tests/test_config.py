@@ -108,12 +108,15 @@ def test_text_that_is_no_configuration(text, expected):
         ("reward: {adapter: x, start_from: sft}", "reward.adapter and reward.start_from sft both say where the adapter starts"),
         ("data: {group_by_prefix: true}", "data.group_by_prefix would do nothing without data.packing"),
         ("data: {group_by_prefix: true, packing: true, group_by_length: true}", "group_by_length both say which examples make a batch"),
+        ("sft: {optimizer: {head_learning_rate: 1e-4}}", "sft.optimizer.head_learning_rate would do nothing: no head is trained there"),
+        ("rl: {algorithm: grpo, optimizer: {head_learning_rate: 1e-4}}", "rl.optimizer.head_learning_rate would do nothing"),
         ("reward: {balance_classes: true}", "reward.balance_classes belongs to reward.kind labels and would do nothing with pairs"),
         ("rl: {rewards: [{function: 'a:b'}]}\nevaluate: {judge: 'a:b'}", "evaluate.judge a:b is one of rl.rewards"),
     ],
 )
 def test_options_that_would_say_nothing_are_refused(text, expected):
     assert expected in problem(MODEL + text)
+    c.parse(MODEL + "rl: {algorithm: ppo, optimizer: {head_learning_rate: 1e-4}}")
     c.parse(MODEL + "rl: {rewards: [{model: run}, {function: 'a:b', weight: 0}]}\nevaluate: {judge: 'a:b'}")
 
 

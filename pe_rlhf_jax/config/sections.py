@@ -364,9 +364,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rates_are_of_heads(self) -> Config:
-        learns_values = self.rl.algorithm in ("ppo", "reinforce")
-        for name, section, head in (("sft", self.sft, False), ("rl", self.rl, learns_values)):
-            if section.optimizer.head_learning_rate is not None and not head:
+        headless: dict[str, SFTConfig | RLConfig] = {"sft": self.sft} if self.rl.has_critic else {"sft": self.sft, "rl": self.rl}
+        for name, section in headless.items():
+            if section.optimizer.head_learning_rate is not None:
                 raise ValueError(f"{name}.optimizer.head_learning_rate would do nothing: no head is trained there; leave it out")
         return self
 

@@ -16,7 +16,7 @@ import scipy.optimize
 import scipy.special
 from jaxtyping import Float
 
-from pe_rlhf_jax.training.statistics import area_under_curve
+from pe_rlhf_jax.training.statistics import area_under_curve, class_weights
 from pe_rlhf_jax.types import PyTree
 
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
@@ -42,8 +42,7 @@ def linear_probe(hidden: Float[np.ndarray, "N D"], labels: Float[np.ndarray, " N
     scale = np.sqrt(np.mean((hidden - mean) ** 2, axis=0))
     scale[scale < 1e-6 * scale.max()] = np.inf  # what never changes tells nothing
     x, y = (hidden - mean) / scale, np.ones(len(hidden)) if labels is None else np.asarray(labels, np.float64)
-    share = float(np.mean(y))
-    weight = np.where(y == 1, 0.5 / share, 0.5 / max(1 - share, 1e-9)) if balanced else np.ones(len(y))
+    weight = class_weights(y, float(np.mean(y))) if balanced else np.ones(len(y))
     fold, labelled = _folds(groups), labels is not None
     held_out = [_held_out(x, y, weight, fold, penalty, labelled) for penalty in PENALTIES]
     best = int(np.argmax([_ranked(scores, y, fold, labelled) for scores in held_out]))

@@ -30,6 +30,7 @@ from pe_rlhf_jax.training.statistics import (
     bootstrap_ci,
     bootstrap_pairs_auc_ci,
     calibration,
+    class_weights,
     label_calibration,
     members,
     pairwise_right,
@@ -142,8 +143,7 @@ class Labels:
             batch = pad_labels(rows, context.pad_token, context.config.data.length_multiple, packing=packing)
             if not balanced:
                 return batch
-            weight: Any = np.where(np.asarray(batch.label) == 1, 0.5 / share, 0.5 / (1 - share)).astype(np.float32)
-            return batch.replace(weight=weight * batch.weight)
+            return batch.replace(weight=class_weights(np.asarray(batch.label), share).astype(np.float32) * batch.weight)
 
         return collate
 

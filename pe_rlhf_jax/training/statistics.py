@@ -52,6 +52,11 @@ def label_calibration(logits: np.ndarray, labels: np.ndarray, bins: int = 5) -> 
     return [{"predicted": float(np.mean(predicted[i])), "observed": float(np.mean(labels[i])), "count": len(i)} for i in parts if len(i)]
 
 
+def class_weights(labels: np.ndarray, share: float) -> np.ndarray:
+    """Weights of rows labelled 1 or 0 by which each class weighs half, where `share` of all rows are 1."""
+    return np.where(labels == 1, 0.5 / share, 0.5 / (1 - share))
+
+
 def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve: the share of (positive, negative) pairs in which the positive row scores higher, ties counting half
     (Mann and Whitney 1947). 0.5 where a class is missing.
