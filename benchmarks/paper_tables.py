@@ -41,7 +41,7 @@ import sweep
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import Config
-from pe_rlhf_jax.data import LabelExample, PreferenceExample, pad_labels
+from pe_rlhf_jax.data import LabelExample, PreferenceExample
 from pe_rlhf_jax.models.roles import TOWER, Role, Tuning
 from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.programs import _images, _rounded, abstract_context
@@ -52,7 +52,7 @@ from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.experience import make_experience
 from pe_rlhf_jax.training.micro_batches import in_micro_batches
 from pe_rlhf_jax.training.optimizer import make_optimizer
-from pe_rlhf_jax.training.reward_kinds import _pad_pairs
+from pe_rlhf_jax.training.reward_batches import padded_batch
 from pe_rlhf_jax.training.rewards import _score
 from pe_rlhf_jax.training.rollouts import _respond
 from pe_rlhf_jax.training.shared_rows import answers_in_a_row
@@ -253,10 +253,10 @@ def _batch(context: Context) -> PyTree:
     config, data = context.config.reward, context.config.data
     words = np.random.default_rng(0).integers(0, context.decoder.config.vocab_size, (config.batch_size, _longest(context))).astype(np.int32)
     if config.kind == "labels":
-        return _seeing(context, pad_labels([LabelExample(row, 1.0) for row in words], context.pad_token, data.length_multiple))
+        return _seeing(context, padded_batch(context, "label", [LabelExample(row, 1.0) for row in words]))
     prompts, answers = words[:, : data.max_prompt_length], words[:, data.max_prompt_length :]
     sides = [np.concatenate([prompts, side], axis=1) for side in (answers, answers[:, ::-1])]
-    return _seeing(context, _pad_pairs(context, [PreferenceExample(*pair) for pair in zip(*sides, strict=True)]))
+    return _seeing(context, padded_batch(context, "preference", [PreferenceExample(*pair) for pair in zip(*sides, strict=True)]))
 
 
 def _kept(context: Context, tuning: Tuning) -> PyTree:

@@ -1,12 +1,15 @@
-"""A prompt computed once for all its answers, beside the same answers in rows of their own, prompt and all.
+"""What texts begin with alike computed once for all of them, beside the same texts in rows of their own.
 
     python benchmarks/shared_prefix.py [--prompt 256] [--answer 64] [--pairs 2] [--turns 5] [--set model.remat=none]
     python benchmarks/shared_prefix.py --responses 8 --answer 32
+    python benchmarks/shared_prefix.py --rated 6 --prompt 64 --answer 48
 
 First form: a gradient of reward training on preference pairs, as the stage takes it. With `--responses`: log-probabilities of so many
-sampled responses to each of `--pairs` prompts, which RLOO and GRPO learn from, and their gradient. Adapters are on all linear layers;
-weights are random, in the shape of SmolLM2-135M (`--model-config` takes another `config.json`). Both ways take turns, so that other work
-on the machine meets both, and the ratio is taken within each turn. Prints one line of JSON:
+sampled responses to each of `--pairs` prompts, which RLOO and GRPO learn from, and their gradient. With `--rated`: a gradient of reward
+training on labels of so many turns of each of `--pairs` dialogs, which each turn makes longer by `--answer` tokens; those of one length
+make a batch of their own where they stand alone, so that nothing is padded. Adapters are on all linear layers; weights are random, in the
+shape of SmolLM2-135M (`--model-config` takes another `config.json`). Both ways take turns, so that other work on the machine meets both,
+and the ratio is taken within each turn. Prints one line of JSON:
 
     seconds   shared and alone, in each turn
     ratio     alone over shared: median, least and greatest of the turns
@@ -34,7 +37,8 @@ import numpy as np
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import Config
-from pe_rlhf_jax.data import PreferenceExample, pad_preferences
+from pe_rlhf_jax.data import LabelExample, Packing, PreferenceExample, pack_labels, pad_labels, pad_preferences
+from pe_rlhf_jax.models.heads import init_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.plan.architecture import architecture
 from pe_rlhf_jax.plan.flops import Costs
@@ -42,7 +46,7 @@ from pe_rlhf_jax.plan.programs import abstract_context
 from pe_rlhf_jax.rollout.score import response_logprobs
 from pe_rlhf_jax.training import reward
 from pe_rlhf_jax.training.context import Context
-from pe_rlhf_jax.types import PyTree, Rollout
+from pe_rlhf_jax.types import LabelBatch, PyTree, Rollout
 
 SHAPE = Path(__file__).parent.parent / "configs" / "shapes" / "smollm2_135m.json"
 
@@ -78,6 +82,22 @@ def group_losses(context: Context, prompts: int, prompt: int, answer: int, respo
     return [of(responses), of(1)]
 
 
+def label_losses(context: Context, dialogs: int, prompt: int, answer: int, rated: int) -> list[Loss]:
+    """Logistic loss of random labels of all turns, those of a dialog in one row (at most 16 dialogs) and each in its own."""
+    rng, lengths = np.random.default_rng(0), prompt + answer * np.arange(1, rated + 1)
+    words = rng.integers(0, context.decoder.config.vocab_size, (dialogs, lengths[-1])).astype(np.int32)
+    labels = rng.integers(0, 2, (rated, dialogs)).astype(float)
+    turns = [[LabelExample(row[:length], label) for row, label in zip(words, labels[i], strict=True)] for i, length in enumerate(lengths)]
+    together, _ = pack_labels([example for turn in turns for example in turn], 0, Packing(int(lengths[-1]), 1, rated))
+    loss = reward._loss(context, reward.kind_of(context.config.reward))
+
+    def of(batches: list[LabelBatch]) -> Loss:
+        total = jnp.float32(dialogs * rated)
+        return lambda role, backbone: sum(loss(role, (backbone, Role()), batch, total, jax.random.key(0))[0] for batch in batches)
+
+    return [of([together]), of([pad_labels(turn, 0, 1) for turn in turns])]
+
+
 def spread(ratios: list[float]) -> list[float]:
     """Median, least and greatest."""
     return [round(x, 3) for x in (statistics.median(ratios), min(ratios), max(ratios))]
@@ -104,19 +124,27 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--answer", type=int, default=64, help="tokens of each")
     parser.add_argument("--pairs", type=int, default=2, help="or prompts, with --responses")
-    parser.add_argument("--responses", type=int, help="to each prompt, in place of pairs")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--responses", type=int, help="to each prompt, in place of pairs")
+    instead.add_argument("--rated", type=int, help="turns of each dialog, in place of pairs")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--layers", type=int, help="fewer than the model's, for a quick look")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="override a field")
     a = parser.parse_args()
-    config = configuration.parse("model: {source: none}", a.overrides)
+    config = configuration.parse(f"{{model: {{source: none}}, reward: {{kind: {'labels' if a.rated else 'pairs'}}}}}", a.overrides)
     context = random_context(config, a.model_config, a.layers)
     role = reward.init(context, Role()).trainable
-    role = role.replace(lora=jax.tree.map(lambda x: x + 0.01, role.lora))  # a fresh adapter would hide its own gradient
+    # Fresh adapters, and heads of 0, would hide gradients.
+    head = init_head(jax.random.key(1), context.decoder.config.hidden_size)
+    role = role.replace(lora=jax.tree.map(lambda x: x + 0.01, role.lora), head=head)
 
-    answers = a.responses or 2
+    answers = a.rated or a.responses or 2
     size = (context, a.pairs, a.prompt, a.answer)
-    losses = group_losses(*size, answers) if a.responses else pair_losses(*size)
+    if a.rated:
+        losses, lengths = label_losses(*size, answers), [a.prompt + a.answer * (turn + 1) for turn in range(answers)]
+    else:
+        losses = group_losses(*size, answers) if a.responses else pair_losses(*size)
+        lengths = [a.prompt + a.answer] * answers
     programs = [jax.jit(jax.value_and_grad(loss)).lower(role, context.backbone).compile() for loss in losses]
 
     (loss, gradient), (expected, wanted) = (program(role, context.backbone) for program in programs)
@@ -131,7 +159,7 @@ def main() -> None:
         "seconds": [[round(x, 3) for x, _ in turn] for turn in turns],
         "ratio": spread([alone / shared for (shared, _), (alone, _) in turns]),
         "processor": spread([alone / shared for (_, shared), (_, alone) in turns]),
-        "flops": round(costs.update(a.pairs * answers, a.prompt + a.answer, logits, "lora") / shared, 3),
+        "flops": round(sum(costs.update(a.pairs, length, logits, "lora") for length in lengths) / shared, 3),
         "compiled": round(counted[1] / counted[0], 3),
         "loss": abs(float(loss / expected) - 1),
         "gradient": difference,

@@ -149,11 +149,17 @@ class Run:
         self._train(sft.STAGE, lambda: sft.init(context), lambda s: sft.run(context, s), lambda s: sft.finish(context, s))
 
     def _reward(self) -> None:
+        if self._finished(reward.STAGE):
+            return
         context, start, config = self.context, self.outcomes.reference(), self.config.reward
+        fresh = self.store.latest(reward.STAGE) is None
+        if fresh and config.linear_probe is not None:
+            examples = min(config.linear_probe, len(context.split(reward.kind_of(config).data).train))
+            self.progress.note(f"reward: fits a head to {examples} examples before the first update")
         self._train(
             reward.STAGE,
             lambda: reward.init(context, start),
-            lambda s: reward.run(context, start, s),
+            lambda s: reward.run(context, start, s, fresh),
             lambda s: reward.finish(context, start, s),
             select=f"eval/{reward.kind_of(config).select}",
             patience=config.early_stopping,
@@ -195,7 +201,8 @@ class Run:
             return
         total, every, rows = getattr(self.config, stage).steps, self.config.run.checkpoint_every, self._rows(stage)
         portions = [row_multiple(self.context.mesh), getattr(self.config, stage).micro_batch_size]
-        if self.store.latest(stage) is None:
+        saved = self.store.latest(stage) is not None
+        if not saved:
             state, meta = init(), self._meta()
         else:
             state, meta = self.store.restore(stage, self.outcomes.like(init))
@@ -206,7 +213,7 @@ class Run:
                 self.progress.warn(f"{stage} began on another mesh or with other micro-batches: from here on dropout draws otherwise")
         meta |= {"rows": rows, "portions": portions}
         start = int(state.step)
-        hosts.once(lambda: self.log.rewind(stage, start))
+        hosts.once(lambda: self.log.rewind(stage, start if saved else -1))
         before, began = meta["elapsed_s"], time.perf_counter()
         watch = health.Watch(self.config, self.log.rows(stage)) if stage == rl.STAGE and hosts.first() else None
         with self.progress.stage(stage, total, start) as shown:

@@ -174,11 +174,26 @@ print("same")
 
 PACKED = """
 # Two rows hold a batch of one device; here each of four groups of devices has one of its own.
-_, expected, _ = trained(model(), 1, dict(data=1), stages=("sft", "reward"))
+# What the head is fitted to before the first update, and what is judged, is packed as well.
+SECTIONS["reward"]["linear_probe"] = 10
+context, expected, states = trained(model(), 1, dict(data=1), stages=("sft", "reward"))
+assert "reward eval/accuracy" in expected[4]
+
+
+def scores(context, states):
+    # Of rows that begin alike, fewer than the devices have places for, and not in the order in which they are packed.
+    role = reward.whole(context, states["sft"].trainable, states["reward"].trainable)
+    pairs = [dataclasses.replace(pair, rejected=pair.chosen[:3]) for pair in context.data.preference.train] * 2
+    with jax.set_mesh(context.mesh):
+        return np.stack(reward.kind_of(context.config.reward).scores(context, role, pairs[:11]))
+
+
+expected_scores = scores(context, states)
 SECTIONS["data"] = dict(length_multiple=32, packing=True)
 for devices, mesh in ((1, dict(data=1)), (8, dict(data=2, fsdp=2, tensor=2))):
-    _, found, _ = trained(model(), devices, mesh, stages=("sft", "reward"))
+    context, found, states = trained(model(), devices, mesh, stages=("sft", "reward"))
     same(found, expected)
+    np.testing.assert_allclose(scores(context, states), expected_scores, rtol=2e-4, atol=1e-5)
 print("same")
 """
 

@@ -49,8 +49,12 @@ class Counting:
         stop = SimpleNamespace(received=None)
         run.stop = SimpleNamespace(asked=lambda: stop.received)
 
+        fresh = run.store.latest("reward") is None
+
         def advance(state):
             self.seen.append(int(state.step))
+            if fresh and 0 in self.accuracies:
+                yield state, {"eval/accuracy": self.accuracies[0]}
             for step in range(int(state.step) + 1, STEPS + 1):
                 if step == kill_at:
                     raise KeyboardInterrupt
@@ -87,6 +91,16 @@ def test_the_best_checkpoint_is_the_outcome_or_else_the_last(tmp_path, accuracie
     run = Counting(tmp_path, accuracies=accuracies)
     assert run.start() == best
     assert run.rows == [1, 2, 3, 4, 5, 6, 7] and run.seen == [0]
+
+
+def test_what_a_stage_begins_with_may_be_the_best(tmp_path):
+    """It is kept beside the newest two, and a start after a kill does not judge it again, or log it twice."""
+    run = Counting(tmp_path, accuracies={0: 0.9, 4: 0.5})
+    MetricsLog(tmp_path, tensorboard=False).write("reward", 0, {"eval/accuracy": 0.8})  # a kill came before it was saved
+    assert run.start(kill_at=3) is None
+    assert run.rows == [0, 1, 2] and run.saved == [0]
+    assert run.start() == 0
+    assert run.rows == list(range(8)) and run.seen == [0, 0] and run.saved[0] == 0
 
 
 def test_a_finished_stage_is_not_run_again(tmp_path):

@@ -212,8 +212,8 @@ class DataConfig(Section):
         False,
         description="In SFT and reward training, examples of a batch share rows, each as long as the longest training example, and none "
         "sees another: fewer tokens are padding, if there are more examples in a batch than devices, and the loss is the same (but for "
-        "what dropout draws). In reward training, what examples of a row begin with alike is computed once. In updates "
-        "`micro_batch_size` then counts such rows. For models of text.",
+        "what dropout draws). What reward models learn from, and what they are judged on, is computed once where examples of a row "
+        "begin alike. `micro_batch_size` then counts such rows, but not where SFT is judged. For models of text.",
     )
     group_by_prefix: bool = Field(
         False,
@@ -266,7 +266,8 @@ class RewardConfig(Section):
         None,
         ge=10,
         description="Before the first update, fit the score head alone to what the model makes of so many training rows: regularised "
-        "logistic regression. Helps most where few rows are labelled. Null: a fresh head.",
+        "logistic regression. Helps most where few rows are labelled. It is judged as step 0, and kept if nothing later is better. Null: a "
+        "fresh head.",
     )
     steps: int = Field(100, ge=1, description="Updates.")
     batch_size: int = Field(16, ge=1, description="Pairs in an update.")
@@ -281,7 +282,10 @@ class RewardConfig(Section):
     )
     evaluation_pairs: int = Field(256, ge=1, description="Held-out pairs, or labelled rows, used at an evaluation during training.")
     early_stopping: int | None = Field(
-        None, ge=1, description="Stop after this many evaluations in a row that are no better than the best before; null never does."
+        None,
+        ge=1,
+        description="Stop after this many evaluations in a row that are no better than the best before, which may be that of a fitted "
+        "head; null never does.",
     )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="Optimizer.")
 

@@ -1,6 +1,16 @@
 """Data: rows out of files, catalogs or the embedded data set, examples, batches."""
 
-from pe_rlhf_jax.data.batches import BatchOrder, FamilyOrder, fill, pad_labels, pad_preferences, pad_prompts, pad_sft
+from pe_rlhf_jax.data.batches import (
+    BatchOrder,
+    FamilyOrder,
+    fill,
+    pack_labels,
+    pack_preferences,
+    pad_labels,
+    pad_preferences,
+    pad_prompts,
+    pad_sft,
+)
 from pe_rlhf_jax.data.formats import LabelExample, PreferenceExample, PromptExample, SFTExample
 from pe_rlhf_jax.data.image_batches import PixelReader, as_read
 from pe_rlhf_jax.data.loading import Data, Split, load
@@ -26,6 +36,8 @@ __all__ = [
     "families",
     "fill",
     "load",
+    "pack_labels",
+    "pack_preferences",
     "pad_labels",
     "pad_preferences",
     "pad_prompts",

@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from pe_rlhf_jax.data.formats import LabelExample, PreferenceExample, PromptExample, SFTExample
-from pe_rlhf_jax.data.rows import Packing, Rows, pad, rounded
+from pe_rlhf_jax.data.rows import HostArray, Packing, Rows, pad, rounded
 from pe_rlhf_jax.types import Batch, LabelBatch, PreferenceBatch, PromptBatch
 
 
@@ -95,9 +95,8 @@ def pad_preferences(
     multiple: int,
     rows: int | None = None,
     in_one_row: Callable[[int, int], bool] = lambda pair, side: True,
-    packing: Packing | None = None,
 ) -> PreferenceBatch:
-    """Right-padded pairs, one row each or, where that does not pay, two; or several in a row.
+    """Right-padded pairs, one row each or, where that does not pay, two.
 
     The length of two rows is a multiple of `multiple`, and that of one, which holds both sides, of twice as much: so it takes about as
     many values.
@@ -105,39 +104,46 @@ def pad_preferences(
     Args:
         rows: fill the batch to this many pairs with copies of the first at weight 0.
         in_one_row: whether pairs go into one row of the first number of tokens, rather than into two rows of the second.
-        packing: how several pairs go into a row; for models of text.
     """
-    filled = fill(examples, rows)
+    filled, weight = fill(examples, rows), _weight(examples, rows)
     sides = [side for example in filled for side in (example.chosen, example.rejected)]
-    joined = Rows([(pair.chosen, pair.rejected) for pair in filled], 2 * multiple, packing)
+    joined = Rows([(pair.chosen, pair.rejected) for pair in filled], 2 * multiple)
     # A prompt that is read in both directions has to be one for both sides.
     whole = all(example.shared >= example.prompt_length for example in filled)
-    if packing is not None or (whole and in_one_row(joined.length, rounded(sides, multiple))):
-        (tokens, mask), last, ends = joined.tokens(pad_id), joined.last(), joined.ends()
-        shape: tuple[int, ...] = (len(tokens), 1, -1)
-    else:
-        tokens, mask = pad(sides, pad_id, rounded(sides, multiple))
-        last, ends, shape = np.array([len(side) for side in sides], np.int32) - 1, None, (len(filled), 2, -1)
-    return PreferenceBatch(
-        tokens=tokens.reshape(shape),
-        mask=mask.reshape(shape),
-        last=last.reshape(shape),
-        ends=None if ends is None else ends.reshape(shape),
-        margin=joined.said([example.margin for example in filled]),
-        weight=joined.said(_weight(examples, filled)),
-    )
+    if whole and in_one_row(joined.length, rounded(sides, multiple)):
+        return _pairs_in_rows(filled, joined, pad_id, weight)
+    last: HostArray = np.array([len(side) for side in sides], np.int32) - 1
+    tokens, mask, last = (x.reshape(len(filled), 2, -1) for x in (*pad(sides, pad_id, rounded(sides, multiple)), last))
+    return PreferenceBatch(tokens, mask, last, None, joined.said([example.margin for example in filled]), joined.said(weight))
 
 
-def pad_labels(
-    examples: Sequence[LabelExample], pad_id: int, multiple: int, rows: int | None = None, packing: Packing | None = None
-) -> LabelBatch:
-    """Right-padded rows with their labels; `multiple`, `rows` and `packing` as in `pad_preferences`."""
+def pack_preferences(examples: Sequence[PreferenceExample], pad_id: int, packing: Packing) -> tuple[PreferenceBatch, list[list[int]]]:
+    """Several pairs in a row, and the pairs of each row, by their numbers; for models of text."""
+    rows = Rows([(pair.chosen, pair.rejected) for pair in examples], packing=packing)
+    return _pairs_in_rows(examples, rows, pad_id, _weight(examples)), rows.rows
+
+
+def _pairs_in_rows(examples: Sequence[PreferenceExample], rows: Rows, pad_id: int, weight: Sequence[float]) -> PreferenceBatch:
+    tokens, mask, last, ends = (x[:, None] for x in (*rows.tokens(pad_id), rows.last(), rows.ends()))
+    return PreferenceBatch(tokens, mask, last, ends, rows.said([example.margin for example in examples]), rows.said(weight))
+
+
+def pad_labels(examples: Sequence[LabelExample], pad_id: int, multiple: int, rows: int | None = None) -> LabelBatch:
+    """Right-padded rows with their labels; `multiple` and `rows` as in `pad_preferences`."""
     filled = fill(examples, rows)
-    laid = Rows([(example.tokens,) for example in filled], multiple, packing)
-    tokens, mask = laid.tokens(pad_id)
-    label, weight = laid.said([example.label for example in filled]), laid.said(_weight(examples, filled))
-    ends = None if packing is None else laid.ends()
-    return LabelBatch(tokens=tokens, mask=mask, last=laid.last(), label=label, weight=weight, ends=ends)
+    return _labels_in_rows(filled, Rows([(example.tokens,) for example in filled], multiple), pad_id, _weight(examples, rows))
+
+
+def pack_labels(examples: Sequence[LabelExample], pad_id: int, packing: Packing) -> tuple[LabelBatch, list[list[int]]]:
+    """Several responses in a row, and the responses of each row, by their numbers; for models of text."""
+    rows = Rows([(example.tokens,) for example in examples], packing=packing)
+    return _labels_in_rows(examples, rows, pad_id, _weight(examples)), rows.rows
+
+
+def _labels_in_rows(examples: Sequence[LabelExample], rows: Rows, pad_id: int, weight: Sequence[float]) -> LabelBatch:
+    tokens, mask = rows.tokens(pad_id)
+    ends = None if rows.packing is None else rows.ends()
+    return LabelBatch(tokens, mask, rows.last(), rows.said([example.label for example in examples]), rows.said(weight), ends)
 
 
 def pad_prompts(examples: Sequence[PromptExample], pad_id: int, multiple: int, rows: int | None = None) -> PromptBatch:
@@ -154,5 +160,5 @@ def fill(examples: Sequence, rows: int | None) -> list:
     return [*examples, *[examples[0]] * ((rows or len(examples)) - len(examples))]
 
 
-def _weight(examples: Sequence, filled: Sequence) -> Sequence[float]:
-    return [float(i < len(examples)) for i in range(len(filled))]
+def _weight(examples: Sequence, rows: int | None = None) -> Sequence[float]:
+    return [1.0] * len(examples) + [0.0] * ((rows or len(examples)) - len(examples))

@@ -78,7 +78,7 @@ def packed(lengths: Sequence[Sequence[int]], packing: Packing, alike: HostArray 
 class Rows:
     """Examples in rows of their own, or packed. Where they share, what texts of a row begin with alike is there once."""
 
-    def __init__(self, examples: Sequence[Sequence[np.ndarray]], multiple: int, packing: Packing | None, share: bool = True):
+    def __init__(self, examples: Sequence[Sequence[np.ndarray]], multiple: int = 1, packing: Packing | None = None, share: bool = True):
         self.packing = packing
         self.rows = [[i] for i in range(len(examples))]
         if packing is not None:

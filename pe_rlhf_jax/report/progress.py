@@ -107,7 +107,8 @@ class StageProgress:
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """`step` steps are finished, `total` at the end. Metrics that come now and then (evaluations) stay shown."""
         # The first update only starts the clock: the time before it is mostly compilation.
-        self.marks.append((time.monotonic(), step))
+        if step > self.resumed_at:
+            self.marks.append((time.monotonic(), step))
         self.step = step
         metrics = metrics or {}
         self.latest.update({key: float(value) for key, value in metrics.items()})

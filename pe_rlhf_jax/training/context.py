@@ -62,7 +62,8 @@ class Context:
     def evaluated_at_once(self, stage: Literal["sft", "reward"]) -> int:
         """Rows, or pairs, of a batch of held-out ones: as many as an update computes at once, so that it needs no more memory.
 
-        Rounded up to what the mesh can split: micro-batches of pairs may be half of that.
+        Rounded up to what the mesh can split: micro-batches of pairs may be half of that. Of packed rows an update without micro-batches
+        may have fewer; it is planned for as many.
         """
         section, multiple = getattr(self.config, stage), row_multiple(self.mesh)
         return -(-(section.micro_batch_size or section.batch_size) // multiple) * multiple

@@ -45,24 +45,33 @@ def init(context: Context, sft: Role) -> TrainState:
     return new_state(role.trained(config.tuning), make_optimizer(config.optimizer, config.steps, config.tuning))
 
 
-def run(context: Context, sft: Role, state: TrainState) -> Iterator[tuple[TrainState, Metrics]]:
-    """Yields the state and its metrics after each update; `eval/...` is there after an evaluation."""
+def run(context: Context, sft: Role, state: TrainState, fresh: bool = True) -> Iterator[tuple[TrainState, Metrics]]:
+    """Yields the state and its metrics after each update; `eval/...` is there after an evaluation.
+
+    With `reward.linear_probe`, a state of step 0 comes first, with the head that was fitted and held-out figures: it may be the best. A
+    state that is not `fresh`, but was restored from a checkpoint, has its head.
+    """
     config, rest, kind = context.config.reward, _rest(context, sft), kind_of(context.config.reward)
-    split = context.split(kind.data)
+    split, collate = context.split(kind.data), kind.collator(context)
     held_out = split.validation[: config.evaluation_pairs]
-    if config.linear_probe is not None and int(state.step) == 0:
+
+    def evaluate(state: TrainState) -> Metrics:
+        return kind.quick(held_out, *kind.scores(context, state.trainable.join(rest), held_out))
+
+    if config.linear_probe is not None and fresh and int(state.step) == 0:
         state = state.replace(trainable=_probed(context, kind, state.trainable, rest, split.train))
-    return updates(
+        yield state, {f"eval/{name}": value for name, value in evaluate(state).items()}
+    yield from updates(
         context,
         STAGE,
         config,
         state,
         frozen=(context.backbone, rest),
         examples=split.train,
-        collate=kind.collator(context),
+        collate=collate,
         loss=_loss(context, kind),
         total=lambda batch: jnp.sum(batch.weight),
-        evaluate=lambda state: kind.quick(held_out, *kind.scores(context, state.trainable.join(rest), held_out)),
+        evaluate=evaluate,
     )
 
 
@@ -92,7 +101,8 @@ def evaluate(context: Context, role: Role) -> dict[str, Any]:
     kind = kind_of(config)
     rows = context.split(kind.data).validation[: settings.pairs]
     figures = kind.figures(rows, settings.bootstrap, *kind.scores(context, role, rows))
-    several, each = config.evaluate_every < config.steps, figures.get("rows", len(rows)) // len(rows)
+    several = config.evaluate_every < config.steps or config.linear_probe is not None
+    each = figures.get("rows", len(rows)) // len(rows)
     return figures | {"selected_on": each * min(len(rows), config.evaluation_pairs) if several else 0}
 
 

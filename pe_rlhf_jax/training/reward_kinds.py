@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,14 @@ from jaxtyping import Array, Float
 
 from pe_rlhf_jax.algorithms.reward import bradley_terry, logistic
 from pe_rlhf_jax.config import ConfigError, RewardConfig
-from pe_rlhf_jax.data import LabelExample, Packing, PreferenceExample, as_read, pad_labels, pad_preferences
+from pe_rlhf_jax.data import LabelExample, PreferenceExample, as_read
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.heads import apply_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import features_of, hidden_at
-from pe_rlhf_jax.sharding import row_multiple
 from pe_rlhf_jax.training.context import Context
-from pe_rlhf_jax.training.shared_rows import pair_in_one_row
+from pe_rlhf_jax.training.reward_batches import Batched, DataKind, scored_batches, training_batch
 from pe_rlhf_jax.training.statistics import (
     Groups,
     accuracy_by,
@@ -43,7 +41,7 @@ Statistics = dict[str, Array]
 class Kind(Protocol):
     """What the reward stage and its evaluation need to know of a way of learning."""
 
-    data: Literal["preference", "label"]
+    data: DataKind
     select: str
     """The held-out figure whose best checkpoint is kept; higher is better."""
 
@@ -73,14 +71,13 @@ class Kind(Protocol):
 class Pairs:
     """Preference pairs, Bradley-Terry."""
 
-    data: Literal["preference", "label"] = "preference"
+    data: DataKind = "preference"
     select = "accuracy"
 
     def collator(self, context: Context) -> Callable[[Sequence[PreferenceExample]], PreferenceBatch]:
-        packing = context.packing("reward", "preference")
         if context.config.reward.use_margin and not any(pair.margin for pair in as_read(context.split("preference").train)):
             raise ConfigError("reward.use_margin: no pair for training has a `margin` above 0, so it would do nothing; leave it out")
-        return lambda rows: _pad_pairs(context, rows, packing=packing)
+        return training_batch(context, "preference")
 
     def loss(
         self, config: RewardConfig, decoder: Decoder, role: Role, backbone: PyTree, batch: Any, total: Array, key: jax.Array | None
@@ -103,11 +100,7 @@ class Pairs:
         return chosen - rejected, None
 
     def _sides(self, read: Any, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, ...]:
-        def of(part: Sequence[PreferenceExample], size: int) -> tuple[Array, ...]:
-            sides: tuple[Array, ...] = read(context.decoder, role, context.backbone, context.rows(_pad_pairs(context, part, size), part))
-            return sides
-
-        return _in_batches(context, rows, of)
+        return _read(read, context, role, scored_batches(context, "preference", rows))
 
     def quick(self, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
         loss, figures = bradley_terry(*map(jnp.asarray, scores))
@@ -132,15 +125,15 @@ class Pairs:
 class Labels:
     """Responses labelled 0 or 1, logistic loss. With `balance_classes` each class weighs half, whatever its share of the rows."""
 
-    data: Literal["preference", "label"] = "label"
+    data: DataKind = "label"
     select = "auc"
 
     def collator(self, context: Context) -> Callable[[Sequence[LabelExample]], LabelBatch]:
-        share, packing = float(np.mean(_labels(as_read(context.split("label").train)))), context.packing("reward", "label")
+        share, made = float(np.mean(_labels(as_read(context.split("label").train)))), training_batch(context, "label")
         balanced = context.config.reward.balance_classes
 
         def collate(rows: Sequence[LabelExample]) -> LabelBatch:
-            batch = pad_labels(rows, context.pad_token, context.config.data.length_multiple, packing=packing)
+            batch: LabelBatch = made(rows)
             if not balanced:
                 return batch
             return batch.replace(weight=class_weights(np.asarray(batch.label), share).astype(np.float32) * batch.weight)
@@ -161,11 +154,7 @@ class Labels:
         return hidden, _labels(rows)
 
     def _responses(self, read: Any, context: Context, role: Role, rows: Sequence[LabelExample]) -> tuple[np.ndarray, ...]:
-        def of(part: Sequence[LabelExample], size: int) -> tuple[Array, ...]:
-            batch = context.rows(pad_labels(part, context.pad_token, context.config.data.length_multiple, rows=size), part)
-            return (read(context.decoder, role, context.backbone, batch),)
-
-        return _in_batches(context, rows, of)
+        return _read(lambda *given: (read(*given),), context, role, scored_batches(context, "label", rows))
 
     def quick(self, rows: Sequence[LabelExample], *scores: np.ndarray) -> dict[str, float]:
         return _quick_of_labels(scores[0], _labels(rows))
@@ -244,14 +233,6 @@ def _figures_of_labels(
     }
 
 
-def _pad_pairs(
-    context: Context, rows: Sequence[PreferenceExample], size: int | None = None, packing: Packing | None = None
-) -> PreferenceBatch:
-    config, c, devices = context.config, context.decoder.config, row_multiple(context.mesh)
-    fits = functools.partial(pair_in_one_row, config, c, devices)
-    return pad_preferences(rows, context.pad_token, config.data.length_multiple, size, fits, packing)
-
-
 def pair_scores(
     decoder: Decoder, role: Role, backbone: PyTree, batch: PreferenceBatch, dropout_key: jax.Array | None = None
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
@@ -306,13 +287,14 @@ _hidden_of_pairs = jax.jit(pair_hidden, static_argnums=0)
 _hidden_of_labels = jax.jit(label_hidden, static_argnums=0)
 
 
-def _in_batches(context: Context, rows: Sequence[Any], of: Any) -> tuple[np.ndarray, ...]:
-    size = context.evaluated_at_once("reward")
-    order = np.argsort([row.length for row in rows], kind="stable")  # rows of similar length need less padding
-    parts = []
-    for at in range(0, len(rows), size):
-        part = [rows[i] for i in order[at : at + size]]
-        parts.append([np.asarray(x)[: len(part)] for x in fetch(of(part, size))])
+def _read(read: Any, context: Context, role: Role, batches: Batched) -> tuple[np.ndarray, ...]:
+    """What is read of each row, in the rows' order."""
+    parts: list[list[np.ndarray]] = []
+    order: list[int] = []
+    for batch, numbers in batches:
+        there = np.asarray(batch.weight).reshape(-1) > 0
+        parts.append([np.asarray(x)[there] for x in fetch(read(context.decoder, role, context.backbone, context.rows(batch)))])
+        order += numbers
     places = np.argsort(order)
     return tuple(np.concatenate(column)[places] for column in zip(*parts, strict=True))
 

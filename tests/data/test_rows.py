@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pe_rlhf_jax.data import LabelExample, Packing, PreferenceExample, SFTExample, pad_labels, pad_preferences, pad_sft
+from pe_rlhf_jax.data import LabelExample, Packing, PreferenceExample, SFTExample, pack_labels, pack_preferences, pad_sft
 from pe_rlhf_jax.data.rows import MOST_IN_A_ROW, Rows, packed, padded
 
 PAD = 9
@@ -70,7 +70,7 @@ def test_packed_sft():
 
 def test_packed_labels():
     examples = [LabelExample(ids(1, 2), 1.0), LabelExample(ids(3, 3, 3), 0.0), LabelExample(ids(4), 1.0)]
-    batch = pad_labels(examples, PAD, 4, packing=Packing(4, 1))
+    batch = pack_labels(examples, PAD, Packing(4, 1))[0]
     assert batch.tokens.tolist() == [[3, 3, 3, 4], [1, 2, 9, 9]] and batch.ends.tolist() == [[3, 3, 3, 4], [2, 2, 0, 0]]
     assert batch.last.shape == batch.label.shape == batch.weight.shape == (2, MOST_IN_A_ROW)
     assert batch.last[:, :2].tolist() == [[2, 3], [1, 0]] and batch.label[:, :2].tolist() == [[0, 1], [1, 0]]
@@ -81,7 +81,7 @@ def test_packed_labels():
 def test_packed_pairs():
     """Both sides of each behind what they share, with filling at weight 0."""
     examples = [PreferenceExample(ids(1, 2, 3), ids(1, 4), 0.5), PreferenceExample(ids(5), ids(6), 1.5)]
-    batch = pad_preferences(examples, PAD, 3, in_one_row=lambda *_: False, packing=Packing(6, 1))
+    batch = pack_preferences(examples, PAD, Packing(6, 1))[0]
     assert batch.tokens.tolist() == [[[1, 2, 3, 4, 5, 6]]] and batch.ends.tolist() == [[[4, 3, 3, 4, 5, 6]]]
     assert batch.mask.all()
     assert batch.last.shape == (1, 1, 2 * MOST_IN_A_ROW) and batch.last[0, 0, :6].tolist() == [2, 3, 4, 5, 0, 0]
@@ -91,17 +91,17 @@ def test_packed_pairs():
 def test_what_examples_of_a_row_begin_with_is_there_once():
     """A text within another, one twice, and one that another row has room for."""
     texts = [ids(1, 2), ids(3, 4), ids(1, 2, 5, 5), ids(1, 2, 6), ids(1, 2, 6)]
-    batch = pad_labels([LabelExample(text, float(i % 2)) for i, text in enumerate(texts)], PAD, 4, packing=Packing(5, 1))
+    batch, rows = pack_labels([LabelExample(text, float(i % 2)) for i, text in enumerate(texts)], PAD, Packing(5, 1))
     assert batch.tokens.tolist() == [[1, 2, 5, 5, 6], [3, 4, 9, 9, 9]] and batch.ends.tolist() == [[5, 5, 4, 4, 5], [2, 2, 0, 0, 0]]
     assert batch.last[0, :4].tolist() == [3, 4, 4, 1] and batch.label[0, :4].tolist() == [0, 1, 0, 0]
-    assert batch.last[1, 0] == 1 and batch.weight.sum() == 5
+    assert batch.last[1, 0] == 1 and batch.weight.sum() == 5 and rows == [[2, 3, 4, 0], [1]]
 
 
 def test_pairs_of_one_prompts_answers():
     """Three answers, each in two pairs: every token once."""
     a, b, c = ids(1, 1, 2), ids(1, 1, 3, 3), ids(1, 1, 4)
     examples = [PreferenceExample(a, b), PreferenceExample(b, c), PreferenceExample(a, c)]
-    batch = pad_preferences(examples, PAD, 4, packing=Packing(8, 1))
+    batch = pack_preferences(examples, PAD, Packing(8, 1))[0]
     assert batch.tokens.tolist() == [[[1, 1, 2, 3, 3, 4, 9, 9]]] and batch.ends.tolist() == [[[6, 6, 3, 5, 5, 6, 0, 0]]]
     ends = batch.last[0, 0, :6].reshape(3, 2)
     assert sorted(map(tuple, ends.tolist())) == [(2, 4), (2, 5), (4, 5)]
@@ -124,4 +124,4 @@ def test_every_text_is_whole_in_its_row():
 
 def test_an_example_that_is_longer_than_rows():
     with pytest.raises(ValueError, match="at most 4 tokens, found one of 5"):
-        pad_labels([LabelExample(ids(1, 2, 3, 4, 5), 1.0)], PAD, 1, packing=Packing(4, 1))
+        pack_labels([LabelExample(ids(1, 2, 3, 4, 5), 1.0)], PAD, Packing(4, 1))

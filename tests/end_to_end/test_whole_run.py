@@ -170,6 +170,25 @@ def test_killed_at_random_instants_it_ends_the_same(undisturbed, project, compil
     assert result(tmp_path) == result(undisturbed)
 
 
+def test_a_fitted_head_is_judged_and_lasts_through_a_kill(project, compiled, tmp_path):
+    """Killed before the first update, a run goes on with the head it has; rows share what they begin with, those that are judged too."""
+    sections = {"data": {"packing": True, "group_by_prefix": True}, "reward": {"linear_probe": 20}, "run": {"stages": ["reward"]}}
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+    whole, killed = (write_config(project, folder, **sections) for folder in folders)
+    output = finish(start(whole, compiled))
+    assert "reward: fits a head to 20 examples before the first update" in output
+    process = start(killed, compiled)
+    _wait((folders[1] / "runs/run/checkpoints/reward/0").exists, process)
+    process.kill()
+    process.communicate()
+    assert "fits a head" not in finish(start(killed, compiled))
+    assert result(folders[0]) == result(folders[1])
+    _, rows = result(folders[0])
+    assert [row["step"] for row in rows] == list(range(7)) and "loss" not in rows[0] and rows[0]["eval/accuracy"] > 0.5
+
+
 def test_eight_devices_learn_what_one_does(undisturbed, project, compiled, tmp_path):
     """Data, fsdp and tensor axes of two: the same losses to rounding, the same choices of tokens at the start."""
     config = write_config(project, tmp_path, mesh={"data": 2, "fsdp": 2, "tensor": 2})

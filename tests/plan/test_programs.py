@@ -18,7 +18,7 @@ from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.plan import programs
 from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
 from pe_rlhf_jax.training import context as training_context
-from pe_rlhf_jax.training import evaluate, images, loop, reward_kinds, rewards, rl, rollouts, sft
+from pe_rlhf_jax.training import evaluate, images, loop, reward_batches, reward_kinds, rewards, rl, rollouts, sft
 from pe_rlhf_jax.training import reward as reward_stage
 
 FIELDS = {
@@ -153,7 +153,7 @@ def test_an_evaluation_calls_what_was_planned(tiny, caught, monkeypatch, algorit
 @pytest.mark.parametrize(("micro", "names"), [(None, {"update"}), (4, {"update"}), (2, {"update", "evaluation"})])
 def test_held_out_pairs_are_planned_where_they_are_more_than_an_update_computes(tiny, monkeypatch, micro, names):
     """Four devices can split the four rows of two pairs; but of held-out pairs they are given four."""
-    for module in (training_context, reward_kinds, programs):
+    for module in (training_context, reward_batches, programs):
         monkeypatch.setattr(module, "row_multiple", lambda _: 4)
     context = run_context(tiny, reward=FIELDS["reward"] | {"batch_size": 8, "micro_batch_size": micro})
     calls = planned(context, "reward")

@@ -45,8 +45,9 @@ def test_off_a_terminal_lines_are_few_plain_and_unwrapped(clock):
 
 def test_compilation_does_not_count_in_the_rate(clock):
     stage = StageProgress("rl", total=11)
-    assert stage.pace() == "compiling"
+    stage.update(0, {"eval/accuracy": 0.5})  # judged before the first update
     clock(300)
+    assert stage.pace() == "compiling"
     stage.update(1, rl())
     assert stage.seconds_per_step() is None
     for step in (2, 3):

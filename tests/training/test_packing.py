@@ -16,9 +16,21 @@ from tiny_pairs import FAST, MARGINS, SHAPES, assert_alike, learned, model_of, p
 from tiny_pictures import seeing_context
 
 from pe_rlhf_jax.config import ConfigError
-from pe_rlhf_jax.data import BatchOrder, LabelExample, Packing, PreferenceExample, SFTExample, Split, pad_labels, pad_preferences, pad_sft
+from pe_rlhf_jax.data import (
+    BatchOrder,
+    LabelExample,
+    Packing,
+    PreferenceExample,
+    SFTExample,
+    Split,
+    pack_labels,
+    pack_preferences,
+    pad_labels,
+    pad_preferences,
+    pad_sft,
+)
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.training import loop, reward, sft
+from pe_rlhf_jax.training import loop, reward, reward_batches, sft
 from pe_rlhf_jax.training.reward_kinds import label_scores, pair_scores
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -52,7 +64,7 @@ def test_packed_pairs_are_pairs_apart(name):
     model = model_of(name)
     size = model.config.vocab_size
     context = tiny_context(model, reward=MARGINS)
-    packed = pad_preferences(pairs(size), 0, 1, packing=ROWS)
+    packed = pack_preferences(pairs(size), 0, ROWS)[0]
     assert packed.tokens.shape == (2, 1, 20)
     assert_alike(*(learned(context, role_of(context), batch) for batch in (packed, pad_preferences(pairs(size), 0, 7))), ROUNDING)
 
@@ -61,7 +73,7 @@ def test_packed_labels_are_labels_apart(tiny):
     """With a row that only fills a multiple, too."""
     context = tiny_context(tiny, reward={"kind": "labels"})
     examples = label_examples(tiny.config.vocab_size)
-    packed = pad_labels(examples, 0, 1, packing=dataclasses.replace(ROWS, multiple=3))
+    packed = pack_labels(examples, 0, dataclasses.replace(ROWS, multiple=3))[0]
     assert packed.tokens.shape == (3, 20) and not packed.mask[2].any()
     assert packed.mask.sum() <= sum(example.length for example in examples) - 4 - 2  # what is there once
     assert_alike(*(learned(context, role_of(context), batch) for batch in (packed, pad_labels(examples, 0, 7))), ROUNDING)
@@ -85,7 +97,7 @@ def test_examples_do_not_see_each_other(name):
     context = tiny_context(model)
     role, size = role_of(context), model.config.vocab_size
     examples = [LabelExample(np.insert(text, 0, i).astype(np.int32), 1.0) for i, text in enumerate(texts(size))]  # begin unlike
-    batch = pad_labels(examples, 0, 1, packing=ROWS)
+    batch = pack_labels(examples, 0, ROWS)[0]
     scores = jax.jit(lambda batch: label_scores(context.decoder, role, context.backbone, batch).reshape(batch.label.shape))
     before = np.asarray(scores(batch))
     ends = batch.last + 1
@@ -145,6 +157,37 @@ def test_what_begins_alike_comes_in_one_batch(tiny, kind):
         assert isinstance(loop._order(context, context.config.sft, examples), BatchOrder)
     every = 24 * {"labels": 10, "pairs": 8 + 4 * 2}[kind]  # but for families, of three, that two rows or batches part
     assert every <= tokens[True] < 0.8 * tokens[False]
+
+
+@pytest.mark.parametrize("kind", ["labels", "pairs", "pairs-as-labels"])
+def test_what_is_scored_shares_rows_too(tiny, kind, monkeypatch):
+    """Scores and hidden states of packed rows are those of rows apart, in the examples' order; one shape of batch for all of them.
+
+    Rows are made of a few examples at a time, the last time of fewer. An example that is longer than those that are trained on is apart.
+    """
+    monkeypatch.setattr(reward_batches, "PACKED_AT_ONCE", 9)
+    rng = np.random.default_rng(1)
+    dialogs = [rng.integers(2, tiny.config.vocab_size, 12).astype(np.int32) for _ in range(5)]
+    labels = [LabelExample(dialog[: 5 + 2 * turn], float(turn % 2)) for turn in range(3) for dialog in dialogs]
+    both = [PreferenceExample(np.append(dialog[:8], 2), np.append(dialog[:8], [3, 4 + i])) for i in range(3) for dialog in dialogs]
+    examples, longer = {"labels": (labels, LabelExample(np.tile(dialogs[0], 3), 0.0))}.get(
+        kind, (both, PreferenceExample(np.tile(dialogs[0], 2), np.append(dialogs[0], 2)))
+    )
+    found, computed, shapes = {}, {}, {}
+    for packing in (False, True):
+        section = {"kind": kind, "batch_size": 8, "micro_batch_size": 4}
+        context = tiny_context(tiny, reward=section, data={"packing": packing, "length_multiple": 4})
+        data = dataclasses.replace(context.data, **{reward.kind_of(context.config.reward).data: Split(examples, examples)})
+        context, role, kinds = dataclasses.replace(context, data=data), role_of(context), reward.kind_of(context.config.reward)
+        rows = [*examples, longer]
+        found[packing] = [*kinds.scores(context, role, rows), *kinds.probed(context, role, rows)]
+        batches = [batch for batch, _ in reward_batches.scored_batches(context, kinds.data, rows)]
+        computed[packing] = sum(batch.tokens.size for batch in batches)
+        shapes[packing] = [batch.tokens.shape for batch in batches]
+    assert len(set(shapes[True][:-1])) == 1 and shapes[True][-1] == shapes[False][-1] and computed[True] < computed[False]
+    assert shapes[True][0][0] <= 4
+    assert len(found[True][0]) == 16
+    assert_alike(found[True], found[False], ROUNDING)
 
 
 def test_pairs_in_one_row_that_would_not_pay(tiny):

@@ -102,7 +102,7 @@ def test_a_penalty_that_holds_out():
 
 @pytest.mark.parametrize("kind", ["labels", "pairs", "pairs-as-labels"])
 def test_the_stage_begins_with_a_fitted_head(tiny, kind):
-    """At its first step, of the rows it is given; a run that goes on keeps the head it has."""
+    """Of the rows it is given, judged as step 0; a run that goes on keeps the head it has."""
     size, rng = tiny.config.vocab_size, np.random.default_rng(1)
     texts = [rng.integers(4, size, 6).astype(np.int32) for _ in range(40)]
     labels = [LabelExample(np.append(text, 2 + i % 2).astype(np.int32), float(i % 2), prompt_length=3) for i, text in enumerate(texts)]
@@ -115,13 +115,14 @@ def test_the_stage_begins_with_a_fitted_head(tiny, kind):
     context = dataclasses.replace(context, data=data)
     start = reward.init(context, Role())
     updates = reward.run(context, Role(), start)
-    state, metrics = next(updates)
-    assert metrics["eval/accuracy"] > 0.75 and metrics["loss"] < 0.6  # half, and 0.69, by chance
-    again = reward.run(
-        context, Role(), state.replace(trainable=state.trainable.replace(head=jax.tree.map(jnp.zeros_like, state.trainable.head)))
-    )
-    kept, _ = next(again)
-    assert float(jnp.abs(kept.trainable.head["kernel"]).max()) < 1e-6
+    state, judged = next(updates)
+    assert int(state.step) == 0 and all(name.startswith("eval/") for name in judged)
+    assert judged["eval/accuracy"] > 0.75 and judged["eval/loss"] < 0.6  # half, and 0.69, by chance
+    zero = jax.tree.map(jnp.copy, state.replace(trainable=state.trainable.replace(head=jax.tree.map(jnp.zeros_like, state.trainable.head))))
+    _, metrics = next(updates)
+    assert metrics["loss"] < 0.6
+    kept, _ = next(reward.run(context, Role(), zero, fresh=False))
+    assert int(kept.step) == 1 and float(jnp.abs(kept.trainable.head["kernel"]).max()) < 1e-6
 
 
 def test_a_head_that_is_there_already(tiny):
@@ -140,11 +141,11 @@ def test_rows_are_drawn_and_not_every_other(tiny, monkeypatch):
     for rows in (labels, [dataclasses.replace(row, label=1.0) for row in labels]):
         inside = dataclasses.replace(context, data=dataclasses.replace(context.data, label=Split(rows, rows)))
         if rows is labels:
-            reward.run(inside, Role(), reward.init(inside, Role()))
+            next(reward.run(inside, Role(), reward.init(inside, Role())))
             assert 5 <= sum(seen[0]) <= 15 and len(seen[0]) == 20
         else:
             with pytest.raises(ConfigError, match="the 20 rows drawn for it have one label only"):
-                reward.run(inside, Role(), reward.init(inside, Role()))
+                next(reward.run(inside, Role(), reward.init(inside, Role())))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])

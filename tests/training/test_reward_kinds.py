@@ -122,6 +122,8 @@ def test_rows_that_chose_the_checkpoint_are_counted(labelled):
         context = labelled(steps=40, evaluation_pairs=10, **fields)
         role = stirred(reward.init(context, Role()).trainable)
         assert reward.evaluate(context, role)["selected_on"] == chose
+    context = labelled(steps=40, evaluation_pairs=10, evaluate_every=40, linear_probe=20)  # the fitted head is another
+    assert reward.evaluate(context, role)["selected_on"] == 10
     fewer = context.config.model_copy(update={"reward": context.config.reward.model_copy(update={"evaluate_every": 20})})
     fewer = fewer.model_copy(update={"evaluate": fewer.evaluate.model_copy(update={"pairs": 6})})
     assert reward.evaluate(dataclasses.replace(context, config=fewer), role)["selected_on"] == 6

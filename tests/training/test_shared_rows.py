@@ -17,7 +17,7 @@ from tiny_pictures import seeing_context
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.data import PreferenceExample, Split, pad_preferences, pad_prompts
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.training import experience, reward, reward_kinds, rl
+from pe_rlhf_jax.training import experience, reward, reward_batches, rl
 from pe_rlhf_jax.training.reward_kinds import pair_scores
 from pe_rlhf_jax.training.rollouts import respond
 from pe_rlhf_jax.training.shared_rows import answers_for, answers_in_a_row, longest_pair, pair_in_one_row
@@ -142,7 +142,7 @@ def test_the_reward_stage_is_the_same_either_way(make_context, monkeypatch):
         return [metrics for _, metrics in reward.run(context, Role(), reward.init(context, Role()))]
 
     one = run()
-    monkeypatch.setattr(reward_kinds, "pair_in_one_row", lambda *_: False)
+    monkeypatch.setattr(reward_batches, "pair_in_one_row", lambda *_: False)
     two = run()
     assert shapes == [(4, 1, 32), (4, 2, 24)]
     for a, b in zip(one, two, strict=True):
