@@ -27,8 +27,7 @@ class BatchOrder:
     WINDOW = 50  # transformers' Trainer sorts as many with `group_by_length`
 
     def __init__(self, size: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None):
-        if size < 1 or batch_size < 1:
-            raise ValueError(f"expected at least one row and one row a batch, found {size} rows, batch_size {batch_size}")
+        _check(size, batch_size)
         self._seed, self._batch_size = seed, batch_size
         self._lengths = None if lengths is None else np.asarray(lengths)
         # At least four windows an epoch, as the Trainer has it: otherwise the same rows would meet in every epoch.
@@ -64,6 +63,7 @@ class FamilyOrder:
     def __init__(self, families: Sequence[Sequence[int]], batch_size: int, seed: int):
         self._families = [np.asarray(family) for family in families]
         self._size, self._batch_size, self._seed = sum(map(len, families)), batch_size, seed
+        _check(self._size, batch_size)
         self._kept: tuple[int, np.ndarray] | None = None  # the epoch last used
 
     def __call__(self, step: int) -> np.ndarray:
@@ -76,6 +76,11 @@ class FamilyOrder:
             order = np.random.default_rng((self._seed, epoch)).permutation(len(self._families))
             self._kept = epoch, np.concatenate([self._families[i] for i in order])
         return self._kept[1]
+
+
+def _check(size: int, batch_size: int) -> None:
+    if size < 1 or batch_size < 1:
+        raise ValueError(f"expected at least one row and one row a batch, found {size} rows, batch_size {batch_size}")
 
 
 def pad_sft(examples: Sequence[SFTExample], pad_id: int, multiple: int, packing: Packing | None = None) -> Batch:

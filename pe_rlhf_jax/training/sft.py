@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.algorithms.sft import cross_entropy
-from pe_rlhf_jax.data import fill, pad_sft
+from pe_rlhf_jax.data import as_read, fill, pad_sft
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import features_of, token_logprobs
@@ -57,8 +58,9 @@ def evaluate(context: Context, role: Role) -> float:
     """Mean loss per response token on held-out rows."""
     examples, size = context.split("sft").validation[: context.config.sft.evaluation_rows], context.evaluated_at_once("sft")
     losses, tokens = 0.0, 0.0
+    order = np.argsort([example.length for example in as_read(examples)], kind="stable")  # rows of similar length need less padding
     for at in range(0, len(examples), size):
-        rows = list(examples[at : at + size])
+        rows = [examples[i] for i in order[at : at + size].tolist()]
         batch = pad_sft(fill(rows, size), context.pad_token, context.config.data.length_multiple)
         batch.target_mask[len(rows) :] = False
         placed = context.rows(batch, rows)

@@ -95,6 +95,8 @@ def test_a_window_is_put_together_once(monkeypatch):
 def test_nothing_to_order(size, batch_size):
     with pytest.raises(ValueError, match="at least one row"):
         BatchOrder(size, batch_size, seed=0)
+    with pytest.raises(ValueError, match="at least one row"):
+        FamilyOrder([range(size)], batch_size, seed=0)
 
 
 def test_pad_sft():
