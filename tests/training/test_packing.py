@@ -165,7 +165,7 @@ def test_what_is_scored_shares_rows_too(tiny, kind, monkeypatch):
 
     Rows are made of a few examples at a time, the last time of fewer. An example that is longer than those that are trained on is apart.
     """
-    monkeypatch.setattr(reward_batches, "PACKED_AT_ONCE", 9)
+    monkeypatch.setattr(reward_batches, "PACKED_AT_ONCE", 6)
     rng = np.random.default_rng(1)
     dialogs = [rng.integers(2, tiny.config.vocab_size, 12).astype(np.int32) for _ in range(5)]
     labels = [LabelExample(dialog[: 5 + 2 * turn], float(turn % 2)) for turn in range(3) for dialog in dialogs]
@@ -183,6 +183,8 @@ def test_what_is_scored_shares_rows_too(tiny, kind, monkeypatch):
         found[packing] = [*kinds.scores(context, role, rows), *kinds.probed(context, role, rows)]
         batches = [batch for batch, _ in reward_batches.scored_batches(context, kinds.data, rows)]
         computed[packing] = sum(batch.tokens.size for batch in batches)
+        if packing and kind == "labels":
+            assert sum(batch.mask.sum() for batch in batches[:-1]) == 5 * 9  # dialogs whose turns are far apart, each token once
         shapes[packing] = [batch.tokens.shape for batch in batches]
     assert len(set(shapes[True][:-1])) == 1 and shapes[True][-1] == shapes[False][-1] and computed[True] < computed[False]
     assert shapes[True][0][0] <= 4
