@@ -25,7 +25,7 @@ RENEWED_S, STALE_S = 10.0, 40.0  # how often a note in an object store is renewe
 
 MAY_CHANGE = re.compile(
     r"run\.(name|folder|stages|checkpoint_every|max_nonfinite|tensorboard|wandb_project|host_timeout_s|compilation_cache)"
-    r"|(evaluate|export|mesh)\..*|(sft|reward|rl)\.micro_batch_size|rl\.sampling\.gather_weights"
+    r"|(evaluate|export|mesh)\..*|(sft|reward|rl)\.micro_batch_size|rl\.sampling\.(gather|join)_weights"
     r"|model\.(any_backbone|remat|attention_block|logprob_chunk)|data\.image_cache_gib"
 )
 """Fields that may differ when a run is continued: which part of it is done now, what is written beside it and how often, what is let

@@ -270,15 +270,20 @@ class RewardConfig(Section):
         "fresh head.",
     )
     steps: int = Field(100, ge=1, description="Updates.")
-    batch_size: int = Field(16, ge=1, description="Pairs in an update.")
+    batch_size: int = Field(16, ge=1, description="Pairs, or labelled rows, in an update.")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Pairs computed at once, in updates (gradient accumulation) and in evaluations; null for all."
+        None,
+        ge=1,
+        description="Pairs, or labelled rows, computed at once, in updates (gradient accumulation) and in evaluations; null for all.",
     )
     use_margin: bool = Field(False, description="pairs: subtract the row's margin inside the Bradley-Terry loss (Llama 2).")
     center_rewards_coefficient: float = Field(0.0, ge=0, description="pairs: weight of the squared sum of a pair's scores.")
     balance_classes: bool = Field(False, description="labels: weigh both classes alike, however rare one of them is.")
     evaluate_every: int = Field(
-        50, ge=1, description="Updates between evaluations; the checkpoint of the best one (accuracy; of labels: AUC) is kept and used."
+        50,
+        ge=1,
+        description="Updates between evaluations; the checkpoint of the best one (accuracy; of labels and pairs as labels: AUC) is kept "
+        "and used.",
     )
     evaluation_pairs: int = Field(256, ge=1, description="Held-out pairs, or labelled rows, used at an evaluation during training.")
     early_stopping: int | None = Field(

@@ -195,6 +195,8 @@ def test_the_hosts_are_set_up_run_stop_and_go_on(pod, tmp_path):
     installed = (tmp_path / "installed").read_text().splitlines()
     assert installed[1] == "uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable .[tpu,gcs,quickstart]"
     assert pod.done("setup").split() == ["already", "installed"] * 2 and len((tmp_path / "installed").read_text().splitlines()) == 4
+    assert pod.done("setup", POD_EXTRAS="tpu,wandb").split() == ["installed", "installed"]
+    assert (tmp_path / "installed").read_text().splitlines()[-1].endswith(" --editable .[tpu,wandb]")
 
     arguments = ["--config", "configs/llama3_8b.yaml", "--set", 'model.source="hf:a/b c"']
     assert pod.done("run", *arguments).split() == ["started", "started"]
