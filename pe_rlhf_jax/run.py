@@ -170,6 +170,11 @@ class Run:
             return
         context, reference = self.context, self.outcomes.reference()
         rewards, model = Rewards(context, self.outcomes.reward_models()), self.outcomes.reward_model()
+        if context.config.rl.sampling.truncates:
+            self.progress.warn(
+                "rl.sampling.top_k or top_p: responses come from a part of the policy's distribution, but log-probabilities are those of "
+                "all of it, so estimates of the KL are wrong, and may be below 0; sample from all of it, at a lower temperature if need be"
+            )
         self._train(
             rl.STAGE,
             lambda: rl.init(context, reference, model),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from pe_rlhf_jax.algorithms.masked import divide, masked_sum, select
+from pe_rlhf_jax.algorithms.masked import divide, masked_mean, masked_sum, select
 
 
 def bradley_terry(
@@ -54,21 +54,17 @@ def logistic(
     weight: Float[Array, " B"] | None = None,
     total: ArrayLike | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Weighted mean of -[y log sigmoid(s) + (1 - y) log sigmoid(-s)], binary cross-entropy on the logit s, and statistics.
+    """Mean of -w [y log sigmoid(s) + (1 - y) log sigmoid(-s)], weighted binary cross-entropy on the logit s, and statistics.
 
     The paper's reward models of single actions (arXiv 2403.10704, section 4.2). RL is fed the logit itself: sigmoid(s) saturates, and
-    with it the difference between a good and a better response. `weight` and `total` as in `bradley_terry`; `weight` may hold class
-    weights too. Statistics, weighted means: `accuracy`, the share of rows on the right side of 0 (a score of 0 counts 0.5), and
-    `mean_reward`.
+    with it the difference between a good and a better response. `weight` is 1 for each row by default, or holds class weights: a batch that
+    happens to have one class is then worth as much as this class should be. A row of weight 0 never matters. `total`, by default the
+    number of the other rows, is the whole batch's when this is a micro-batch of it. Statistics, means over rows: `accuracy`, the share on
+    the right side of 0 (a score of 0 counts 0.5), and `mean_reward`.
     """
     weight = jnp.ones_like(scores, jnp.float32) if weight is None else jnp.asarray(weight, jnp.float32)
     real = weight > 0
     scores, labels = select(scores, real), select(labels, real)
-    total = jnp.sum(weight) if total is None else total
-    sign = 2.0 * labels - 1.0
-
-    def mean(x: Float[Array, " B"]) -> Float[Array, ""]:
-        return divide(masked_sum(weight * x, real), total)
-
-    loss = mean(-(labels * jax.nn.log_sigmoid(scores) + (1.0 - labels) * jax.nn.log_sigmoid(-scores)))
-    return loss, {"accuracy": mean(0.5 * (1.0 + jnp.sign(scores * sign))), "mean_reward": mean(scores)}
+    loss = -weight * (labels * jax.nn.log_sigmoid(scores) + (1.0 - labels) * jax.nn.log_sigmoid(-scores))
+    right = 0.5 * (1.0 + jnp.sign(scores * (2.0 * labels - 1.0)))
+    return masked_mean(loss, real, total), {"accuracy": masked_mean(right, real, total), "mean_reward": masked_mean(scores, real, total)}

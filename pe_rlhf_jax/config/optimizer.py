@@ -22,7 +22,7 @@ class OptimizerConfig(Section):
     )
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay to 0 over the stage's updates, or none.")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of the updates over which the rate rises linearly from 0.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, times the learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, times the learning rate; not of biases and norms.")
     b1: float = Field(0.9, ge=0, lt=1, description="AdamW's first-moment decay.")
     b2: float = Field(0.999, ge=0, lt=1, description="AdamW's second-moment decay.")
     eps: float = Field(1e-5, gt=0, description="AdamW's epsilon.")

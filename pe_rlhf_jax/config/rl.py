@@ -17,7 +17,13 @@ class SamplingConfig(Section):
     max_new_tokens: int = Field(64, ge=1, description="Longest response that is generated, in tokens, end included.")
     temperature: float = Field(1.0, ge=0, description="0 is greedy. Divides the logits in every log-probability of RL as well.")
     top_k: int = Field(0, ge=0, description="Sample among the k most likely tokens; 0 for all.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the fewest tokens that hold this probability; 1 for all.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample among the fewest tokens that hold this probability; 1 for all. With this or `top_k`, estimates of RL's KL are "
+        "wrong, because log-probabilities are those of all tokens.",
+    )
     max_num_seqs: int | None = Field(
         None,
         ge=1,
@@ -38,7 +44,10 @@ class SamplingConfig(Section):
         "holds whole, unquantized weights. null: on NVIDIA GPUs.",
     )
     stop_strings: tuple[str, ...] = Field(
-        (), strict=False, description="A response ends with the token that completes one of these; what was sampled after it is dropped."
+        (),
+        strict=False,
+        description="A response ends with the token that completes one of these; what was sampled after it is dropped. It is "
+        "then judged without an end token, and as one that ended.",
     )
 
     @field_validator("stop_strings")
@@ -47,6 +56,11 @@ class SamplingConfig(Section):
         if not all(value):
             raise ValueError("a stop string must not be empty")
         return value
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never sampled."""
+        return self.top_k > 0 or self.top_p < 1
 
     def rows_at_once(self, batch_size: int) -> int:
         """Responses of a batch that are sampled at once."""
@@ -82,7 +96,8 @@ class RLConfig(Section):
     algorithm: Literal["ppo", "reinforce", "rloo", "grpo"] = Field(
         "ppo",
         description="PPO with GAE and clipping; the paper's REINFORCE with a learned value baseline, one update a batch; or, without a "
-        "value model, RLOO or GRPO, whose baselines are the other responses to the same prompt.",
+        "value model, RLOO or GRPO, whose baselines are the other responses to the same prompt. Losses are means over the tokens of an "
+        "update, so that a long response weighs more than a short one.",
     )
     tuning: Literal["lora", "full"] = Field("lora", description="Train adapters on the shared backbone, or a copy of the backbone.")
     roles: Literal["shared", "separate"] = Field(
@@ -116,12 +131,20 @@ class RLConfig(Section):
     lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda.")
     cliprange: float = Field(0.2, gt=0, description="PPO, RLOO, GRPO: clip of the probability ratio.")
     cliprange_value: float = Field(0.2, gt=0, description="PPO: clip of the value change.")
-    vf_coef: float = Field(0.1, ge=0, description="PPO: weight of the value loss.")
+    vf_coef: float = Field(
+        0.1,
+        ge=0,
+        description="PPO, REINFORCE: weight of the value loss beside the policy's, where `value_model: trunk` has both move one adapter. A "
+        "value model of its own has an optimizer of its own, for which `value_learning_rate` counts.",
+    )
     scale_rewards: bool = Field(True, description="GRPO: divide a group's advantages by its standard deviation.")
     whiten_rewards: bool = Field(False, description="PPO, REINFORCE: scale token rewards to unit variance, keeping their mean.")
     whiten_advantages: bool = Field(True, description="PPO: whiten advantages under the mask.")
     missing_eos_penalty: float | None = Field(
-        None, le=0, description="Score of a response without an end token, in place of the rewards' (TRL takes it off); null keeps theirs."
+        None,
+        le=0,
+        description="Highest score of a response without an end token, of which the rewards may say less (TRL takes it off instead); null "
+        "keeps theirs.",
     )
     length_penalty: float = Field(0.0, ge=0, description="Taken off the score for each response token beyond `length_target`.")
     length_target: int = Field(0, ge=0, description="Tokens of a response that cost nothing.")
@@ -132,7 +155,9 @@ class RLConfig(Section):
     )
     value_tuning: Literal["lora", "full"] | None = Field(None, description="Tuning of the value model, where not the policy's.")
     value_init: Literal["reward", "zero"] = Field(
-        "reward", description="Value adapter and head start from the reward model, or from the backbone with a zero head."
+        "reward",
+        description="Value adapter and head start from the reward model, or from the backbone with a zero head: better where "
+        "`normalize_rewards`, weights or other rewards put scores on another scale than that model's.",
     )
     value_learning_rate: float | None = Field(None, gt=0, description="Learning rate of the value model; null for the optimizer's own.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(learning_rate=1e-4), description="Optimizer of policy and value.")
@@ -155,6 +180,11 @@ class RLConfig(Section):
             )
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target steers by multiplying kl_coef, which would stay 0; begin with a kl_coef above 0")
+        if self.value_from_reward and self.value_model == "trunk":
+            raise ValueError(
+                "value_model trunk reads the policy's hidden states, to which the reward model's head was not fitted; set value_init to "
+                "zero"
+            )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0 in RL: a greedy policy has no log-probability to learn from")
         return self

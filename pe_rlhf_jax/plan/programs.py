@@ -279,7 +279,7 @@ def _reward_update(context: Context) -> Update:
     state, frozen = jax.eval_shape(start, context.backbone)
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
     kind = reward.kind_of(config)
-    step = make_step(reward._loss(context, kind), lambda b: jnp.sum(b.weight), optimizer, config.micro_batch_size)
+    step = make_step(reward._loss(context, kind), reward._examples, optimizer, config.micro_batch_size)
     width, rows, packing = _text_width(context), config.batch_size, context.config.data.packing
     each, said = (MOST_IN_A_ROW, _floats(rows, MOST_IN_A_ROW)) if packing else (1, _floats(rows))
     if kind.data == "label":

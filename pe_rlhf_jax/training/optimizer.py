@@ -33,12 +33,14 @@ def make_optimizer(config: OptimizerConfig, updates: int, tuning: Tuning) -> opt
     schedule = learning_rate(config, updates)
     if config.name == "adamw":
         decays = {"b1": config.b1, "b2": config.b2, "weight_decay": config.weight_decay}
-        rule = optax.adamw(schedule, eps=config.eps, mu_dtype=config.mu_dtype, **decays)
+        rule = optax.adamw(schedule, eps=config.eps, mu_dtype=config.mu_dtype, mask=_decays, **decays)
     else:
         # Not in proportion to a parameter's size: what starts at 0, a factor of every adapter and some heads, would hardly ever move.
         # The rate comes last, for the decay as well: optax.adafactor's own does not multiply it.
         rule = optax.chain(
-            optax.adafactor(None, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None),
+            optax.adafactor(
+                None, multiply_by_parameter_scale=False, weight_decay_rate=config.weight_decay or None, weight_decay_mask=_decays
+            ),
             optax.scale_by_learning_rate(schedule, flip_sign=False),
         )
     if config.head_learning_rate is not None:
@@ -46,6 +48,11 @@ def make_optimizer(config: OptimizerConfig, updates: int, tuning: Tuning) -> opt
     if config.max_grad_norm is not None:
         rule = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule)
     return optax.partition({"train": rule, "freeze": optax.set_to_zero()}, lambda tree: labels(tree, tuning))
+
+
+def _decays(tree: PyTree) -> PyTree:
+    """Whether a leaf decays: matrices and tables do, biases and the scales of norms do not (as in transformers' Trainer)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not str(getattr(path[-1], "key", "")).endswith(("bias", "scale")), tree)
 
 
 def _scale_head(factor: float) -> optax.GradientTransformation:

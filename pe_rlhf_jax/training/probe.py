@@ -38,12 +38,14 @@ def linear_probe(hidden: Float[np.ndarray, "N D"], labels: Float[np.ndarray, " N
         balanced: each class weighs half.
     """
     hidden = np.asarray(hidden, np.float64)
+    if np.all(hidden == hidden[0]):
+        return {"kernel": np.zeros((hidden.shape[1], 1), np.float32), "bias": np.zeros(1, np.float32)}
     mean = np.zeros(hidden.shape[1]) if labels is None else hidden.mean(axis=0)
     scale = np.sqrt(np.mean((hidden - mean) ** 2, axis=0))
     scale[scale < 1e-6 * scale.max()] = np.inf  # what never changes tells nothing
     x, y = (hidden - mean) / scale, np.ones(len(hidden)) if labels is None else np.asarray(labels, np.float64)
     weight = class_weights(y, float(np.mean(y))) if balanced else np.ones(len(y))
-    fold, labelled = _folds(groups), labels is not None
+    fold, labelled = _folds(groups, y), labels is not None
     held_out = [_held_out(x, y, weight, fold, penalty, labelled) for penalty in PENALTIES]
     best = int(np.argmax([_ranked(scores, y, fold, labelled) for scores in held_out]))
     found, bias = _fit(x, y, weight, PENALTIES[best], labelled)
@@ -54,13 +56,19 @@ def linear_probe(hidden: Float[np.ndarray, "N D"], labels: Float[np.ndarray, " N
     return {"kernel": kernel[:, None].astype(np.float32), "bias": np.array([bias - mean @ kernel], np.float32)}
 
 
-def _folds(groups: Sequence[str]) -> np.ndarray:
-    """A fold of each row, the same for a group's; where there is one group only, its rows are alone."""
-    if len(set(groups)) == 1:
+def _folds(groups: Sequence[str], y: np.ndarray) -> np.ndarray:
+    """A fold of each row, the same for a group's, with about as many rows of each label in each; of a label that only one group has, or
+    where there is but one, rows are alone, so that no head is without it.
+    """
+    if any(len({group for group, label in zip(groups, y, strict=True) if label == value}) == 1 for value in set(y.tolist())):
         groups = [str(i) for i in range(len(groups))]
-    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    shuffled = np.random.default_rng(0).permutation(len(number))
-    return np.array([shuffled[number[group]] % FOLDS for group in groups])
+    names, number = np.unique(groups, return_inverse=True)
+    share = np.bincount(number, y) / np.bincount(number)
+    shuffled = np.random.default_rng(0).permutation(len(names))
+    dealt = shuffled[np.argsort(share[shuffled], kind="stable")]  # groups of like shares of labels go to one fold each
+    place = np.empty(len(names), int)
+    place[dealt] = np.arange(len(names)) % FOLDS
+    return place[number]
 
 
 def _held_out(x: np.ndarray, y: np.ndarray, weight: np.ndarray, fold: np.ndarray, penalty: float, labelled: bool) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from pe_rlhf_jax import hosts
 from pe_rlhf_jax.config import ConfigError, RewardConfig
@@ -54,6 +54,9 @@ def run(context: Context, sft: Role, state: TrainState, fresh: bool = True) -> I
     config, rest, kind = context.config.reward, _rest(context, sft), kind_of(context.config.reward)
     split, collate = context.split(kind.data), kind.collator(context)
     held_out = split.validation[: config.evaluation_pairs]
+    if kind.data == "label":
+        _check_labels("reward.evaluation_pairs", held_out)
+        _check_labels("evaluate.pairs", split.validation[: context.config.evaluate.pairs])
 
     def evaluate(state: TrainState) -> Metrics:
         return kind.quick(held_out, *kind.scores(context, state.trainable.join(rest), held_out))
@@ -70,7 +73,7 @@ def run(context: Context, sft: Role, state: TrainState, fresh: bool = True) -> I
         examples=split.train,
         collate=collate,
         loss=_loss(context, kind),
-        total=lambda batch: jnp.sum(batch.weight),
+        total=_examples,
         evaluate=evaluate,
     )
 
@@ -113,13 +116,23 @@ def _probed(context: Context, kind: Kind, role: Role, rest: Role, train: Sequenc
     drawn = np.random.default_rng(context.config.run.seed).permutation(len(train))[: config.linear_probe]
     rows = [train[int(i)] for i in drawn]
     hidden, labels = kind.probed(context, role.join(rest), rows)
-    if labels is not None and len(np.unique(labels)) < 2:
-        raise ConfigError(f"reward.linear_probe: the {len(rows)} rows drawn for it have one label only; let it have more")
+    if labels is not None and np.bincount(labels.astype(int), minlength=2).min() < 2:
+        raise ConfigError(
+            f"reward.linear_probe: of the {len(rows)} rows drawn for it, fewer than two have one of the labels; let it have more"
+        )
     names = [row.group or f"row {i}" for i, row in enumerate(as_read(rows))]
     groups = names * (len(hidden) // len(rows))
     # By one process: what others compute may differ in rounding.
     head = hosts.once(lambda: linear_probe(hidden, labels, groups, config.balance_classes))
     return role.replace(head=place(head, context.mesh))
+
+
+def _check_labels(field: str, rows: Sequence[Any]) -> None:
+    """Raises ConfigError for rows of one label, whose area under the curve says nothing."""
+    if len({row.label for row in as_read(rows)}) < 2:
+        raise ConfigError(
+            f"{field}: the first {len(rows)} held-out rows have one label only, so no model is better than another; take more"
+        )
 
 
 def whole(context: Context, sft: Role, trained: Role) -> Role:
@@ -131,6 +144,10 @@ def _rest(context: Context, sft: Role) -> Role:
     """What of the starting role is not trained."""
     config = context.config.reward
     return sft.frozen(config.tuning) if config.start_from == "sft" else Role()
+
+
+def _examples(batch: PyTree) -> Float[Array, ""]:
+    return jnp.sum(batch.weight > 0, dtype=jnp.float32)
 
 
 def _loss(context: Context, kind: Kind):

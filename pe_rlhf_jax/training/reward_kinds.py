@@ -181,8 +181,8 @@ class PairsAsLabels(Pairs):
     ) -> tuple[Float[Array, ""], Statistics]:
         chosen, rejected = pair_scores(decoder, role, backbone, batch, key)
         labels = jnp.concatenate([jnp.ones_like(chosen), jnp.zeros_like(rejected)])
-        weight = jnp.tile(batch.weight.reshape(-1), 2) / 2
-        return logistic(jnp.concatenate([chosen, rejected]), labels, weight=weight, total=total)
+        weight = jnp.tile(batch.weight.reshape(-1), 2)
+        return logistic(jnp.concatenate([chosen, rejected]), labels, weight=weight, total=2 * total)
 
     def probed(self, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, np.ndarray | None]:
         return np.concatenate(self._sides(_hidden_of_pairs, context, role, rows)), np.repeat([1.0, 0.0], len(rows))

@@ -70,7 +70,7 @@ class Scores(NamedTuple):
     """What a rollout earned."""
 
     total: Float[np.ndarray, " B"]
-    """The weighted sum, or `missing_eos_penalty`, minus the length penalty."""
+    """The weighted sum, with penalties."""
     terms: dict[str, Float[np.ndarray, " B"]]
     """Each reward by its name, as it came and before its weight."""
 
@@ -126,10 +126,10 @@ class Rewards:
 
 
 def penalised(config: RLConfig, total: Float[np.ndarray, " B"], rollout: Rollout) -> Float[np.ndarray, " B"]:
-    """`missing_eos_penalty` in place of the score where a response has no end, and the length penalty off every score."""
+    """At most `missing_eos_penalty` where a response has no end, and the length penalty off every score."""
     count = len(total)
     if config.missing_eos_penalty is not None:
-        total = np.where(fetch(rollout.ended)[:count], total, np.float32(config.missing_eos_penalty))
+        total = np.where(fetch(rollout.ended)[:count], total, np.minimum(total, np.float32(config.missing_eos_penalty)))
     if config.length_penalty:
         lengths = np.sum(fetch(rollout.response_mask)[:count], axis=1)
         total = total - np.float32(config.length_penalty) * np.maximum(lengths - config.length_target, 0).astype(np.float32)

@@ -188,7 +188,7 @@ def _loss(context: Context):
             whole_loss += config.vf_coef * value_loss
         elif config.algorithm == "reinforce":
             value_loss = reinforce.value_loss(values, rows.returns, mask, total)
-            whole_loss += value_loss
+            whole_loss += config.vf_coef * value_loss if config.value_model == "trunk" else value_loss
         if config.has_critic:
             statistics["loss/value_avg"] = value_loss
         return whole_loss, statistics | {"loss/policy_avg": policy_loss}

@@ -86,9 +86,25 @@ def test_differences_become_positive():
 
 
 def test_groups_stay_together():
-    folds = _folds(["a", "b", "a", "d", "e", "b"] + ["c"] * 3)
+    folds = _folds(["a", "b", "a", "d", "e", "b"] + ["c"] * 3, np.ones(9))
     assert folds[0] == folds[2] and folds[1] == folds[5] and len(set(folds[6:])) == 1
-    assert set(_folds(names(10)).tolist()) == set(_folds(["one"] * 10).tolist()) == set(range(5))
+    assert set(_folds(names(10), np.ones(10)).tolist()) == set(_folds(["one"] * 10, np.ones(10)).tolist()) == set(range(5))
+
+
+def test_no_head_is_without_a_label():
+    """Two groups have all rows of a label: they are in two folds. One has: then rows are alone."""
+    labels = np.repeat([1.0, 0.0], [20, 180])
+    for positive, apart in ((["p"] * 10 + ["q"] * 10, True), (["p"] * 20, False)):
+        folds = _folds(positive + [f"n{i // 4}" for i in range(180)], labels)
+        assert all(len(set(labels[folds != part])) == 2 for part in range(5))
+        assert (folds[0] == folds[9] != folds[10]) if apart else len(set(folds[:20].tolist())) == 5
+    few = _folds(names(200), labels)
+    assert [int(labels[few == part].sum()) for part in range(5)] == [4] * 5
+
+
+def test_hidden_states_that_are_all_alike():
+    head = linear_probe(np.ones((20, 3), np.float32), np.arange(20) % 2, names(20), False)
+    assert not np.any(head["kernel"]) and not np.any(head["bias"])
 
 
 def test_a_penalty_that_holds_out():
@@ -139,12 +155,12 @@ def test_rows_are_drawn_and_not_every_other(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(reward, "linear_probe", lambda hidden, y, *_: seen.append(y) or zero_head(hidden.shape[1]))
     for rows in (labels, [dataclasses.replace(row, label=1.0) for row in labels]):
-        inside = dataclasses.replace(context, data=dataclasses.replace(context.data, label=Split(rows, rows)))
+        inside = dataclasses.replace(context, data=dataclasses.replace(context.data, label=Split(rows, labels)))
         if rows is labels:
             next(reward.run(inside, Role(), reward.init(inside, Role())))
             assert 5 <= sum(seen[0]) <= 15 and len(seen[0]) == 20
         else:
-            with pytest.raises(ConfigError, match="the 20 rows drawn for it have one label only"):
+            with pytest.raises(ConfigError, match="of the 20 rows drawn for it, fewer than two have one of the labels"):
                 next(reward.run(inside, Role(), reward.init(inside, Role())))
 
 

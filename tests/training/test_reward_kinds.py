@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pe_rlhf_jax.algorithms.reward import logistic
+from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.data import LabelExample, PreferenceExample, Split
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import reward
@@ -47,7 +48,7 @@ def test_logistic_by_hand():
     assert float(loss) == pytest.approx(expected, rel=1e-6)
     assert float(statistics["accuracy"]) == pytest.approx((0.5 + 0 + 1) / 3)
     weighted, _ = logistic(scores, labels, weight=jnp.array([3.0, 0.0, 1.0]))
-    assert float(weighted) == pytest.approx((3 * np.log(2) + np.log1p(np.exp(-1))) / 4, rel=1e-6)
+    assert float(weighted) == pytest.approx((3 * np.log(2) + np.log1p(np.exp(-1))) / 2, rel=1e-6)
     junk, _ = logistic(jnp.array([0.0, np.nan, -1.0]), labels, weight=jnp.array([3.0, 0.0, 1.0]))
     assert float(junk) == float(weighted)
 
@@ -64,7 +65,7 @@ def test_micro_batches_of_labels_add_up():
     scores, labels, weight = (jnp.asarray(x) for x in np.random.default_rng(1).uniform(0.1, 1, (3, 8)).astype(np.float32))
     labels = jnp.round(labels)
     whole, _ = logistic(scores, labels, weight=weight)
-    parts = [logistic(scores[i : i + 4], labels[i : i + 4], weight=weight[i : i + 4], total=jnp.sum(weight))[0] for i in (0, 4)]
+    parts = [logistic(scores[i : i + 4], labels[i : i + 4], weight=weight[i : i + 4], total=8)[0] for i in (0, 4)]
     assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
 
 
@@ -127,6 +128,17 @@ def test_rows_that_chose_the_checkpoint_are_counted(labelled):
     fewer = context.config.model_copy(update={"reward": context.config.reward.model_copy(update={"evaluate_every": 20})})
     fewer = fewer.model_copy(update={"evaluate": fewer.evaluate.model_copy(update={"pairs": 6})})
     assert reward.evaluate(dataclasses.replace(context, config=fewer), role)["selected_on"] == 6
+
+
+def test_held_out_rows_of_one_label_are_refused_before_anything_is_trained(labelled):
+    """Of the first six rows none is of the other label, which would make every checkpoint as good as the first."""
+    for fields, named in (({"evaluation_pairs": 6}, "reward.evaluation_pairs"), ({}, "evaluate.pairs")):
+        context = labelled(positive_every=12, **fields)
+        rows = sorted(context.data.label.train, key=lambda row: row.label)
+        config = context.config.model_copy(update={"evaluate": context.config.evaluate.model_copy(update={"pairs": 6})})
+        context = dataclasses.replace(context, config=config, data=dataclasses.replace(context.data, label=Split(rows, rows)))
+        with pytest.raises(ConfigError, match=rf"{named}: the first 6 held-out rows have one label only"):
+            next(reward.run(context, Role(), reward.init(context, Role())))
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -193,6 +205,15 @@ def test_balanced_classes_weigh_alike(labelled):
     label, weight = np.asarray(batch.label), np.asarray(batch.weight)
     assert label.sum() == 4
     assert weight[label == 1].sum() == pytest.approx(weight[label == 0].sum()) == pytest.approx(12)
+    role, loss = stirred(reward.init(context, Role()).trainable), reward._loss(context, Labels())
+    rows = sorted(context.data.label.train, key=lambda row: row.label)
+
+    def lost(part):
+        batch = Labels().collator(context)(part)
+        return float(loss(role, (context.backbone, Role()), batch, reward._examples(batch), jax.random.key(0))[0])
+
+    # Also where batches hold one class each.
+    assert np.mean([lost(rows[i : i + 4]) for i in range(0, 24, 4)]) == pytest.approx(lost(rows), rel=1e-5)
     plain = Labels().collator(labelled(positive_every=6))(context.data.label.train)
     np.testing.assert_array_equal(plain.weight, 1.0)
 

@@ -78,11 +78,14 @@ def test_a_weighted_sum_of_a_model_and_functions(make_context):
 
 
 def test_penalties(make_context):
-    """No end token: the penalty instead of all rewards. Each token beyond two costs 0.125, also then."""
+    """No end token: the penalty instead of rewards, unless they say less. Each token beyond two costs 0.125, also then."""
     changes = {"missing_eos_penalty": -2.0, "length_penalty": 0.125, "length_target": 2}
     context = make_context(rl={"rewards": [term("first_token")], **changes})
     scores = Rewards(context, {})(rollout_of([5, END], [5, 6, END], [5, 6, 7, 8]), context.data.prompts.train[:3])
     np.testing.assert_allclose(scores.total, [0.5, 0.5 - 0.125, -2.0 - 0.25], rtol=1e-6)
+    context = make_context(rl={"rewards": [term("first_token", weight=-10)], **changes})
+    scores = Rewards(context, {})(rollout_of([5, 6, 7, 8]), context.data.prompts.train[:1])
+    np.testing.assert_allclose(scores.total, [-5.0 - 0.25], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def test_experience_is_what_its_definition_says(make_context, roles, algorithm, 
         old.append(by_hand.logprobs(context, roles["policy"], tokens, TEMPERATURE)[length - 1 :])
         kl.append(old[-1] - by_hand.logprobs(context, roles["reference"], tokens, TEMPERATURE)[length - 1 :])
         values.append(by_hand.head(context, roles["value"], tokens)[length - 1 : -1])
-        scores.append(by_hand.head(context, roles["reward"], tokens)[-1] if ended or penalty is None else penalty)
+        judged = by_hand.head(context, roles["reward"], tokens)[-1]
+        scores.append(judged if ended or penalty is None else min(judged, penalty))
         rewards.append(-KL * kl[-1])
         rewards[-1][-1] += share * scores[-1]
     if rewards_white:

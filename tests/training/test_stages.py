@@ -99,7 +99,7 @@ def test_before_an_update_policy_and_reference_agree_exactly(make_context, algor
     "section",
     [
         {"algorithm": "ppo"},
-        {"algorithm": "ppo", "value_model": "trunk"},
+        {"algorithm": "ppo", "value_model": "trunk", "value_init": "zero"},
         {"algorithm": "reinforce", "micro_batch_size": 2},
         {"algorithm": "rloo"},
     ],

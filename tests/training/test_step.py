@@ -51,10 +51,12 @@ def test_what_starts_at_zero_moves_by_the_rate(name):
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_weights_decay_in_proportion_to_the_rate(name):
-    trained = {"lora": {"b": jnp.full((4, 8), 2.0)}}
+    """Biases do not."""
+    trained = {"lora": {"b": jnp.full((4, 8), 2.0)}, "head": {"bias": jnp.full((1,), 2.0)}}
     optimizer = make_optimizer(OptimizerConfig(name=name, learning_rate=1e-3, weight_decay=0.1), 10, "lora")
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trained), optimizer.init(trained), trained)
     np.testing.assert_allclose(updates["lora"]["b"], -1e-3 * 0.1 * 2.0, rtol=1e-6)
+    assert updates["head"]["bias"] == 0
 
 
 def test_schedule_warms_up_and_decays():
