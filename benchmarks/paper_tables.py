@@ -86,7 +86,7 @@ def reward_twin(context: Context) -> Twin:
     state = reward.init(context, Role())
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
     loss = reward._loss(context, reward.kind_of(config))
-    step = make_step(loss, lambda batch: jnp.sum(batch.weight), optimizer, config.micro_batch_size)
+    step = make_step(loss, reward._examples, optimizer, config.micro_batch_size)
     batch = _batch(context)
     frozen = (_kept(context, config.tuning), Role())
     compiled = step.lower(state, frozen, batch, jax.random.key(0)).compile()

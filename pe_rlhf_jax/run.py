@@ -80,10 +80,19 @@ class Run:
         return summary
 
     def _check_order(self) -> None:
-        """Raises ConfigError, before anything is trained, if a stage is going to need a model that will not be there."""
+        """Raises ConfigError, before anything is trained, for what a stage is going to need and will not find."""
         stages, config = self.config.run.stages, self.config.rl
         self._check_reference()
         trained = self.store.latest(ROLE_OF[rl.STAGE]) is not None
+        if "reward" in stages and self.store.latest(reward.STAGE) is None:
+            reward.check_labels(self.context, "reward.evaluation_pairs", self.config.reward.evaluation_pairs)
+            if "evaluate" in stages:
+                reward.check_labels(self.context, "evaluate.pairs", self.config.evaluate.pairs)
+        if "rl" in stages and not trained and config.value_model == "trunk" and config.value_from_reward:
+            raise ConfigError(
+                "rl.value_model trunk reads the policy's hidden states, to which the reward model's head was not fitted; set rl.value_init "
+                "to zero"
+            )
         if ("rl" in stages and not trained) or ("evaluate" in stages and trained and not self._evaluated()):
             self.outcomes.check_other_runs()
         if "rl" in stages and not trained and config.roles == "shared":

@@ -187,6 +187,7 @@ def test_a_named_data_set_serves_the_evaluation_with_what_it_has():
         ({"rewards": [{"function": "math:sqrt"}]}, "rl.value_init reward .* set it to zero"),
         ({"rewards": [{"function": "math:sqrt"}], "value_init": "zero"}, None),
         ({"rewards": [{"function": "math:sqrt"}], "algorithm": "rloo"}, None),
+        ({"rewards": [{"function": "math:sqrt"}], "value_model": "trunk"}, None),
     ],
 )
 def test_a_reward_model_that_rl_will_miss_is_missed_before_anything_is_trained(tmp_path, rl, said):
@@ -207,9 +208,34 @@ def test_a_reward_model_that_rl_will_miss_is_missed_before_anything_is_trained(t
     assert (asked, len(seen) - asked) == (2, 0)  # a finished policy needs no other run any more
 
 
+def test_what_cannot_be_judged_or_begun_is_refused_before_anything_is_trained(tmp_path):
+    """Held-out rows of one label; a head on the policy's trunk that would begin as the reward model's."""
+
+    def check(stages, held_out, **rl):
+        run, text = object.__new__(Run), {"model": {"source": "x"}, "run": {"stages": stages}, "reward": {"kind": "labels"}, "rl": rl}
+        text["evaluate"] = {"pairs": 3}
+        run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
+        rows = [SimpleNamespace(label=label) for label in held_out]
+        run.context = SimpleNamespace(config=run.config, split=lambda kind: Split([], rows))
+        run.outcomes = SimpleNamespace(check_other_runs=lambda: None)
+        run._check_order()
+
+    check(["reward"], [1, 1, 1, 0])
+    for stages, held_out, said in (
+        (["reward"], [1] * 4, "reward.evaluation_pairs: the first 4 held-out rows have one label only"),
+        (["reward", "evaluate"], [1, 1, 1, 0], "evaluate.pairs: the first 3 held-out rows"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check(stages, held_out)
+    check(["reward", "rl"], [1, 0], value_model="trunk")
+    with pytest.raises(ConfigError, match=r"trunk reads the policy's hidden states.* set rl\.value_init to zero"):
+        check(["reward", "rl"], [1, 0], value_model="trunk", value_init="reward")
+
+
 def test_a_fully_tuned_model_beside_shared_roles_is_refused_before_anything_is_trained(tmp_path):
     run, text = object.__new__(Run), {"model": {"source": "x"}, "run": {"stages": ["reward", "rl"]}, "sft": {"tuning": "full"}}
     run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
+    run.context = SimpleNamespace(config=run.config)
     run.outcomes = SimpleNamespace(check_other_runs=lambda: None)
     run._check_order()
     run.store.save("reference", 1, {"w": jnp.float32(0)}, {})
@@ -327,3 +353,15 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(tmp_path, monkeypatch):
     assert main.cli(["--config", str(tmp_path / "c.yaml")]) == 0
     written.flush()
     assert written.buffer.getvalue().decode("latin-1") == "? d\u00e9j\u00e0\n"
+
+
+@pytest.mark.parametrize(("sampling", "warned"), [({}, False), ({"top_k": 5}, True), ({"top_p": 0.9}, True)])
+def test_sampling_from_a_part_of_the_distribution_is_warned_of(tmp_path, monkeypatch, sampling, warned):
+    run, said = object.__new__(Run), io.StringIO()
+    run.config = configuration.parse(json.dumps({"model": {"source": "x"}, "rl": {"sampling": sampling}}))
+    run.folder, run.store, run.progress = tmp_path, Store(tmp_path / "checkpoints"), Progress(Console(file=said, width=500))
+    run.context = SimpleNamespace(config=run.config, data=SimpleNamespace(prompts=None))
+    run.outcomes = SimpleNamespace(reference=lambda: None, reward_models=dict, reward_model=lambda: None)
+    monkeypatch.setattr(run, "_train", lambda *_: None)
+    run._rl()
+    assert ("estimates of the KL are wrong" in said.getvalue()) == warned

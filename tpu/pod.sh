@@ -14,7 +14,8 @@
 #
 # Before the command: --dry-run prints what would be called, --yes answers the question that `delete` and `keep` ask.
 # Also: POD_FILES (files and folders to copy, such as "data"), POD_EXTRAS (of the package, to install: tpu,gcs,quickstart otherwise; add
-# datasets for `hf:` sources, wandb for its logs), POD_PROJECT (gcloud's default otherwise), POD_RUNTIME (the VM's image), POD_POLL (seconds between looks, 30), HF_TOKEN and WANDB_API_KEY (`setup` takes them along, in a file that only the VMs' user reads).
+# datasets for `hf:` sources, wandb for its logs), POD_PROJECT (gcloud's default otherwise), POD_RUNTIME (the VM's image), POD_POLL
+# (seconds between looks, 30), HF_TOKEN and WANDB_API_KEY (`setup` takes them along, in a file that only the VMs' user reads).
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

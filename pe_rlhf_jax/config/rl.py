@@ -134,8 +134,8 @@ class RLConfig(Section):
     vf_coef: float = Field(
         0.1,
         ge=0,
-        description="PPO, REINFORCE: weight of the value loss beside the policy's, where `value_model: trunk` has both move one adapter. A "
-        "value model of its own has an optimizer of its own, for which `value_learning_rate` counts.",
+        description="PPO, and REINFORCE with `value_model: trunk`: weight of the value loss beside the policy's. It matters with `trunk`, "
+        "where both move one adapter; a value model of its own has an optimizer of its own, for which `value_learning_rate` counts.",
     )
     scale_rewards: bool = Field(True, description="GRPO: divide a group's advantages by its standard deviation.")
     whiten_rewards: bool = Field(False, description="PPO, REINFORCE: scale token rewards to unit variance, keeping their mean.")
@@ -143,8 +143,8 @@ class RLConfig(Section):
     missing_eos_penalty: float | None = Field(
         None,
         le=0,
-        description="Highest score of a response without an end token, of which the rewards may say less (TRL takes it off instead); null "
-        "keeps theirs.",
+        description="A response without an end token scores at most this, which should be less than what ended ones get (TRL takes it off "
+        "instead); null keeps the rewards' score.",
     )
     length_penalty: float = Field(0.0, ge=0, description="Taken off the score for each response token beyond `length_target`.")
     length_target: int = Field(0, ge=0, description="Tokens of a response that cost nothing.")
@@ -154,10 +154,11 @@ class RLConfig(Section):
         "adapter", description="The value model has its own adapter and head (the paper), or is a head on the policy's hidden states."
     )
     value_tuning: Literal["lora", "full"] | None = Field(None, description="Tuning of the value model, where not the policy's.")
-    value_init: Literal["reward", "zero"] = Field(
-        "reward",
+    value_init: Literal["reward", "zero"] | None = Field(
+        None,
         description="Value adapter and head start from the reward model, or from the backbone with a zero head: better where "
-        "`normalize_rewards`, weights or other rewards put scores on another scale than that model's.",
+        "`normalize_rewards`, weights or other rewards put scores on another scale than that model's. null: from the reward model, but "
+        "`trunk` from zero, because that model's head was not fitted to the policy's hidden states.",
     )
     value_learning_rate: float | None = Field(None, gt=0, description="Learning rate of the value model; null for the optimizer's own.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(learning_rate=1e-4), description="Optimizer of policy and value.")
@@ -180,11 +181,6 @@ class RLConfig(Section):
             )
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target steers by multiplying kl_coef, which would stay 0; begin with a kl_coef above 0")
-        if self.value_from_reward and self.value_model == "trunk":
-            raise ValueError(
-                "value_model trunk reads the policy's hidden states, to which the reward model's head was not fitted; set value_init to "
-                "zero"
-            )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0 in RL: a greedy policy has no log-probability to learn from")
         return self
@@ -207,7 +203,7 @@ class RLConfig(Section):
     @property
     def value_from_reward(self) -> bool:
         """Whether a value model starts from this run's reward model."""
-        return self.has_critic and self.value_init == "reward"
+        return self.has_critic and (self.value_init or {"adapter": "reward", "trunk": "zero"}[self.value_model]) == "reward"
 
     def keeps_sampled_logprobs(self, dtype: str) -> bool:
         """Whether a policy that computes in this dtype takes its sampler's log-probabilities as the old ones."""

@@ -278,7 +278,11 @@ class RewardConfig(Section):
     )
     use_margin: bool = Field(False, description="pairs: subtract the row's margin inside the Bradley-Terry loss (Llama 2).")
     center_rewards_coefficient: float = Field(0.0, ge=0, description="pairs: weight of the squared sum of a pair's scores.")
-    balance_classes: bool = Field(False, description="labels: weigh both classes alike, however rare one of them is.")
+    balance_classes: bool = Field(
+        False,
+        description="labels: weigh both classes alike, however rare one of them is. Batches should hold "
+        "several rows of the rarer one: a clipped gradient (`max_grad_norm`) makes all batches weigh alike.",
+    )
     evaluate_every: int = Field(
         50,
         ge=1,

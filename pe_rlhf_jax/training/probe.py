@@ -34,11 +34,11 @@ def linear_probe(hidden: Float[np.ndarray, "N D"], labels: Float[np.ndarray, " N
     scores are then brought to the size, and with labels moved to the place, at which their loss on those fifths is least (Platt 1999).
 
     Args:
-        groups: of each row; those of one group are held out together.
+        groups: of each row; those of one group are held out together, unless it alone has one of the labels.
         balanced: each class weighs half.
     """
     hidden = np.asarray(hidden, np.float64)
-    if np.all(hidden == hidden[0]):
+    if not np.any(hidden - (0 if labels is None else hidden[0])):
         return {"kernel": np.zeros((hidden.shape[1], 1), np.float32), "bias": np.zeros(1, np.float32)}
     mean = np.zeros(hidden.shape[1]) if labels is None else hidden.mean(axis=0)
     scale = np.sqrt(np.mean((hidden - mean) ** 2, axis=0))
@@ -57,11 +57,12 @@ def linear_probe(hidden: Float[np.ndarray, "N D"], labels: Float[np.ndarray, " N
 
 
 def _folds(groups: Sequence[str], y: np.ndarray) -> np.ndarray:
-    """A fold of each row, the same for a group's, with about as many rows of each label in each; of a label that only one group has, or
-    where there is but one, rows are alone, so that no head is without it.
+    """A fold of each row, the same for a group's, with about as many groups of each share of labels in each. The rows of a group that alone
+    has one of the labels, or is the only one, are apart, so that no head is without that label.
     """
-    if any(len({group for group, label in zip(groups, y, strict=True) if label == value}) == 1 for value in set(y.tolist())):
-        groups = [str(i) for i in range(len(groups))]
+    has = [{group for group, label in zip(groups, y, strict=True) if label == value} for value in np.unique(y)]
+    apart = set().union(*(found for found in has if len(found) == 1))
+    groups = [f"{group} {i}" if group in apart else group for i, group in enumerate(groups)]
     names, number = np.unique(groups, return_inverse=True)
     share = np.bincount(number, y) / np.bincount(number)
     shuffled = np.random.default_rng(0).permutation(len(names))

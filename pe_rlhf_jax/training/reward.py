@@ -54,9 +54,6 @@ def run(context: Context, sft: Role, state: TrainState, fresh: bool = True) -> I
     config, rest, kind = context.config.reward, _rest(context, sft), kind_of(context.config.reward)
     split, collate = context.split(kind.data), kind.collator(context)
     held_out = split.validation[: config.evaluation_pairs]
-    if kind.data == "label":
-        _check_labels("reward.evaluation_pairs", held_out)
-        _check_labels("evaluate.pairs", split.validation[: context.config.evaluate.pairs])
 
     def evaluate(state: TrainState) -> Metrics:
         return kind.quick(held_out, *kind.scores(context, state.trainable.join(rest), held_out))
@@ -101,6 +98,7 @@ def evaluate(context: Context, role: Role) -> dict[str, Any]:
     `selected_on` of the rows also chose the checkpoint, whose figures on them are therefore a little too good.
     """
     config, settings = context.config.reward, context.config.evaluate
+    check_labels(context, "evaluate.pairs", settings.pairs)
     kind = kind_of(config)
     rows = context.split(kind.data).validation[: settings.pairs]
     figures = kind.figures(rows, settings.bootstrap, *kind.scores(context, role, rows))
@@ -127,9 +125,13 @@ def _probed(context: Context, kind: Kind, role: Role, rest: Role, train: Sequenc
     return role.replace(head=place(head, context.mesh))
 
 
-def _check_labels(field: str, rows: Sequence[Any]) -> None:
-    """Raises ConfigError for rows of one label, whose area under the curve says nothing."""
-    if len({row.label for row in as_read(rows)}) < 2:
+def check_labels(context: Context, field: str, count: int) -> None:
+    """Raises ConfigError, where the stage learns from labels, if the first `count` held-out rows have one label: any model judges those as
+    well as another.
+    """
+    kind = kind_of(context.config.reward)
+    rows = as_read(context.split(kind.data).validation)[:count] if kind.data == "label" else []
+    if rows and len({row.label for row in rows}) < 2:
         raise ConfigError(
             f"{field}: the first {len(rows)} held-out rows have one label only, so no model is better than another; take more"
         )

@@ -129,7 +129,7 @@ def penalised(config: RLConfig, total: Float[np.ndarray, " B"], rollout: Rollout
     """At most `missing_eos_penalty` where a response has no end, and the length penalty off every score."""
     count = len(total)
     if config.missing_eos_penalty is not None:
-        total = np.where(fetch(rollout.ended)[:count], total, np.minimum(total, np.float32(config.missing_eos_penalty)))
+        total = np.where(fetch(rollout.ended)[:count], total, np.fmin(total, np.float32(config.missing_eos_penalty)))
     if config.length_penalty:
         lengths = np.sum(fetch(rollout.response_mask)[:count], axis=1)
         total = total - np.float32(config.length_penalty) * np.maximum(lengths - config.length_target, 0).astype(np.float32)

@@ -141,7 +141,7 @@ def _whole(frozen: dict[str, Role], trained: dict[str, Role]) -> dict[str, Role]
 
 def _value_start(context: Context, reward: Role | None) -> Role:
     config = context.config.rl
-    if config.value_init == "zero":
+    if not config.value_from_reward:
         return Role(head=zero_head(context.decoder.config.hidden_size))
     if reward is None:
         raise ConfigError("rl.value_init reward starts the value model from this run's reward model, and there is none; set it to zero")

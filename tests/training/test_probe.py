@@ -92,12 +92,13 @@ def test_groups_stay_together():
 
 
 def test_no_head_is_without_a_label():
-    """Two groups have all rows of a label: they are in two folds. One has: then rows are alone."""
+    """Two groups have all rows of a label: they are in two folds. One has: then its rows are apart, and other groups are not."""
     labels = np.repeat([1.0, 0.0], [20, 180])
     for positive, apart in ((["p"] * 10 + ["q"] * 10, True), (["p"] * 20, False)):
         folds = _folds(positive + [f"n{i // 4}" for i in range(180)], labels)
         assert all(len(set(labels[folds != part])) == 2 for part in range(5))
         assert (folds[0] == folds[9] != folds[10]) if apart else len(set(folds[:20].tolist())) == 5
+        assert all(len(set(folds[at : at + 4].tolist())) == 1 for at in range(20, 200, 4))
     few = _folds(names(200), labels)
     assert [int(labels[few == part].sum()) for part in range(5)] == [4] * 5
 

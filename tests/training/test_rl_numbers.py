@@ -120,11 +120,11 @@ def test_experience_is_what_its_definition_says(make_context, roles, algorithm, 
         np.testing.assert_allclose(metrics[name], value, **by_hand.TOLERANCE, err_msg=name)
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "reinforce"])
-def test_the_loss_is_what_its_definition_says(make_context, roles, algorithm):
+@pytest.mark.parametrize(("algorithm", "value_model"), [("ppo", "adapter"), ("reinforce", "adapter"), ("reinforce", "trunk")])
+def test_the_loss_is_what_its_definition_says(make_context, roles, algorithm, value_model):
     """At roles that have moved since the rollout was scored, so that ratios and value changes are clipped here and there."""
     sampling = {"max_new_tokens": 8, "temperature": TEMPERATURE}
-    context = make_context(rl={"algorithm": algorithm, "vf_coef": 0.7, "sampling": sampling})
+    context = make_context(rl={"algorithm": algorithm, "vf_coef": 0.7, "value_model": value_model, "sampling": sampling})
     rollout, experience, _ = scored(context, roles)
     moved = {name: roles[name].replace(lora=jax.tree.map(lambda x: x * 1.6, roles[name].lora)) for name in ("policy", "value")}
     frozen = rl.Frozen(context.backbone, {"policy": Role(), "value": Role()}, jnp.float32(KL))
@@ -136,14 +136,15 @@ def test_the_loss_is_what_its_definition_says(make_context, roles, algorithm):
         kept = (experience.old_logprobs, experience.values, experience.advantages, experience.returns)
         old, old_value, advantage, target = (np.asarray(x, np.float64)[row, :count] for x in kept)
         logprob = by_hand.logprobs(context, moved["policy"], tokens, TEMPERATURE)[length - 1 :]
-        value = by_hand.head(context, moved["value"], tokens)[length - 1 : -1]
+        reads = moved["value"] if value_model == "adapter" else moved["policy"].replace(head=moved["value"].head)
+        value = by_hand.head(context, reads, tokens)[length - 1 : -1]
         if algorithm == "ppo":
             ratio, near = np.exp(logprob - old), np.clip(value, old_value - 0.2, old_value + 0.2)
             policy = np.maximum(-advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.2))
             terms.append(policy + 0.7 * 0.5 * np.maximum((value - target) ** 2, (near - target) ** 2))
             clipped += np.sum((ratio > 1.2) | (ratio < 0.8)) * np.sum(near != value)
         else:
-            terms.append(-logprob * (target - old_value) + (target - value) ** 2)
+            terms.append(-logprob * (target - old_value) + (0.7 if value_model == "trunk" else 1.0) * (target - value) ** 2)
     np.testing.assert_allclose(loss, np.mean(np.concatenate(terms)), rtol=1e-4)
     assert clipped or algorithm == "reinforce"
 
@@ -216,12 +217,12 @@ def test_the_learning_rate_reaches_0_with_the_last_update(algorithm, updates):
 def test_where_policy_and_value_start(make_context, roles):
     """Policy: the reference's adapter. Value: the reward model, or the fresh adapter with a head that says 0."""
     same = lambda a, b: all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))  # noqa: E731
-    for value_init in ("reward", "zero"):
+    for value_init in (None, "zero"):
         context = make_context(rl={"value_init": value_init})
         trained = rl.init(context, roles["reference"], roles["reward"]).train.trainable
         assert same(trained["policy"].lora, roles["reference"].lora)
-        assert same(trained["value"].head, roles["reward"].head) == (value_init == "reward")
-        assert same(trained["value"].lora, roles["reward"].lora) == (value_init == "reward")
+        assert same(trained["value"].head, roles["reward"].head) == (value_init is None)
+        assert same(trained["value"].lora, roles["reward"].lora) == (value_init is None)
     assert not any(leaf.any() for leaf in jax.tree.leaves(trained["value"].head))
     b = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trained["value"].lora) if path[-1].key == "b"]
     assert b and not any(leaf.any() for leaf in b)

@@ -147,7 +147,7 @@ def test_fractional_rewards_arrive_whole(make_context, score, algorithm):
     assert float(metrics["objective/rlhf_reward"]) == pytest.approx(share * score)
 
 
-def test_a_response_without_an_end_gets_the_penalty_instead(make_context):
+def test_a_response_without_an_end_gets_the_penalty(make_context):
     context = make_context(rl={"missing_eos_penalty": -3.0, "sampling": {"max_new_tokens": 2}})
     model = reward_role(context, bias=0.25)
     rollout, *_ = experience_of(context, model)

@@ -51,12 +51,12 @@ def test_what_starts_at_zero_moves_by_the_rate(name):
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_weights_decay_in_proportion_to_the_rate(name):
-    """Biases do not."""
-    trained = {"lora": {"b": jnp.full((4, 8), 2.0)}, "head": {"bias": jnp.full((1,), 2.0)}}
-    optimizer = make_optimizer(OptimizerConfig(name=name, learning_rate=1e-3, weight_decay=0.1), 10, "lora")
+    """Biases, and what scales a norm, do not."""
+    trained = {"params": {"b": jnp.full((4, 8), 2.0), "norm": {"scale": jnp.full((8,), 2.0)}}, "head": {"bias": jnp.full((1,), 2.0)}}
+    optimizer = make_optimizer(OptimizerConfig(name=name, learning_rate=1e-3, weight_decay=0.1), 10, "full")
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trained), optimizer.init(trained), trained)
-    np.testing.assert_allclose(updates["lora"]["b"], -1e-3 * 0.1 * 2.0, rtol=1e-6)
-    assert updates["head"]["bias"] == 0
+    np.testing.assert_allclose(updates["params"]["b"], -1e-3 * 0.1 * 2.0, rtol=1e-6)
+    assert not np.any(updates["head"]["bias"]) and not np.any(updates["params"]["norm"]["scale"])
 
 
 def test_schedule_warms_up_and_decays():

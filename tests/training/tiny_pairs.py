@@ -52,7 +52,7 @@ def learned(context, role, batch):
     """Loss, figures of the scores, and gradients of the reward stage."""
     context = dataclasses.replace(context, decoder=dataclasses.replace(context.decoder, remat="none"))  # compiles sooner
     loss = reward._loss(context, reward.kind_of(context.config.reward))
-    total, key = jnp.sum(jnp.asarray(batch.weight)), jax.random.key(0)
+    total, key = reward._examples(batch), jax.random.key(0)
     return jax.jit(jax.value_and_grad(lambda r: loss(r, (context.backbone, Role()), batch, total, key), has_aux=True))(role)
 
 
