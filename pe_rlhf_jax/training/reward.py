@@ -108,7 +108,7 @@ def evaluate(context: Context, role: Role) -> dict[str, Any]:
 
 
 def _probed(context: Context, kind: Kind, role: Role, rest: Role, train: Sequence[Any]) -> Role:
-    """The role with a head that is fitted to what it makes of rows for training. Raises ConfigError where they have one label only."""
+    """The role with a head that is fitted to what it makes of rows for training. Raises ConfigError where one label has under two."""
     config = context.config.reward
     # Drawn: rows often come in an order, such as right and wrong answers by turns.
     drawn = np.random.default_rng(context.config.run.seed).permutation(len(train))[: config.linear_probe]

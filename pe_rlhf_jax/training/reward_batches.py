@@ -51,6 +51,7 @@ def scored_batches(context: Context, kind: DataKind, rows: Sequence[Any]) -> Bat
 
 
 def padded_batch(context: Context, kind: DataKind, rows: Sequence[Any], size: int | None = None) -> PreferenceBatch | LabelBatch:
+    """Rows of their own, on the host; filled to `size` examples with copies of weight 0. Pairs may take one row or two."""
     config, c, devices = context.config, context.decoder.config, row_multiple(context.mesh)
     if kind == "label":
         return pad_labels(rows, context.pad_token, config.data.length_multiple, size)
