@@ -23,9 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 METRICS = (
-    "reward_model.accuracy",
     "reward_model.auc",
+    "reward_model.accuracy",
     "rl.gain_in_std",
     "rl.gain",
     "rl.kl_per_token",
@@ -34,9 +36,6 @@ METRICS = (
     "time.total_s",
 )
 """Figures of summary.json that are kept, where a run has them."""
-
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t by degrees of freedom; 1.96 beyond."""
 
 Point = tuple[str, ...]
 """The grid's overrides, `a.b=c` each."""
@@ -86,7 +85,7 @@ def interval(values: Sequence[float]) -> float | None:
     """Half the width of the 95% interval of the mean of a few seeds; None for one."""
     if len(values) < 2:
         return None
-    return T_975.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def table(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> str:

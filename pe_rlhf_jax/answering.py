@@ -21,7 +21,7 @@ from pe_rlhf_jax.data.sources import Row, Skipped
 from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.loading import load
 from pe_rlhf_jax.models.roles import Role
-from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes
+from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes, without_spent_adapters
 from pe_rlhf_jax.report import samples
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.sharding import make_mesh, row_multiple
@@ -44,7 +44,8 @@ class Answerer:
     """
 
     def __init__(self, folder: Path, console: Console, changes: Mapping[str, Any], seed: int | None = None):
-        config = _to_answer(run_folder.read_config(folder))
+        store = Store(folder / "checkpoints")
+        config = _to_answer(without_spent_adapters(run_folder.read_config(folder), store))
         try:
             given = {name: value for name, value in changes.items() if value is not None}
             self.sampling = SamplingConfig.model_validate(config.rl.sampling.model_dump() | given)
@@ -52,7 +53,7 @@ class Answerer:
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, found {e['input']!r}" for e in error.errors())
             raise ConfigError(f"sampling: {problems}") from error
         self.backbone, self.context = load(config, Progress(console), needs=set())
-        outcomes = Outcomes(Store(folder / "checkpoints"), self.backbone, self.context)
+        outcomes = Outcomes(store, self.backbone, self.context)
         policy = outcomes.policy()
         if policy is None and outcomes.store.latest(ROLE_OF[sft.STAGE]) is None:
             raise ConfigError(f"{folder} has neither an SFT model nor a policy yet; run its stage `sft` or `rl` first")

@@ -10,18 +10,28 @@ from typing import cast
 import fsspec
 from etils import epath
 
+STORES = ("gs", "s3", "az")
+"""Object stores, as their places begin."""
+
 
 def path_of(place: str | os.PathLike[str]) -> Path:
     """A local path, `~` expanded, or a place in an object store such as `gs://bucket/folder`.
 
     The latter has pathlib's methods for names, reading and writing; there is no appending, no lock, and no move that is whole or not at
     all but that of a single file.
+
+    Raises:
+        ValueError: it begins like a URL, but not as one of `STORES`.
     """
     if not is_remote(place):
         return Path(place).expanduser()
+    store, _, name = os.fspath(place).partition("://")
+    store = "gs" if store == "gcs" else store  # Google Cloud Storage has both names
+    if store not in STORES:
+        raise ValueError(f"{os.fspath(place)} is neither a path nor a place that begins with {', '.join(f'{s}://' for s in STORES)}")
     for protocol in ("gs", "gcs", "s3", "az"):  # other hosts write there too: a remembered listing would be an old one
         fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
-    return cast(Path, epath.Path(place))
+    return cast(Path, epath.Path(f"{store}://{name}"))
 
 
 def is_remote(place: str | os.PathLike[str]) -> bool:

@@ -7,13 +7,14 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pe_rlhf_jax import data, hosts
-from pe_rlhf_jax.checkpoint.peft_import import import_adapter
+from pe_rlhf_jax.checkpoint.peft_import import check_adapter, import_adapter
 from pe_rlhf_jax.checkpoint.preprocessing import vision_of
 from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.config import Config, ConfigError
@@ -37,10 +38,10 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     _check_functions(config)
     backbone = resolve(config.model)
     _check_lengths(config, backbone.config.max_position_embeddings)
-    decoder, params = load_decoder(config, backbone, mesh)
-    held = jnp.dtype(decoder.dtype).name + (f" over {config.model.quantization}" if config.model.quantization else "")
-    where = f"{jax.device_count()} {jax.default_backend()}" + (f" of {jax.process_count()} processes" if hosts.several() else "")
-    progress.note(f"{backbone.source}: {count(params) / 1e6:.1f}M parameters, {held}, on {where}")
+    decoder = decoder_of(config, backbone)
+    for folder in (config.model.adapter, config.reward.adapter):
+        if folder is not None:
+            check_adapter(**_adapter(config, folder, backbone, decoder))
     vision = vision_of(backbone)
     several = hosts.several()
     loaded = data.load(
@@ -49,6 +50,10 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     if several:
         rows = b"".join(rows_of(split) for split in (loaded.sft, loaded.preference, loaded.label, loaded.prompts))
         hosts.same({"backbone (model.source)": backbone.sha256.encode(), "data": rows})
+    decoder, params = load_decoder(config, backbone, mesh)
+    held = jnp.dtype(decoder.dtype).name + (f" over {config.model.quantization}" if config.model.quantization else "")
+    where = f"{jax.device_count()} {jax.default_backend()}" + (f" of {jax.process_count()} processes" if hosts.several() else "")
+    progress.note(f"{backbone.source}: {count(params) / 1e6:.1f}M parameters, {held}, on {where}")
     for note in loaded.notes:
         progress.note(f"data: {note}")
     base, reward_base = (adapted(config, folder, backbone, decoder, params) for folder in (config.model.adapter, config.reward.adapter))
@@ -59,18 +64,24 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     return backbone, Context(config, decoder, params, tokenizer, ends, loaded, mesh, base.replace(head=None), reward_base, encoder, vision)
 
 
+def decoder_of(config: Config, backbone: Backbone) -> Decoder:
+    """The decoder, as `load_decoder` makes it, before anything is quantized. Raises ConfigError where no adapter fits."""
+    dtype = jnp.dtype(config.model.dtype_on(jax.default_backend()))
+    decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat, config.model.attention_block)
+    if "lora" in config.tunings().values():
+        jax.eval_shape(decoder.init_lora, jax.random.key(0))
+    return decoder
+
+
 def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) -> tuple[Decoder, PyTree]:
     """The decoder and its parameters, on the devices; what is to be quantized is so as soon as it is read.
 
     A vision tower and its projector stay in floating point.
     """
-    dtype, how = jnp.dtype(config.model.dtype_on(jax.default_backend())), config.model.quantization
+    decoder, how = decoder_of(config, backbone), config.model.quantization
+    dtype = decoder.dtype
     if dtype == jnp.float32 and jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", "highest")  # an accelerator would round factors to bfloat16, or to TF32
-    decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat, config.model.attention_block)
-
-    if "lora" in config.tunings().values():
-        jax.eval_shape(decoder.init_lora, jax.random.key(0))  # raises where no adapter fits, before anything is read
 
     def places(decoder: Decoder) -> PyTree:
         return shardings(jax.eval_shape(decoder.init_params, jax.random.key(0)), mesh)
@@ -93,16 +104,22 @@ def adapted(config: Config, folder: str | None, backbone: Backbone, decoder: Dec
     """The role that a PEFT adapter makes of the backbone; the backbone itself without one. Raises AdapterError if it does not fit."""
     if folder is None:
         return Role()
-    lora, head = import_adapter(
-        Path(folder).expanduser(),
-        jax.eval_shape(decoder.init_lora, jax.random.key(0)),
-        config.lora,
-        weights=backbone.family.weights(backbone.config),
-        base_model=None if config.model.any_backbone else backbone.source,
-        sha256=None if config.model.any_backbone else backbone.sha256,
-        backbone=hosts.fetch({name: params[name] for name in config.lora.modules_to_save}),
-    )
+    whole = hosts.fetch({name: params[name] for name in config.lora.modules_to_save})
+    lora, head = import_adapter(**_adapter(config, folder, backbone, decoder), backbone=whole)
     return Role(lora=lora, head=head)
+
+
+def _adapter(config: Config, folder: str, backbone: Backbone, decoder: Decoder) -> dict[str, Any]:
+    """What checks and reads an adapter's folder is given."""
+    compared = {} if config.model.any_backbone else {"base_model": backbone.source, "sha256": backbone.sha256}
+    return {
+        "folder": Path(folder).expanduser(),
+        "like": jax.eval_shape(decoder.init_lora, jax.random.key(0)),
+        "config": config.lora,
+        "weights": backbone.family.weights(backbone.config),
+        "revision": config.model.revision,
+        **compared,
+    }
 
 
 def needed(config: Config) -> set[Kind]:

@@ -50,9 +50,9 @@ STOPPED = 75
 """Exit code of a run that was stopped and can be continued (EX_TEMPFAIL)."""
 FULL = """out of memory: {}
 Compute fewer rows at once (sft.micro_batch_size, reward.micro_batch_size, rl.micro_batch_size, evaluate.batch_size), or logits of fewer \
-tokens (model.logprob_chunk), recompute activations (model.remat: full), copy no weights while responses are sampled \
-(rl.sampling.join_weights: false), or spread the model over more devices (mesh.fsdp); a run may be continued with these \
-changed. `plan` says beforehand what fits."""
+tokens (model.logprob_chunk), recompute activations (model.remat: full), sample fewer responses at once (rl.sampling.max_num_seqs), copy \
+no weights for that (rl.sampling.join_weights: false), or spread the model over more devices (mesh.fsdp); a run may be continued with \
+these changed. `plan` says beforehand what fits."""
 
 
 REASONS = ("", signal.SIGTERM.name, signal.SIGINT.name, *maintenance.NOTICES.values())
@@ -120,18 +120,18 @@ def cli(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pe-rlhf", description="Parameter-efficient RLHF in JAX.")
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="run or continue a configuration (the default command)")
-    running.add_argument("--config", required=True, type=Path, help="YAML file; configs/REFERENCE.md lists every field")
+    running.add_argument("--config", required=True, help="YAML file; configs/REFERENCE.md lists every field")
     running.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field; may be given several times")
     running.add_argument("--restart", action="store_true", help="start anew; an existing run folder is moved aside")
     reporting = commands.add_parser("report", help="rebuild report.html of a run folder")
-    reporting.add_argument("folder", type=path_of)
+    reporting.add_argument("folder", type=_place)
     generating = commands.add_parser(
         "generate", help="answer prompts with a run's policy, beside its reference, or before RL with its SFT model"
     )
-    generating.add_argument("--run", required=True, type=path_of, metavar="FOLDER", help="run folder")
+    generating.add_argument("--run", required=True, type=_place, metavar="FOLDER", help="run folder")
     generating.add_argument("--prompt", action="append", help="several are answered in a table; without one, a conversation begins")
     generating.add_argument(
-        "--image", action="append", default=[], type=path_of, metavar="FILE", help="a picture that every prompt, or a conversation, shows"
+        "--image", action="append", default=[], type=_place, metavar="FILE", help="a picture that every prompt, or a conversation, shows"
     )
     generating.add_argument("--temperature", type=float, help="0 is greedy; the run's rl.sampling by default, and so below")
     generating.add_argument("--top-k", type=int)
@@ -189,6 +189,14 @@ def cli(argv: Sequence[str] | None = None) -> int:
             raise
     hosts.leave(code)
     return code
+
+
+def _place(text: str) -> Path:
+    """`path_of`, whose error argparse shows."""
+    try:
+        return path_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _out_of_memory(error: BaseException) -> bool:

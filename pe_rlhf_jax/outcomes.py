@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import jax
 
-from pe_rlhf_jax import run_folder
+from pe_rlhf_jax import hosts, run_folder
+from pe_rlhf_jax.checkpoint.peft_import import WEIGHTS_FILE
 from pe_rlhf_jax.checkpoint.preprocessing import vision_of
 from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
@@ -19,8 +21,9 @@ from pe_rlhf_jax.loading import adapted, load_decoder
 from pe_rlhf_jax.models.lora import merge
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.models.vlm import adapts_tower
+from pe_rlhf_jax.package import sha256_of
 from pe_rlhf_jax.sharding import placed_shapes
-from pe_rlhf_jax.training import reward, rl, sft
+from pe_rlhf_jax.training import evaluate, reward, rl, sft
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.images import ImageEncoder
 from pe_rlhf_jax.training.rewards import RewardModel
@@ -28,6 +31,16 @@ from pe_rlhf_jax.types import PyTree
 
 ROLE_OF = {sft.STAGE: "reference", reward.STAGE: "reward_model", rl.STAGE: "policy"}
 """Under which name the outcome of a training stage is kept among the checkpoints."""
+
+
+def without_spent_adapters(config: Config, store: Store) -> Config:
+    """The configuration without the adapters that stages started from and nothing reads any more: their folders may be gone."""
+    model, of_reward = config.model, config.reward
+    if store.latest(ROLE_OF[sft.STAGE]) is not None:
+        model = model.model_copy(update={"adapter": None})
+    if any(store.latest(name) is not None for name in (reward.STAGE, ROLE_OF[reward.STAGE])):
+        of_reward = of_reward.model_copy(update={"adapter": None})
+    return config.model_copy(update={"model": model, "reward": of_reward})
 
 
 class Outcomes:
@@ -137,6 +150,19 @@ class Outcomes:
             return None
         return ImageEncoder(theirs.decoder, theirs.backbone, mine.mesh, mine.encoder.read, mine.encoder.cached_bytes)
 
+    def given(self, stage: str) -> dict[str, str]:
+        """What a stage uses and this run did not make, by the field that names it, with a SHA-256: of the weights of the adapter that is
+        the reference, and of the `SHA256SUMS` of other runs' reward models. What cannot be read is left out.
+        """
+        config, found = self.context.config, {}
+        adapter = config.model.adapter if self.store.latest(ROLE_OF[sft.STAGE]) is None else None
+        if adapter is not None and (stage != reward.STAGE or config.reward.start_from == "sft"):
+            found["model.adapter"] = hosts.once(lambda: _sha256(Path(adapter).expanduser() / WEIGHTS_FILE))
+        if stage == rl.STAGE or (stage == evaluate.STAGE and self.store.latest(ROLE_OF[rl.STAGE]) is not None):
+            for name in sorted({term.model for term in config.rl.rewards if term.model not in (None, "run")}):
+                found[f"rl.rewards {name}"] = Store(path_of(name) / "checkpoints").fingerprint(ROLE_OF[reward.STAGE])
+        return {name: sha256 for name, sha256 in found.items() if sha256 is not None}
+
     def trained(self) -> dict[str, PyTree]:
         """What each finished training stage trained, by the name of its outcome."""
         return {ROLE_OF[stage]: self._read[stage] for stage in ROLE_OF if stage in self._read}
@@ -163,6 +189,12 @@ class Outcomes:
                 f"{self.backbone.source} is {self.backbone.sha256[:12]}...; adapters fit only the backbone they were trained on. "
                 "If you know better, set model.any_backbone: true"
             )
+
+
+def _sha256(file: Path) -> str | None:
+    with contextlib.suppress(OSError):
+        return sha256_of(file)
+    return None
 
 
 def _described(backbone: Backbone, config: Config) -> str:

@@ -20,7 +20,8 @@ from pe_rlhf_jax.checkpoint.store import Store
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.loading import load, needed, rows_of
 from pe_rlhf_jax.models.quantization import count
-from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes
+from pe_rlhf_jax.models.vlm import adapts_tower
+from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes, without_spent_adapters
 from pe_rlhf_jax.report import headline, health, html, samples
 from pe_rlhf_jax.report.metrics import MetricsLog
 from pe_rlhf_jax.report.progress import Progress
@@ -54,7 +55,7 @@ class Run:
     def __init__(self, config: Config, folder: Path, progress: Progress, stop: Stop, command: str | None = None):
         self.config, self.folder, self.progress, self.stop, self.command = config, folder, progress, stop, command
         self.store = Store(folder / "checkpoints")
-        self.backbone, self.context = load(config, progress, needs=needed(config))
+        self.backbone, self.context = load(without_spent_adapters(config, self.store), progress, needs=needed(config))
         self.outcomes = Outcomes(self.store, self.backbone, self.context)
         hosts.once(self._open_log)
 
@@ -84,7 +85,9 @@ class Run:
         stages, config = self.config.run.stages, self.config.rl
         self._check_reference()
         trained = self.store.latest(ROLE_OF[rl.STAGE]) is not None
+        self._check_towers()
         if "reward" in stages and self.store.latest(reward.STAGE) is None:
+            reward.check(self.context)
             reward.check_labels(self.context, "reward.evaluation_pairs", self.config.reward.evaluation_pairs)
             if "evaluate" in stages:
                 reward.check_labels(self.context, "evaluate.pairs", self.config.evaluate.pairs)
@@ -116,12 +119,36 @@ class Run:
                 f"rl.value_init reward starts the value model from this run's reward model, and {self.folder} has none; set it to zero"
             )
 
+    def _check_towers(self) -> None:
+        """Raises ConfigError if a stage would tune in full what an earlier one, or a named adapter, leaves with an adapter on the tower."""
+        stages, config = self.config.run.stages, self.config
+        if not adapts_tower(config.lora) or self.context.decoder.config.vision is None:
+            return
+        done = {stage: self.store.latest(outcome) is not None for stage, outcome in ROLE_OF.items()}
+        has_sft = sft.STAGE in stages or done[sft.STAGE]
+        reference = config.sft.tuning == "lora" if has_sft else self.context.base.lora is not None
+        start = reference if config.reward.start_from == "sft" else self.context.reward_base.lora is not None
+        value = config.rl.value_from_reward and config.rl.value_model == "adapter" and config.reward.tuning == "lora"
+        starts = {
+            "reward.tuning": (reward.STAGE, config.reward.tuning, start),
+            "rl.tuning": (rl.STAGE, config.rl.tuning, reference),
+            "rl.value_tuning": (rl.STAGE, config.rl.tuning_of("value"), value),
+        }
+        for field, (stage, tuning, adapted) in starts.items():
+            if stage in stages and not done[stage] and tuning == "full" and adapted:
+                raise ConfigError(
+                    f"{field} full would start from an adapter on the vision tower, which is the backbone's and stays as it is; set it to "
+                    "lora, or let lora.target_modules leave the tower out"
+                )
+
     def _check_reference(self) -> None:
         """Raises ConfigError if a stage would begin from another reference than the one that SFT leaves, or has begun from another."""
         stages = self.config.run.stages
         if self.store.latest(ROLE_OF[sft.STAGE]) is not None:
             return
-        from_sft = self.config.reward.start_from == "sft" and self.store.latest(ROLE_OF[reward.STAGE]) is None
+        # Full tuning leaves the very parameters that an adapter stands on, and a finished reward model is an adapter on its reference.
+        stands = self.store.latest(ROLE_OF[reward.STAGE]) is None or self.config.sft.tuning == "full"
+        from_sft = self.config.reward.start_from == "sft" and stands
         for stage in (rl.STAGE, *((reward.STAGE,) if from_sft else ())):
             before = stages[: stages.index(stage)] if stage in stages else stages
             if sft.STAGE not in before:
@@ -225,7 +252,9 @@ class Run:
                 self.progress.warn(f"{stage} began with other rows of data: from here on it learns from these, in another order")
             if meta.get("portions", portions) != portions and stage != rl.STAGE and self.config.lora.lora_dropout:
                 self.progress.warn(f"{stage} began on another mesh or with other micro-batches: from here on dropout draws otherwise")
-        meta |= {"rows": rows, "portions": portions}
+        given = self.outcomes.given(stage)
+        self._warn_of_changed(stage, meta, given)
+        meta |= {"rows": rows, "portions": portions, "given": meta.get("given", {}) | given}
         start = int(state.step)
         hosts.once(lambda: self.log.rewind(stage, start if saved else -1))
         before, began = meta["elapsed_s"], time.perf_counter()
@@ -261,6 +290,12 @@ class Run:
         meta |= {"elapsed_s": before + time.perf_counter() - began, "peak_memory_gib": self._peak(meta), "figures": figures}
         self.store.save(ROLE_OF[stage], int(state.step), outcome, meta)
 
+    def _warn_of_changed(self, stage: str, meta: dict[str, Any], given: dict[str, str]) -> None:
+        """Says which of what a stage was given are no longer as its meta has them, if it has them."""
+        for name, sha256 in given.items():
+            if meta.get("given", {}).get(name, sha256) != sha256:
+                self.progress.warn(f"{stage} began with another {name}, whose files have changed since: its results mix both")
+
     def _rows(self, stage: str) -> str:
         """What tells the rows that a stage learns from apart from others."""
         kinds = {sft.STAGE: "sft", reward.STAGE: reward.kind_of(self.config.reward).data, rl.STAGE: "prompts"}
@@ -283,6 +318,7 @@ class Run:
             figures["reward_model"] = reward.evaluate(self.context, reward_model)
         if policy is not None and data.prompts is not None:
             roles = {"reference": self.outcomes.reference(), "policy": policy}
+            self._warn_of_changed(rl.STAGE, self.store.meta(ROLE_OF[rl.STAGE]), self.outcomes.given(evaluate.STAGE))
             rewards = Rewards(self.context, self.outcomes.reward_models())
             with self.progress.stage(evaluate.STAGE, min(self.config.evaluate.prompts, len(data.prompts.validation))) as shown:
                 for done, result in evaluate.policy(self.context, roles, rewards, html.SAMPLES_SHOWN):
@@ -298,7 +334,8 @@ class Run:
 
     def _of(self) -> dict[str, Any]:
         """What an evaluation is of, and how it is made."""
-        return {name: self.store.latest(name) for name in ROLE_OF.values()} | {"settings": self.config.evaluate.model_dump(mode="json")}
+        steps, settings = {name: self.store.latest(name) for name in ROLE_OF.values()}, self.config.evaluate.model_dump(mode="json")
+        return steps | {"settings": settings, "given": self.outcomes.given(evaluate.STAGE)}
 
     def _evaluated(self) -> bool:
         """Whether what is there now was evaluated so; an evaluation of what stood there before, such as no policy, does not count."""
@@ -306,11 +343,13 @@ class Run:
             return False
         kept, now = self.store.meta(evaluate.STAGE).get("of", {}), self._of()
         shown = {"samples": now["settings"]["samples"]}  # what the terminal shows changes no figure
-        return kept | {"settings": kept.get("settings", {}) | shown} == now
+        changed = any(now["given"].get(name, sha256) != sha256 for name, sha256 in kept.get("given", {}).items())
+        return not changed and kept | {"settings": kept.get("settings", {}) | shown, "given": now["given"]} == now
 
     def _export(self) -> None:
         began = time.perf_counter()
         common: dict[str, Any] = {"base_model": self.backbone.source, "sha256": self.backbone.sha256}
+        common["revision"] = self.config.model.revision
         common["weights"] = self.backbone.family.weights(self.backbone.config)
         roles = {"policy": self.outcomes.policy() or self.outcomes.reference(), "reward": self.outcomes.reward_model()}
         config, summary = self.config.export, self.summary()
@@ -319,7 +358,8 @@ class Run:
             told = self._training(name, summary)
             if role is None or (role.lora is None and role.params is None):
                 self.progress.warn(f"export: the {name} model was not trained")
-            elif role.lora is None or role.params is not None:
+                continue
+            if role.lora is None or role.params is not None:
                 other = "" if config.merged else "; export.merged writes it whole"
                 self.progress.warn(f"export: the {name} model has weights of its own, to which no adapter of the backbone belongs{other}")
             else:
@@ -332,7 +372,7 @@ class Run:
                 else:
                     write = functools.partial(export.export_reward, folder, lora, head, family=self.backbone.family, **settings)
                 hosts.once(write)
-            if config.merged and role is not None:
+            if config.merged:
                 target, head = self.folder / "export" / "merged" / name, role.head if name == "reward" else None
                 lora, head = hosts.fetch((role.lora, head))
                 merged.export_merged(

@@ -25,7 +25,7 @@ RENEWED_S, STALE_S = 10.0, 40.0  # how often a note in an object store is renewe
 
 MAY_CHANGE = re.compile(
     r"run\.(name|folder|stages|checkpoint_every|max_nonfinite|tensorboard|wandb_project|host_timeout_s|compilation_cache)"
-    r"|(evaluate|export|mesh)\..*|(sft|reward|rl)\.micro_batch_size|rl\.sampling\.(gather|join)_weights"
+    r"|(evaluate|export|mesh)\..*|(sft|reward|rl)\.micro_batch_size|rl\.sampling\.(max_num_seqs|(gather|join)_weights)"
     r"|model\.(any_backbone|remat|attention_block|logprob_chunk)|data\.image_cache_gib"
 )
 """Fields that may differ when a run is continued: which part of it is done now, what is written beside it and how often, what is let
@@ -187,7 +187,10 @@ def _check_configuration(folder: Path, config: Config) -> None:
     checkpoints = folder / "checkpoints"
     if not checkpoints.exists():
         return
-    untouched = tuple(f"{stage}." for stage in ("sft", "reward", "rl") if not (checkpoints / stage).exists())
+    reads = {"sft": "sft", "reward": "label" if config.reward.kind == "labels" else "preference", "rl": "prompts"}
+    begun = [stage for stage in reads if (checkpoints / stage).exists()]
+    unread = {"sft", "preference", "label", "prompts"} - {reads[stage] for stage in begun}
+    untouched = (*(f"{stage}." for stage in reads if stage not in begun), *(f"data.{kind}." for kind in unread))
     lines = [
         line
         for line in configuration.differences(read_config(folder), config)

@@ -122,5 +122,5 @@ class TrainState(flax.struct.PyTreeNode):
     """Adapters and heads, or with full tuning the parameters themselves."""
     opt_state: PyTree
     skipped: Int[jax.Array, ""]
-    """Updates skipped because the loss or a gradient was not finite."""
+    """Updates skipped because the loss, a gradient or, in RL, a score was not finite."""
     skipped_in_a_row: Int[jax.Array, ""]

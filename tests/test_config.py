@@ -92,6 +92,20 @@ def test_yaml_merge_keys_work_and_odd_keys_are_explained():
     assert "not valid YAML" in problem("{[a]: 1}")
 
 
+def test_an_override_changes_one_of_the_sections_that_an_anchor_makes_alike():
+    text = MODEL + "sft: &s\n  optimizer: &o {learning_rate: 1e-3}\n  steps: 5\nrl: {optimizer: *o}\nreward: *s\n"
+    found = c.parse(text, ["reward.steps=7", "rl.optimizer.learning_rate=1e-5", "reward.optimizer.learning_rate=1e-6"])
+    assert (found.sft.steps, found.reward.steps) == (5, 7)
+    assert [section.optimizer.learning_rate for section in (found.sft, found.rl, found.reward)] == [1e-3, 1e-5, 1e-6]
+
+
+@pytest.mark.parametrize("changes", [{}, {"eps": 1e-8}, {"schedule": "cosine", "b1": 0.8}])
+def test_rls_own_learning_rate_stays_where_other_fields_are_set(changes):
+    found = c.parse(MODEL, [f"rl.optimizer.{name}={value}" for name, value in changes.items()]).rl.optimizer
+    assert found == c.OptimizerConfig(learning_rate=1e-4, **changes)
+    assert c.RLConfig(optimizer=changes).optimizer == found and c.SFTConfig(optimizer=changes).optimizer.learning_rate == 3e-4
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("- a", "expected sections such as `model:`, found list"), ("a: [", "not valid YAML"), ("", "model: required")],
@@ -111,11 +125,13 @@ def test_text_that_is_no_configuration(text, expected):
         ("sft: {optimizer: {head_learning_rate: 1e-4}}", "sft.optimizer.head_learning_rate would do nothing: no head is trained there"),
         ("rl: {algorithm: grpo, optimizer: {head_learning_rate: 1e-4}}", "rl.optimizer.head_learning_rate would do nothing"),
         ("reward: {balance_classes: true}", "reward.balance_classes belongs to reward.kind labels and would do nothing with pairs"),
+        ("rl: {length_target: 20}", "length_target would do nothing without length_penalty"),
         ("rl: {rewards: [{function: 'a:b'}]}\nevaluate: {judge: 'a:b'}", "evaluate.judge a:b is one of rl.rewards"),
     ],
 )
 def test_options_that_would_say_nothing_are_refused(text, expected):
     assert expected in problem(MODEL + text)
+    c.parse("model: {source: 'hf:a/b', revision: v1}\nrl: {length_target: 20, length_penalty: 0.1}")
     c.parse(MODEL + "rl: {algorithm: ppo, optimizer: {head_learning_rate: 1e-4}}")
     c.parse(MODEL + "rl: {rewards: [{model: run}, {function: 'a:b', weight: 0}]}\nevaluate: {judge: 'a:b'}")
 
@@ -161,7 +177,8 @@ def test_what_is_dumped_is_read_back_equal():
             "lora.lora_alpha=16",
         ],
     )
-    for config in (rich, c.parse(MODEL)):
+    named = c.parse(MODEL, ["run.name='1e-4'", "run.folder='1E3'", "model.adapter='.5e2'", "data.group_by='yes'"])
+    for config in (rich, named, c.parse(MODEL)):
         assert c.parse(c.dump(config)) == config
         assert c.differences(config, c.parse(c.dump(config))) == []
 
@@ -186,6 +203,15 @@ def test_differences_name_each_field_once():
         (["rl.num_mini_batches=3"], "num_mini_batches 3 does not divide batch_size 32"),
         (["rl.sampling.temperature=0"], "temperature must be above 0"),
         (["rl.kl_target=6", "rl.kl_coef=0"], "kl_target steers by multiplying kl_coef"),
+        (["run.seed=4294967296"], "run.seed: Input should be less than 4294967296"),
+        (["data.source=movie-review"], "data.source: Input should be 'movie-reviews' or 'easy-vqa'; found 'movie-review'"),
+        (["rl.rewards=[{model: a/f}, {function: 'x:f'}]"], "called alike: f, f; each is logged under its function's or its folder's name"),
+        (["model.revision=v1"], "model.revision belongs to a source of the hub and would do nothing with local"),
+        (
+            ["run.folder=gc://bucket/runs"],
+            "run.folder: gc://bucket/runs is neither a path nor a place that begins with gs://, s3://, az://",
+        ),
+        (["rl.rewards=[{model: 'ftp://runs/x'}]"], "rl.rewards.0: ftp://runs/x is neither a path"),
         (["mesh.fsdp=-1"], "only one of data, fsdp, tensor may be -1"),
         (["mesh.tensor=0"], "axis sizes must be positive"),
         (["lora.target_modules='(q'"], "nor a regular expression"),
@@ -220,6 +246,8 @@ def test_files_are_read_and_unreadable_ones_explained(tmp_path):
     for bad in (path, tmp_path / "missing.yaml"):
         with pytest.raises(c.ConfigError, match=re.escape(f"cannot read the configuration {bad}")):
             c.load(bad)
+    with pytest.raises(c.ConfigError, match=r"http://x/c.yaml is neither a path nor a place that begins with gs://"):
+        c.load("http://x/c.yaml")
 
 
 def fields(section: type[c.Section]) -> set[str]:

@@ -9,6 +9,16 @@ import pytest
 from pe_rlhf_jax import files
 
 
+@pytest.mark.parametrize("place", ["file:///x", "http://host/x", "GS://bucket", "://x"])
+def test_places_that_cannot_be_are_refused_with_those_that_can(place):
+    with pytest.raises(ValueError, match=f"{place} is neither a path nor a place that begins with gs://, s3://, az://"):
+        files.path_of(place)
+
+
+def test_both_names_of_google_cloud_storage_are_one():
+    assert files.path_of("gcs://bucket/a") == files.path_of("gs://bucket/a")
+
+
 def test_a_file_is_made_and_replaced(tmp_path):
     path = tmp_path / "new" / "file"
     for content in (b"old", b"new"):

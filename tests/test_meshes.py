@@ -228,6 +228,23 @@ with jax.set_mesh(context.mesh):
 print("same")
 """
 
+TAKEN = """
+from pe_rlhf_jax.sharding import ROWS, make_mesh, place_rows
+from pe_rlhf_jax.config import MeshConfig
+from jax.sharding import NamedSharding
+
+# A mini-batch lies where its batch does: each group of devices has its rows.
+for axes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
+    mesh, order = make_mesh(MeshConfig(**axes)), np.arange(16)[::-1].astype(np.int32)
+    with jax.set_mesh(mesh):
+        batch = dict(scores=np.arange(32.0), tokens=np.arange(64).reshape(32, 2))
+        taken = rl._take(place_rows(batch, mesh), order)
+        for name, x in taken.items():
+            assert x.sharding.is_equivalent_to(NamedSharding(mesh, ROWS), x.ndim), x.sharding
+            np.testing.assert_array_equal(x, batch[name][order])
+print("same")
+"""
+
 HEADS = """
 for changes in (dict(num_kv_heads=1), dict(num_heads=6, num_kv_heads=3), dict(num_heads=3, num_kv_heads=3, vocab_size=32)):
     tiny = model(**changes)
@@ -322,6 +339,7 @@ print("same")
         pytest.param(LONG, id="twenty-steps", marks=pytest.mark.slow),
         pytest.param(PORTIONS, id="micro-batches"),
         pytest.param(PACKED, id="packed"),
+        pytest.param(TAKEN, id="mini-batches"),
         pytest.param(HEADS.format(stages=("reward",)), id="heads"),
         pytest.param(HEADS.format(stages=("reward", "rl")), id="heads-in-rl", marks=pytest.mark.slow),
         pytest.param(KEPT, id="kept-in-stretches"),

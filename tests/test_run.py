@@ -18,12 +18,14 @@ from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax import main
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.config import ConfigError
-from pe_rlhf_jax.data import PromptExample, Split
+from pe_rlhf_jax.data import LabelExample, PreferenceExample, PromptExample, Split
 from pe_rlhf_jax.loading import needed
+from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.outcomes import Outcomes
 from pe_rlhf_jax.report.metrics import MetricsLog
 from pe_rlhf_jax.report.progress import Progress
 from pe_rlhf_jax.run import Run, Stopped
+from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.types import TrainState
 
 STEPS = 7
@@ -34,7 +36,7 @@ class Counting:
 
     def __init__(self, folder, every: int = 100, accuracies: dict[int, float] | None = None, patience: int | None = None):
         self.folder, self.accuracies, self.patience, self.seen = folder, accuracies or {}, patience, []
-        self.data, self.said, self.devices = "one", io.StringIO(), 1
+        self.data, self.said, self.devices, self.given = "one", io.StringIO(), 1, {}
         self.config = configuration.parse(f"{{model: {{source: x}}, run: {{checkpoint_every: {every}}}, reward: {{steps: {STEPS}}}}}")
 
     def start(self, stop_at: int | None = None, kill_at: int | None = None):
@@ -45,7 +47,7 @@ class Counting:
         run.backbone = SimpleNamespace(source="x", sha256="0")
         mesh = AbstractMesh((self.devices, 1, 1), ("data", "fsdp", "tensor"))
         run.context = SimpleNamespace(data=SimpleNamespace(preference=Split([PromptExample(np.arange(1), self.data, {})], [])), mesh=mesh)
-        run.outcomes = SimpleNamespace(like=lambda init: init(), check=lambda meta: None)
+        run.outcomes = SimpleNamespace(like=lambda init: init(), check=lambda meta: None, given=lambda stage: self.given)
         stop = SimpleNamespace(received=None)
         run.stop = SimpleNamespace(asked=lambda: stop.received)
 
@@ -124,6 +126,80 @@ def test_other_rows_than_a_stage_began_with_are_said(tmp_path):
         run.data = data
         run.start(stop_at=(run.saved or [0])[-1] + 1 if (tmp_path / "checkpoints").exists() else 1)
         assert run.said.getvalue().count("reward began with other rows of data") == warned
+
+
+def test_a_changed_adapter_or_reward_model_that_a_stage_is_given_is_said(tmp_path):
+    """Not what a folder without such entries began with, and not what is out of reach for a while."""
+    run = Counting(tmp_path)
+    seen = ({}, {"model.adapter": "1"}, {}, {"model.adapter": "1"}, {"model.adapter": "2"}, {"model.adapter": "2"})
+    for step, (given, warned) in enumerate(zip(seen, (0, 0, 0, 0, 1, 1), strict=True), start=1):
+        run.given = given
+        run.start(stop_at=step)
+        assert " ".join(run.said.getvalue().split()).count("reward began with another model.adapter, whose files") == warned
+
+
+def test_a_policy_that_is_judged_beside_another_reference_than_it_was_trained_with_is_said(tmp_path, monkeypatch):
+    run, said = object.__new__(Run), io.StringIO()
+    run.config, run.folder, run.store = configuration.parse("model: {source: x}"), tmp_path, Store(tmp_path / "checkpoints")
+    run.progress, run.backbone = Progress(Console(file=said, width=500)), SimpleNamespace(source="x", sha256="0")
+    run.context = SimpleNamespace(data=SimpleNamespace(preference=None, prompts=Split([], [])))
+    run.outcomes = SimpleNamespace(
+        reward_model=lambda: None, policy=Role, reference=Role, reward_models=dict, given=lambda stage: {"model.adapter": "2"}
+    )
+    run.stop = SimpleNamespace(asked=lambda: None)
+    monkeypatch.setattr("pe_rlhf_jax.run.Rewards", lambda *_: None)
+    monkeypatch.setattr("pe_rlhf_jax.run.evaluate.policy", lambda *_: iter([(0, {"samples": []})]))
+    for kept, warned in (({}, 0), ({"given": {"model.adapter": "2"}}, 0), ({"given": {"model.adapter": "1"}}, 1)):
+        run.store.save("policy", 1, {"w": jnp.float32(0)}, kept)
+        run._evaluate()
+        assert said.getvalue().count("rl began with another model.adapter") == warned
+        assert run.store.meta("evaluate")["of"]["given"] == {"model.adapter": "2"}
+        (tmp_path / "checkpoints" / "evaluate").rename(tmp_path / f"before-{len(list(tmp_path.iterdir()))}")  # to be judged again
+
+
+@pytest.mark.parametrize(
+    ("role", "said", "written"),
+    [
+        (Role(), "the policy model was not trained", None),
+        (Role(params={"w": jnp.ones(1)}), "the policy model has weights of its own", True),
+        (Role(lora={}), "of v1", True),
+    ],
+)
+def test_only_what_was_trained_is_written_whole(tmp_path, monkeypatch, role, said, written):
+    run, shown, calls = object.__new__(Run), io.StringIO(), []
+    text = {"model": {"source": "hf:a/b", "revision": "v1"}, "export": {"roles": ["policy"], "merged": True}}
+    run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
+    run.progress, run.context = Progress(Console(file=shown, width=500)), SimpleNamespace(backbone={})
+    family = SimpleNamespace(weights=lambda config: ())
+    run.backbone = SimpleNamespace(source="x", sha256="0", family=family, config=None)
+    run.outcomes = SimpleNamespace(policy=lambda: None, reference=lambda: role, reward_model=lambda: None)
+    monkeypatch.setattr(run, "summary", dict)
+    monkeypatch.setattr(run, "_training", lambda *_: None)
+    monkeypatch.setattr("pe_rlhf_jax.run.merged.export_merged", lambda folder, *_, **__: calls.append(folder))
+    monkeypatch.setattr("pe_rlhf_jax.run.export.export_policy", lambda *_, revision, **__: run.progress.note(f"of {revision}"))
+    run._export()
+    assert said in shown.getvalue()
+    assert calls == ([tmp_path / "export" / "merged" / "policy"] if written else [])
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_configuration_may_be_in_an_object_store(monkeypatch, capsys, command):
+    asked = []
+
+    def load(place, overrides):
+        asked.append(place)
+        raise ConfigError("as far as it goes")
+
+    monkeypatch.setattr(configuration, "load", load)
+    assert main.cli([command, "--config", "gs://bucket/c.yaml"]) == 2
+    assert asked == ["gs://bucket/c.yaml"] and "as far as it goes" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_is_said_by_the_command_line(capsys):
+    for arguments in (["report", "ftp://x"], ["generate", "--run", "ftp://x"]):
+        with pytest.raises(SystemExit):
+            main.cli(arguments)
+        assert "ftp://x is neither a path nor a place that begins with gs://" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -216,7 +292,7 @@ def test_what_cannot_be_judged_or_begun_is_refused_before_anything_is_trained(tm
         text["evaluate"] = {"pairs": 3}
         run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
         rows = [SimpleNamespace(label=label) for label in held_out]
-        run.context = SimpleNamespace(config=run.config, split=lambda kind: Split([], rows))
+        run.context = SimpleNamespace(config=run.config, split=lambda kind: Split(rows, rows), packing=lambda *_: None)
         run.outcomes = SimpleNamespace(check_other_runs=lambda: None)
         run._check_order()
 
@@ -235,12 +311,76 @@ def test_what_cannot_be_judged_or_begun_is_refused_before_anything_is_trained(tm
 def test_a_fully_tuned_model_beside_shared_roles_is_refused_before_anything_is_trained(tmp_path):
     run, text = object.__new__(Run), {"model": {"source": "x"}, "run": {"stages": ["reward", "rl"]}, "sft": {"tuning": "full"}}
     run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
-    run.context = SimpleNamespace(config=run.config)
+    run.context = SimpleNamespace(config=run.config, packing=lambda *_: None)
     run.outcomes = SimpleNamespace(check_other_runs=lambda: None)
     run._check_order()
     run.store.save("reference", 1, {"w": jnp.float32(0)}, {})
     with pytest.raises(ConfigError, match=r"sft was tuned in full; set rl\.roles: separate"):
         run._check_order()
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"reward": {"use_margin": True}}, r"reward\.use_margin: no pair for training has a `margin`"),
+        ({"data": {"packing": True}}, r"data\.packing: the sides of a pair share so little that it takes 90 tokens"),
+        ({"reward": {"kind": "labels", "linear_probe": 10}}, r"reward\.linear_probe: of the 10 rows drawn for it, fewer than two"),
+        ({"reward": {"kind": "pairs-as-labels", "linear_probe": 10}}, None),
+        ({}, None),
+    ],
+)
+def test_rows_that_the_reward_stage_cannot_learn_from_are_refused_before_anything_is_trained(tmp_path, section, said):
+    """Pairs without margins, whose prompts differ; of 30 labelled rows one is wrong."""
+    run, text = object.__new__(Run), {"model": {"source": "x"}, "run": {"stages": ["sft", "reward"]}}
+    lengths = {"max_prompt_length": 20, "max_response_length": 20}
+    run.config = configuration.parse(json.dumps(text | section | {"data": lengths | section.get("data", {})}))
+    run.folder, run.store = tmp_path, Store(tmp_path / "checkpoints")
+    words = np.arange(45)
+    rows = {
+        "preference": Split([PreferenceExample(words, words + 1)] * 12, []),
+        "label": Split([LabelExample(words, float(i > 0)) for i in range(30)], [LabelExample(words, float(i)) for i in (0, 1)]),
+    }
+    mesh = AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    decoder = SimpleNamespace(config=SimpleNamespace(vision=None))
+    run.context = Context(run.config, decoder, {}, None, (), SimpleNamespace(**rows), mesh)
+    if said is None:
+        run._check_order()
+    else:
+        with pytest.raises(ConfigError, match=said):
+            run.execute()
+        run.store.save("reward", 1, {"w": jnp.float32(0)}, {})
+        run._check_order()  # a stage that has begun was looked at when it did
+
+
+@pytest.mark.parametrize(
+    ("stages", "section", "base", "said"),
+    [
+        (["sft", "rl"], {"rl": {"tuning": "full"}}, None, "rl.tuning full would start from an adapter on the vision tower"),
+        (["rl"], {"rl": {"tuning": "full"}}, None, None),
+        (["rl"], {"rl": {"tuning": "full"}}, "adapter", "rl.tuning full"),
+        (["sft", "rl"], {"rl": {"tuning": "full"}, "sft": {"tuning": "full"}}, None, None),
+        (["sft", "rl"], {"rl": {"tuning": "full"}, "lora": {"target_modules": "attention"}}, None, None),
+        (["sft", "rl"], {"rl": {"tuning": "lora"}}, None, None),
+        (["sft", "reward"], {"reward": {"tuning": "full", "start_from": "sft"}}, None, "reward.tuning full"),
+        (["sft", "reward"], {"reward": {"tuning": "full"}}, None, None),
+        (["sft", "reward", "rl"], {"rl": {"value_tuning": "full", "value_init": "reward"}}, None, "rl.value_tuning full"),
+        (["sft", "reward", "rl"], {"rl": {"value_tuning": "full"}}, None, None),
+    ],
+)
+def test_full_tuning_over_an_adapted_tower_is_refused_before_anything_is_trained(tmp_path, stages, section, base, said):
+    run, target = object.__new__(Run), {"lora": {"target_modules": r"(vision\.)?attention\..*"}}
+    text = {"model": {"source": "x"}, "run": {"stages": stages}} | target | section
+    text["rl"] = {"roles": "separate", "rewards": [{"function": "math:sqrt"}], "value_init": "zero"} | section.get("rl", {})
+    run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
+    decoder = SimpleNamespace(config=SimpleNamespace(vision="seen"))
+    run.context = SimpleNamespace(decoder=decoder, base=Role(lora=base), reward_base=Role())
+    if said is None:
+        run._check_towers()
+    else:
+        with pytest.raises(ConfigError, match=said):
+            run.execute()
+        decoder.config.vision = None  # a model of text has no tower
+        run._check_towers()
 
 
 @pytest.mark.parametrize(
@@ -296,6 +436,21 @@ def test_no_stage_begins_from_another_reference_than_sft_leaves(tmp_path, stages
             run.execute()
 
 
+@pytest.mark.parametrize(("tuning", "said"), [("full", "a stage reward that began without SFT"), ("lora", None)])
+def test_a_finished_reward_model_keeps_the_parameters_that_it_was_trained_on(tmp_path, tuning, said):
+    """A first SFT after it, in full, would leave others under its adapter."""
+    run, model = object.__new__(Run), {"source": "x", "adapter": "somewhere"}
+    text = {"model": model, "run": {"stages": ["sft"]}, "reward": {"start_from": "sft"}, "sft": {"tuning": tuning}}
+    run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
+    for name in ("reward", "reward_model"):
+        run.store.save(name, 1, {"w": jnp.float32(0)}, {})
+    if said is None:
+        run._check_reference()
+    else:
+        with pytest.raises(ConfigError, match=said):
+            run.execute()
+
+
 def because(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error
@@ -307,7 +462,7 @@ def because(error: Exception, cause: Exception) -> Exception:
         (
             JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nlong"),
             2,
-            "out of memory: RESOURCE.*5 bytes.\n.*micro_batch",
+            "(?s)out of memory: RESOURCE.*5 bytes.\n.*micro_batch.*max_num_seqs.*may be continued",
         ),
         (MemoryError("numpy"), 2, "out of memory: numpy"),
         (ConfigError("expected this"), 2, "error: expected this"),

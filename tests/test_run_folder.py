@@ -37,6 +37,7 @@ def test_only_what_changes_no_result_may_differ(config):
     with run_folder.opened(changed("run", stages=["export"], tensorboard=False), restart=False):
         pass
     may = [("mesh", {"fsdp": 8}), ("export", {"merged": True}), ("evaluate", {"judge": "a:b"}), ("rl", {"micro_batch_size": 1})]
+    may += [("rl", {"sampling": config.rl.sampling.model_copy(update={"max_num_seqs": 4, "gather_weights": True})})]
     may += [("run", {"checkpoint_every": 3, "max_nonfinite": 2}), ("model", {"remat": "full", "any_backbone": True})]
     for section, fields in [*may, ("reward", {"steps": 3})]:  # the reward model's training has not begun
         with run_folder.opened(changed(section, **fields), restart=False) as folder:
@@ -54,6 +55,26 @@ def test_only_what_changes_no_result_may_differ(config):
     os.rename(folder, elsewhere := folder.parent / "two")
     with run_folder.opened(changed("run", folder=f"{folder.parent}/.", name="two"), restart=False) as folder:
         assert folder.samefile(elsewhere)
+
+
+def test_the_data_of_a_stage_that_has_not_begun_may_still_be_named(config):
+    def given(*overrides):
+        return configuration.parse(configuration.dump(config), ["data.sft.train=[a]", *overrides])
+
+    with run_folder.opened(given(), restart=False) as folder:
+        (folder / "checkpoints" / "sft").mkdir(parents=True)
+    for overrides in (["data.preference.train=[b]", "data.prompts.train=[c]"], ["data.preference.train=[d]"], ["reward.kind=labels"]):
+        with run_folder.opened(given(*overrides), restart=False):
+            pass
+    (folder / "checkpoints" / "reward").mkdir()
+    with run_folder.opened(given("reward.kind=labels", "data.preference.train=[b]"), restart=False):  # pairs are nobody's
+        pass
+    for changed in (["data.label.train=[e]"], ["data.sft.train=[e]"], ["data.too_long=error"]):
+        with (
+            pytest.raises(ConfigError, match=changed[0].partition("=")[0]),
+            run_folder.opened(given("reward.kind=labels", *changed), restart=False),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("restart", [False, True])

@@ -52,10 +52,10 @@ def returns_to_go(rewards: Float[Array, "B R"], mask: Bool[Array, "B R"], gamma:
 def explained_variance(values: Float[Array, "B R"], returns: Float[Array, "B R"], mask: Bool[Array, "B R"]) -> Float[Array, ""]:
     """1 - Var(returns - values) / Var(returns) over real tokens: 1 is a perfect critic, 0 no better than a constant.
 
-    0 also where the returns do not vary, up to the rounding of float32.
+    0 also where the returns do not vary, up to the rounding of float32; NaN where one is not a finite number.
     """
     values, returns = select(values, mask), select(returns, mask)
     variance = masked_var(returns, mask)
     varies = variance > 1e-12 * masked_mean(jnp.square(returns), mask)
     ratio = masked_var(returns - values, mask) / jnp.where(varies, variance, 1.0)
-    return jnp.where(varies, 1.0 - ratio, 0.0)
+    return jnp.where(varies, 1.0 - ratio, jnp.where(jnp.isfinite(variance), 0.0, jnp.nan))

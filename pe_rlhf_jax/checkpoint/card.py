@@ -16,6 +16,8 @@ from pe_rlhf_jax.models.families import Family
 from pe_rlhf_jax.types import PyTree
 
 Kind = Literal["policy", "reward"]
+Form = Literal["adapter", "merged", "full"]
+"""An adapter for the backbone; a whole model with its adapter merged in; or one whose own weights were trained."""
 _SECTIONS: dict[Kind, tuple[str, ...]] = {"policy": ("sft", "rl"), "reward": ("reward",)}
 _PIPELINE = {"policy": "text-generation", "reward": "text-classification"}
 _SEEING_PIPELINE = _PIPELINE | {"policy": "image-text-to-text"}  # the hub has no name for scoring a text about pictures
@@ -37,6 +39,7 @@ class {name}(GenericForSequenceClassification, {prefix}PreTrainedModel):
     pass  # transformers has all of it but the class
 """
 _COMPOSED = "put before the backbone; no file holds the two as one model, so other programs read what `export.merged` writes"
+_TITLES: dict[Form, str] = {"adapter": " adapter (LoRA)", "merged": ", its adapter merged in", "full": ", tuned in full"}
 _DATA = {"sft": "sft", "reward": "preference", "rl": "prompts"}
 
 
@@ -114,8 +117,8 @@ def score_bias(head: PyTree) -> float:
     return float(np.asarray(head["bias"], np.float32)[0])
 
 
-def card(kind: Kind, merged: bool, base_model: str, sha256: str, rows: Mapping[str, Any], usage: str, training: Training | None) -> str:
-    """The card of an adapter, or of a model with its adapter merged in.
+def card(kind: Kind, form: Form, base_model: str, sha256: str, rows: Mapping[str, Any], usage: str, training: Training | None) -> str:
+    """The card of an adapter, or of a whole model.
 
     Args:
         base_model: the backbone as `model.source` names it.
@@ -124,7 +127,7 @@ def card(kind: Kind, merged: bool, base_model: str, sha256: str, rows: Mapping[s
         usage: Markdown that says how to load the folder.
     """
     told = training or Training()
-    title = {"policy": "Policy", "reward": "Reward model"}[kind] + (", its adapter merged in" if merged else " adapter (LoRA)")
+    title = {"policy": "Policy", "reward": "Reward model"}[kind] + _TITLES[form]
     table = {"backbone": f"`{base_model}`", "SHA-256 of its weights": f"`{sha256}`", **rows, **told.recipe}
     parts = [
         f"# {title}",
@@ -132,7 +135,7 @@ def card(kind: Kind, merged: bool, base_model: str, sha256: str, rows: Mapping[s
         _table(("", ""), table.items()),
         usage.strip(),
     ]
-    if not merged:
+    if form == "adapter":
         parts.insert(3, "The adapter belongs to exactly these weights: on others it computes something else without a warning.")
     if told.command:
         parts += ["## How it was made", f"```bash\n{told.command}\n```"]
@@ -142,20 +145,20 @@ def card(kind: Kind, merged: bool, base_model: str, sha256: str, rows: Mapping[s
         parts += ["## Results", _table(("figure", "value", "", ""), [(f.name, f.value, f.interval, f.reading) for f in told.figures])]
     declared = f"it declares `{told.license}`" if told.license else "its own card says which they are"
     parts += ["## Licence", f"Licence and terms of the backbone apply to what is made of it; {declared}."]
-    return f"---\n{_front_matter(kind, merged, base_model, told)}\n---\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{_front_matter(kind, form, base_model, told)}\n---\n" + "\n\n".join(parts) + "\n"
 
 
-def _front_matter(kind: Kind, merged: bool, base_model: str, told: Training) -> str:
+def _front_matter(kind: Kind, form: Form, base_model: str, told: Training) -> str:
     # Only names of the hub: it refuses others. A file's or package's name stands in the table.
     hub = base_model.removeprefix("hf:") if base_model.startswith("hf:") else None
     data = ModelCardData(
         base_model=hub,
-        base_model_relation=("finetune" if merged else "adapter") if hub else None,
+        base_model_relation=("adapter" if form == "adapter" else "finetune") if hub else None,
         datasets=list(told.datasets) or None,
-        library_name="transformers" if merged else "peft",
+        library_name="peft" if form == "adapter" else "transformers",
         license=told.license,
         pipeline_tag=(_SEEING_PIPELINE if told.sees else _PIPELINE)[kind],
-        tags=["pe_rlhf_jax", *([] if merged else ["lora"]), *told.tags],
+        tags=["pe_rlhf_jax", *(["lora"] if form == "adapter" else []), *told.tags],
     )
     return data.to_yaml().strip()
 

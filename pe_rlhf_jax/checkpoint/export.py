@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -33,6 +34,7 @@ def export_policy(
     *,
     base_model: str,
     sha256: str,
+    revision: str | None = None,
     training: Training | None = None,
     weights: Sequence[Weight] = LINEAR_LAYERS,
     backbone: PyTree | None = None,
@@ -43,6 +45,7 @@ def export_policy(
         lora: factors {"a": [L, in, r], "b": [L, r, out]} of every targeted module, under `layers/<part>/<module>`.
         base_model: the backbone as `model.source` names it.
         sha256: of the backbone's weight file.
+        revision: of the backbone on the hub, where one was named.
         training: what the model card tells about the training.
         weights: the family's table, `backbone.family.weights(backbone.config)`; by default the names of Llama and those like it.
         backbone: the backbone's parameters, needed where the adapter trains modules whole: what is written is their sum.
@@ -51,9 +54,9 @@ def export_policy(
         ValueError: the adapter is not of that family, or trains modules whole and the backbone is not given.
     """
     auto = "AutoModelForImageTextToText" if any(weight.leaf[0] == "vision" for weight in weights) else "AutoModelForCausalLM"
-    usage = _USAGE.format(imported=f"from transformers import {auto}", auto=auto, arguments="")
+    usage = _usage(f"from transformers import {auto}", auto, revision)
     tensors = _sums(lora, weights, backbone)
-    _export(folder, lora, config, "policy", base_model, sha256, training, weights, tensors, header={}, usage=usage)
+    _export(folder, lora, config, "policy", base_model, sha256, revision, training, weights, tensors, header={}, usage=usage)
 
 
 def export_reward(
@@ -64,6 +67,7 @@ def export_reward(
     *,
     base_model: str,
     sha256: str,
+    revision: str | None = None,
     training: Training | None = None,
     weights: Sequence[Weight] = LINEAR_LAYERS,
     backbone: PyTree | None = None,
@@ -76,10 +80,10 @@ def export_reward(
         family: the backbone's, whose classifier the README loads.
     """
     auto, imported = scorer(family)
-    usage = _USAGE.format(imported=imported, auto=auto, arguments=", num_labels=1") + scoring(family, head)
+    usage = _usage(imported, auto, revision, ", num_labels=1") + scoring(family, head)
     tensors = {SCORE: np.asarray(head["kernel"]).T, **_sums(lora, weights, backbone)}
     header = {"score_bias": repr(score_bias(head))}
-    _export(folder, lora, config, "reward", base_model, sha256, training, weights, tensors, header, usage)
+    _export(folder, lora, config, "reward", base_model, sha256, revision, training, weights, tensors, header, usage)
 
 
 def _export(
@@ -89,6 +93,7 @@ def _export(
     kind: Kind,
     base_model: str,
     sha256: str,
+    revision: str | None,
     training: Training | None,
     weights: Sequence[Weight],
     tensors: dict[str, np.ndarray],
@@ -96,10 +101,11 @@ def _export(
     usage: str,
 ) -> None:
     modules, whole = adapted_modules(lora, weights), modules_to_save(saved_whole(lora, weights))
-    settings = {
+    settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": _TASKS[kind],
         "base_model_name_or_path": base_model.removeprefix("hf:"),
+        "revision": revision,
         "r": config.r,
         "lora_alpha": _plain(config.lora_alpha),
         "use_rslora": config.use_rslora,
@@ -123,7 +129,7 @@ def _export(
         "adapted modules": ", ".join(module.target for module in modules),
         "rank, alpha": f"{config.r}, {config.lora_alpha:g}" + (" (rank-stabilised)" if config.use_rslora else ""),
     }
-    readme = card(kind, False, base_model, sha256, rows, usage, training)
+    readme = card(kind, "adapter", base_model, sha256, rows, usage, training)
 
     with written_whole(folder) as unfinished:
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -154,6 +160,12 @@ def _plain(number: float) -> float:
 
 
 _TASKS: dict[Kind, str] = {"policy": "CAUSAL_LM", "reward": "SEQ_CLS"}
+
+
+def _usage(imported: str, auto: str, revision: str | None, arguments: str = "") -> str:
+    """Markdown that loads an adapter, given the class of its model and arguments of `from_pretrained`."""
+    return _USAGE.format(imported=imported, auto=auto, arguments=arguments + (f", revision={revision!r}" if revision else ""))
+
 
 _USAGE = """\
 ```python

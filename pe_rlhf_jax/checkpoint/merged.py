@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from pe_rlhf_jax import hosts
-from pe_rlhf_jax.checkpoint.card import Kind, Training, card, score_bias, scorer, scoring
+from pe_rlhf_jax.checkpoint.card import Form, Kind, Training, card, score_bias, scorer, scoring
 from pe_rlhf_jax.checkpoint.folder import written_whole
 from pe_rlhf_jax.checkpoint.peft_layout import adapted_modules, saved_whole
 from pe_rlhf_jax.checkpoint.safetensors_writer import write_safetensors
@@ -106,7 +106,9 @@ def export_merged(
             _write(unfinished / "preprocessor_config.json", dict(backbone.preprocessor))
         if backbone.processor is not None:
             _write(unfinished / "processor_config.json", dict(backbone.processor))
-        (unfinished / "README.md").write_text(_card(backbone, dtype, head, training), encoding="utf-8")
+        (unfinished / "README.md").write_text(
+            _card(backbone, "full" if lora is None else "merged", dtype, head, training), encoding="utf-8"
+        )
 
 
 def _in_order(table: Sequence[Weight], num_layers: int) -> Iterator[tuple[list[Weight], int | None, str]]:
@@ -225,7 +227,7 @@ def _for_all_versions(file: Path) -> None:
     _write(file, found)
 
 
-def _card(backbone: Backbone, dtype: str, head: PyTree | None, training: Training | None) -> str:
+def _card(backbone: Backbone, form: Form, dtype: str, head: PyTree | None, training: Training | None) -> str:
     kind: Kind = "policy" if head is None else "reward"
     if head is None:
         auto = "AutoModelForCausalLM" if backbone.config.vision is None else "AutoModelForImageTextToText"
@@ -233,7 +235,7 @@ def _card(backbone: Backbone, dtype: str, head: PyTree | None, training: Trainin
     else:
         auto, imported = scorer(backbone.family)
         usage = _USAGE.format(imported=imported, auto=auto) + scoring(backbone.family, head)
-    return card(kind, True, backbone.source, backbone.sha256, {"weights": dtype}, usage, training)
+    return card(kind, form, backbone.source, backbone.sha256, {"weights": dtype}, usage, training)
 
 
 def _generation_config(backbone: Backbone) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def import_adapter(
     weights: Sequence[Weight] = LINEAR_LAYERS,
     base_model: str | None = None,
     sha256: str | None = None,
+    revision: str | None = None,
     backbone: PyTree | None = None,
 ) -> tuple[PyTree, PyTree | None]:
     """Read an adapter in PEFT's format: (lora, head), the inverse of the exports to the bit; the head is None where there is no score.
@@ -67,7 +68,7 @@ def import_adapter(
         like: the decoder's adapter, or its shapes by `jax.eval_shape(decoder.init_lora, key)`.
         config: what the adapter will be applied with; rank, scale and targets must be the file's.
         weights: the family's table, `backbone.family.weights(backbone.config)`; by default the names of Llama and those like it.
-        base_model, sha256: the backbone's, to be compared with what the adapter says that it was trained on, where it does.
+        base_model, sha256, revision: the backbone's, to be compared with what the adapter says that it was trained on, where it does.
         backbone: its parameters, needed where `like` trains modules whole (`lora.modules_to_save`).
 
     Raises:
@@ -78,24 +79,9 @@ def import_adapter(
     whole = saved_whole(like, weights)
     if whole and backbone is None:
         raise ValueError(f"{folder} has {', '.join(modules_to_save(whole))} whole: give the backbone, of which the difference is taken")
-    modules = adapted_modules(like, weights)
-    settings = _settings(folder / CONFIG_FILE)
-    _check_settings(folder / CONFIG_FILE, settings, config, modules)
-    file = folder / WEIGHTS_FILE
-    try:
-        with safetensors.safe_open(file, framework="numpy") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            header = stored.metadata() or {}
-    except (OSError, safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{file}: cannot be read as safetensors: {error}") from error
-    _check_backbone(file, settings, header, base_model, sha256)
-    layers = {module.name: module.factors(like)[0]["a"].shape[0] for module in modules}
-    names = {name for module in modules for layer in range(layers[module.name]) for name in module.tensor_names(layer)}
-    names |= {PREFIX + weight.name for weight in whole}
-    if missing := sorted(names - tensors.keys()):
-        raise AdapterError(f"{file}: {_some(missing)} missing; {_FIT}")
-    if unknown := sorted(tensors.keys() - names - {SCORE}):
-        raise AdapterError(f"{file}: {_some(unknown)} without a place; {_FIT}")
+    check_adapter(folder, like, config, weights=weights, base_model=base_model, sha256=sha256, revision=revision)
+    modules, file = adapted_modules(like, weights), folder / WEIGHTS_FILE
+    tensors, header = _stored(file, tensors=True)
     for name, tensor in tensors.items():
         if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
             raise AdapterError(f"{file}: {name} is of type {tensor.dtype}, which is not supported; supported: F32, F16, BF16")
@@ -105,7 +91,7 @@ def import_adapter(
     for module in modules:
         shapes = module.factors(like)
         stacks = [{factor: np.empty(shape[factor].shape, shape[factor].dtype) for factor in "ab"} for shape in shapes]
-        for layer in range(layers[module.name]):
+        for layer in range(_layers(module, like)):
             for stack, (a, b) in zip(stacks, _layer(file, module, layer, tensors, shapes, config.r), strict=True):
                 stack["a"][layer], stack["b"][layer] = a, b
         for weight, stack in zip(module.weights, stacks, strict=True):
@@ -113,6 +99,44 @@ def import_adapter(
     for weight in whole:
         _node(lora, weight)[weight.leaf[-1]] = jnp.asarray(_added(file, weight, tensors, backbone))
     return lora, _head(file, tensors, header)
+
+
+def check_adapter(
+    folder: Path,
+    like: PyTree,
+    config: LoRAConfig,
+    *,
+    weights: Sequence[Weight] = LINEAR_LAYERS,
+    base_model: str | None = None,
+    sha256: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Raises what `import_adapter` does of an adapter's settings, backbone and names of tensors, none of which are read."""
+    modules, file = adapted_modules(like, weights), Path(folder) / WEIGHTS_FILE
+    settings = _settings(file.with_name(CONFIG_FILE))
+    _check_settings(file.with_name(CONFIG_FILE), settings, config, modules)
+    tensors, header = _stored(file, tensors=False)
+    _check_backbone(file, settings, header, base_model, sha256, revision)
+    names = {name for module in modules for layer in range(_layers(module, like)) for name in module.tensor_names(layer)}
+    names |= {PREFIX + weight.name for weight in saved_whole(like, weights)}
+    if missing := sorted(names - tensors.keys()):
+        raise AdapterError(f"{file}: {_some(missing)} missing; {_FIT}")
+    if unknown := sorted(tensors.keys() - names - {SCORE}):
+        raise AdapterError(f"{file}: {_some(unknown)} without a place; {_FIT}")
+
+
+def _stored(file: Path, tensors: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's tensors by their names, or only these, and its header."""
+    try:
+        with safetensors.safe_open(file, framework="numpy") as stored:
+            found = {name: stored.get_tensor(name) if tensors else None for name in stored.keys()}  # noqa: SIM118
+            return found, stored.metadata() or {}
+    except (OSError, safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{file}: cannot be read as safetensors: {error}") from error
+
+
+def _layers(module: Module, like: PyTree) -> int:
+    return module.factors(like)[0]["a"].shape[0]
 
 
 def _layer(
@@ -196,12 +220,19 @@ def _check_settings(file: Path, found: Mapping[str, Any], config: LoRAConfig, mo
         )
         if not close:
             raise AdapterError(f"{file}: {key}: {value!r} is not supported (only none, or {expected!r})")
+    ranks, alphas = (set(found.get(key) or ()) for key in ("rank_pattern", "alpha_pattern"))
+    if alone := sorted(ranks ^ alphas):
+        raise AdapterError(
+            f"{file}: {', '.join(alone)} in only one of rank_pattern and alpha_pattern, which gives another scale, is not supported"
+        )
 
 
 _MEND = "use the same backbone, or if you know better, set model.any_backbone: true"
 
 
-def _check_backbone(file: Path, settings: Mapping[str, Any], header: Mapping[str, str], base_model: str | None, sha256: str | None) -> None:
+def _check_backbone(
+    file: Path, settings: Mapping[str, Any], header: Mapping[str, str], base_model: str | None, sha256: str | None, revision: str | None
+) -> None:
     trained = header.get("base_model_sha256")
     if sha256 is not None and trained is not None and trained != sha256:
         raise AdapterError(f"{file}: trained on weights with SHA-256 {trained}, but the backbone's is {sha256}; {_MEND}")
@@ -210,6 +241,9 @@ def _check_backbone(file: Path, settings: Mapping[str, Any], header: Mapping[str
     named = trained is None and base_model is not None and base_model.startswith("hf:") and _is_hub_name(name)
     if named and f"hf:{name}" != base_model:
         raise AdapterError(f"{file}: trained on {name!r}, but model.source is {base_model!r}; {_MEND}")
+    found, ours = settings.get("revision"), revision or "main"  # what the hub gives where none is named
+    if named and found is not None and found != ours:
+        raise AdapterError(f"{file}: trained on revision {found!r} of {name!r}, but model.revision is {ours!r}; {_MEND}")
 
 
 def _is_hub_name(name: Any) -> bool:

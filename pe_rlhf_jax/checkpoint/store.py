@@ -145,6 +145,16 @@ class Store:
         """The meta of the checkpoint of `step`, or of the newest good one. Raises CheckpointError like `restore`."""
         return hosts.once(lambda: self._find(stage, step))[1]
 
+    def fingerprint(self, stage: str) -> str | None:
+        """SHA-256 of the `SHA256SUMS` of the stage's newest checkpoint; None if there is none, or it cannot be read."""
+        return hosts.once(lambda: self._fingerprint(stage))
+
+    def _fingerprint(self, stage: str) -> str | None:
+        try:
+            return hashlib.sha256((self._folder_of(stage, max(self._steps(stage))) / MANIFEST).read_bytes()).hexdigest()
+        except Exception:  # clients of object stores have errors of their own
+            return None
+
     def _folder_of(self, stage: str, step: int) -> epath.Path:
         folder = self.folder / stage / str(step)
         replaced = folder.parent / f"{REPLACED}{step}"

@@ -19,10 +19,10 @@ from pe_rlhf_jax.files import path_of
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML configuration and applies `a.b=c` overrides. Raises ConfigError with every problem found."""
-    path = path_of(path)
     try:
+        path = path_of(path)
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a place that cannot be
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     return parse(text, overrides, origin=str(path))
 
@@ -46,7 +46,7 @@ def parse(text: str, overrides: Sequence[str] = (), origin: str = "configuration
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML; `parse` reads it back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -70,7 +70,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would read as a float, such as a run's name `1e-4`."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -79,10 +84,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set expects a.b=value, found {override!r}")
     *parents, leaf = path.strip().split(".")
     for name in parents:
-        values[name] = {} if values.get(name) is None else values[name]  # an empty section reads as None
-        values = values[name]
-        if not isinstance(values, dict):
+        inner = {} if values.get(name) is None else values[name]  # an empty section reads as None
+        if not isinstance(inner, dict):
             raise ConfigError(f"--set {override}: {name} is a value, not a section")
+        values[name] = dict(inner)  # a copy: by YAML's anchors, several sections may be one object
+        values = values[name]
     try:
         values[leaf] = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:

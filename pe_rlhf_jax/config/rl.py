@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pe_rlhf_jax.config.optimizer import OptimizerConfig
 from pe_rlhf_jax.config.section import Section
+from pe_rlhf_jax.files import path_of
+
+LEARNING_RATE = 1e-4
+"""Of RL, where `rl.optimizer` names none."""
 
 
 class SamplingConfig(Section):
@@ -82,6 +87,8 @@ class RewardTermConfig(Section):
     def _one_source(self) -> RewardTermConfig:
         if (self.model is None) == (self.function is None):
             raise ValueError("a reward needs either `model` or `function`")
+        if self.model is not None:
+            path_of(self.model)  # raises where there is no such kind of place
         return self
 
     @property
@@ -116,7 +123,8 @@ class RLConfig(Section):
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="Episodes computed at once, in updates (gradient accumulation), scores, log-probabilities and values; null for all.",
+        description="Episodes computed at once, in updates (gradient accumulation), scores, log-probabilities and values, and where the "
+        "policy is evaluated; null for all.",
     )
     sampling: SamplingConfig = Field(SamplingConfig(), description="How responses are sampled.")
     old_logprobs: Literal["sampler", "recompute"] | None = Field(
@@ -161,7 +169,13 @@ class RLConfig(Section):
         "`trunk` from zero, because that model's head was not fitted to the policy's hidden states.",
     )
     value_learning_rate: float | None = Field(None, gt=0, description="Learning rate of the value model; null for the optimizer's own.")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(learning_rate=1e-4), description="Optimizer of policy and value.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(learning_rate=LEARNING_RATE), description="Optimizer of policy and value.")
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _own_learning_rate(cls, value: Any) -> Any:
+        """Where only other fields are set, the learning rate stays RL's, not that of other stages."""
+        return {"learning_rate": LEARNING_RATE, **value} if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _batches_nest(self) -> RLConfig:
@@ -172,7 +186,12 @@ class RLConfig(Section):
         if self.value_model == "trunk" and self.value_tuning is not None:
             raise ValueError("value_model trunk is a head on the policy and has no tuning of its own; leave value_tuning out")
         if len({term.name for term in self.rewards}) < len(self.rewards):
-            raise ValueError(f"two rewards are called alike: {', '.join(term.name for term in self.rewards)}")
+            raise ValueError(
+                f"two rewards are called alike: {', '.join(term.name for term in self.rewards)}; each is logged under its function's or "
+                "its folder's name, so rename one of them"
+            )
+        if self.length_target and not self.length_penalty:
+            raise ValueError("length_target would do nothing without length_penalty, which is taken off beyond it")
         if not any(term.weight for term in self.rewards):
             raise ValueError("all rewards have weight 0, so there is nothing to maximise")
         if self.algorithm == "reinforce" and (self.kl_coef > 1 or self.kl_target is not None):

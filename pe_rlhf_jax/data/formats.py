@@ -304,6 +304,8 @@ class Reader:
             return self._plain(row, prompt, _text(key, answer))
         asked = turns("prompt", prompt, row_pictures(row), folder_of(row))
         given = [Turn("assistant", (_text(key, answer),))] if isinstance(answer, str) else turns(key, answer)
+        if given[: len(asked)] == asked:
+            raise BadRow(f"expected `{key}` to go on where `prompt` ends, found that it begins with the prompt's turns: leave `prompt` out")
         return self._split(row, "prompt", key, asked + given)
 
     def _plain(self, row: Row, prompt: str, answer: str) -> Seen:

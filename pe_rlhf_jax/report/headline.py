@@ -87,8 +87,10 @@ def _reward_model(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile 
         above = interval[0] > 0.5 if interval else auc > 0.5
         reading = (
             f"On {count:,.0f} held-out rows{_chose(summary)}: the share of (good, bad) pairs in which the good one scores higher; "
-            f"guessing reaches 0.5. {accuracy or 0:.1%} of the rows are on the right side of 0."
+            f"guessing reaches 0.5. {accuracy or 0:.1%} of the rows are on the right side of 0"
         )
+        guess = number(summary, "reward_model", "guessing", "accuracy")
+        reading += f"; always the more common label would be right in {guess:.1%}." if guess is not None else "."
         return Tile("Reward model AUC", f"{auc:.3f}", _show(interval, ".3f"), reading, "good" if above else "bad")
     if accuracy is not None:
         interval = _interval(summary["reward_model"])
@@ -98,15 +100,19 @@ def _reward_model(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile 
         verdict = "guessing would reach 50%." if above else "that is not clearly better than guessing (50%)."
         reading = f"{where} it prefers the side that people preferred in {accuracy:.0%} of cases; {verdict}"
         return Tile(label, f"{accuracy:.1%}", _show(interval, ".1%"), reading, "good" if above else "bad")
-    found = [(row["step"], row["eval/accuracy"]) for row in rows.get("reward", ()) if _is_number(row.get("eval/accuracy"))]
+    reward = rows.get("reward", ())
+    key, form = "eval/accuracy", ".1%"
+    if any("eval/auc" in row for row in reward):
+        key, label, form = "eval/auc", "Reward model AUC", ".3f"
+    found = [(row["step"], row[key]) for row in reward if _is_number(row.get(key))]
     if not found:
         return None
     kept = dict(found).get(number(summary, "reward_model", "best_step"))
     if kept is not None:
         reading = "Of the checkpoint that was kept, on the held-out rows that chose it; the stage `evaluate` measures it on more."
-        return Tile(label, f"{kept:.1%}", "during training", reading)
+        return Tile(label, format(kept, form), "during training", reading)
     reading = "Latest evaluation during training, on the held-out rows kept for it; the final measurement is still to come."
-    return Tile(label, f"{found[-1][1]:.1%}", "during training", reading)
+    return Tile(label, format(found[-1][1], form), "during training", reading)
 
 
 def _chose(summary: Mapping[str, Any]) -> str:
@@ -167,7 +173,7 @@ def _model(summary: Mapping[str, Any], rows: Mapping[str, Rows]) -> Tile | None:
     total, trained = (number(summary, "model", key) for key in ("parameters", "trainable_parameters"))
     if not total or trained is None:
         return None
-    reading = f"Of the backbone's {total / 1e6:,.0f} million parameters; what checkpoints and the optimizer hold."
+    reading = f"Of the policy, beside the backbone's {total / 1e6:,.0f} million; a reward or value model has as many, and a head."
     return Tile("Trained parameters", f"{trained / total:.2%}", f"{trained / 1e6:,.1f} million", reading)
 
 

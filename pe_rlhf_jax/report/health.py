@@ -76,7 +76,7 @@ class Watch:
         return _mean(self.rows[-WINDOW:], key)
 
     def always(self, key: str, limit: float) -> bool:
-        """Whether the metric was above the limit at each of the latest steps."""
+        """Whether the metric was there and above the limit at each of the latest steps."""
         return all(_value(row, key) > limit for row in self.rows[-WINDOW:])
 
 
@@ -148,6 +148,17 @@ def _length_drift(watch: Watch) -> str | None:
     return f"responses went from {before:.1f} to {now:.1f} tokens, which pleases a reward model that likes length or brevity: {remedy}"
 
 
+def _scores_that_are_no_numbers(watch: Watch) -> str | None:
+    bad = [row for row in watch.rows[-2 * WINDOW :] if _value(row, "val/nonfinite_scores") > 0]
+    if not bad:
+        return None
+    responses = sum(_value(row, "val/nonfinite_scores") for row in bad)
+    return (
+        f"a reward was not a finite number for {responses:.0f} responses in {len(bad)} of the latest {2 * WINDOW} steps; such a step may "
+        "teach nothing. The rewards/... that are empty in metrics.jsonl tell which: look at that model, or try model.dtype float32"
+    )
+
+
 def _sampler_mismatch(watch: Watch) -> str | None:
     if not watch.last("val/sampler_kl") > MISMATCH_NATS:
         return None
@@ -164,6 +175,7 @@ CHECKS: tuple[Callable[[Watch], str | None], ...] = (
     _collapse_to_few_answers,
     _entropy_collapse,
     _length_drift,
+    _scores_that_are_no_numbers,
     _sampler_mismatch,
 )
 
@@ -173,14 +185,20 @@ def _value(row: Row, key: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan  # comparisons with NaN are false: a missing metric says nothing
 
 
+def _there(rows: Sequence[Row], key: str) -> list[float]:
+    """The metric at the steps that have it: one that was not a finite number says nothing of the others."""
+    return [value for row in rows if math.isfinite(value := _value(row, key))]
+
+
 def _mean(rows: Sequence[Row], key: str) -> float:
-    return statistics.fmean(_value(row, key) for row in rows)
+    values = _there(rows, key)
+    return statistics.fmean(values) if values else math.nan
 
 
 def _error(rows: Sequence[Row], key: str) -> float:
     """Standard error of the mean over the steps."""
-    values = [_value(row, key) for row in rows]
-    return statistics.stdev(values) / math.sqrt(len(values)) if not any(map(math.isnan, values)) else math.nan
+    values = _there(rows, key)
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def _change(watch: Watch, key: str) -> str:

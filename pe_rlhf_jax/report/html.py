@@ -28,6 +28,8 @@ STAGE_TITLES = {
     "evaluate": "evaluation",
     "export": "export",
 }
+FIGURES_OF = {"sft": "sft", "reward": "reward_model", "rl": "rl"}
+"""Where in summary.json the figures of a stage are."""
 
 
 @dataclass
@@ -93,7 +95,9 @@ def load(folder: Path) -> Run:
         if not run.rows:
             run.problems.append("metrics.jsonl is missing or empty: no stage has trained yet, so there are no curves.")
 
-    run.warnings = health.findings(run.rows.get("rl", []), _parsed(run.config))
+    parsed = _parsed(run.config)
+    run.warnings = health.findings(run.rows.get("rl", []), parsed)
+    stages = list(STAGE_TITLES) if parsed is None else parsed.run.stages
 
     summary = folder / "summary.json"
     if not summary.exists():
@@ -108,7 +112,7 @@ def load(folder: Path) -> Run:
             run.summary = {}
             run.problems.append(f"summary.json cannot be read ({error}); `evaluate` writes it again.")
     if run.summary:
-        absent = [name for name in ("sft", "reward_model", "rl") if not run.summary.get(name)]
+        absent = [name for stage, name in FIGURES_OF.items() if stage in stages and not run.summary.get(name)]
         if absent:
             run.problems.append(f"summary.json has no figures of {', '.join(absent)}: these stages were not run or not evaluated.")
 
@@ -117,7 +121,7 @@ def load(folder: Path) -> Run:
             run.samples.append((path.stem, samples.read(path)))
         except ValueError as error:
             run.problems.append(f"Samples are left out: {error}")
-    if not any(rows for _, rows in run.samples):
+    if "rl" in stages and not any(rows for _, rows in run.samples):
         run.problems.append("samples/ has no samples: `evaluate` writes them.")
     return run
 

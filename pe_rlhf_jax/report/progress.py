@@ -63,7 +63,7 @@ class Progress:
         try:
             with live or contextlib.nullcontext():
                 yield stage
-            outcome = "done"
+            outcome, stage.ended = "done", True
         finally:  # after the live display is gone, whether the stage ended or was interrupted
             mark = ("✓ ", "green") if outcome == "done" else ("✗ ", "red")
             self._line(Text.assemble(mark, (name, "bold"), f" {outcome}: ", stage.summary()))
@@ -97,6 +97,8 @@ class StageProgress:
 
     def __init__(self, name: str, total: int, done: int = 0):
         self.name, self.total, self.step, self.resumed_at = name, total, done, done
+        self.ended = False
+        """Whether the stage is over, after all its steps or before."""
         self.started = time.monotonic()
         self.latest: dict[str, float] = {}
         self.course: list[float] = []
@@ -131,14 +133,15 @@ class StageProgress:
 
     def pace(self) -> str:
         """Rate and time left, or why there is none yet."""
+        over = self.ended or self.step >= self.total
         if not self.marks:
             resumed = f"resumed after step {self.resumed_at}, " if self.resumed_at else ""
-            return "nothing left to do" if self.step >= self.total else f"{resumed}compiling"
+            return "nothing left to do" if over else f"{resumed}compiling"
         seconds = self.seconds_per_step()
         if seconds is None:
-            return "first step done" if self.step < self.total else ""
+            return "" if over else "first step done"
         rate = f"{seconds:.1f} s/step" if seconds >= 1 else f"{1 / max(seconds, 1e-9):.1f} steps/s"
-        return f"{rate}, {duration(seconds * (self.total - self.step))} left" if self.step < self.total else rate
+        return rate if over else f"{rate}, {duration(seconds * (self.total - self.step))} left"
 
     def figures(self) -> list[Text]:
         """The stage's numbers, as far as known."""

@@ -50,7 +50,8 @@ def _learning(rl: Rows) -> list[Chart | None]:
     return [
         _curve(
             "Reward",
-            "Mean score of each batch of rollouts, and what is left of it after scaling and clipping, if any, and after the KL penalty.",
+            "Mean score of each batch of rollouts, and what is left of it after scaling and clipping, if any, and after the KL penalty, "
+            "which GRPO has in its loss instead.",
             rl,
             {"objective/scores": "reward", "objective/rlhf_reward": "reward minus KL penalty"},
             "reward",
@@ -85,7 +86,7 @@ def _learning(rl: Rows) -> list[Chart | None]:
             "share",
             percent=True,
         ),
-        _curve("Value loss", "Squared error of the value model.", rl, {"loss/value_avg": "value"}, "loss"),
+        _curve("Value loss", "Half the squared error of the value model, in PPO clipped.", rl, {"loss/value_avg": "value"}, "loss"),
         _curve("Policy loss", "The objective's level says little; jumps do.", rl, {"loss/policy_avg": "policy"}, "loss"),
         _curve(
             "Explained variance",
@@ -107,10 +108,18 @@ def _rewards(rl: Rows) -> Chart | None:
 
 
 def _scoring(reward: Rows, measured: Any) -> list[Chart | None]:
+    """`measured`: `reward_model` of summary.json, once it was evaluated."""
+    loss, right = (number({"all": measured}, "all", "guessing", name) for name in ("loss", "accuracy"))
+    labels = any("eval/auc" in row for row in reward)
+    alone = (
+        isinstance(measured, Mapping) and "rows" in measured and "pairwise_accuracy" not in measured
+    )  # labelled rows, not sides of pairs
+    length = "tokens of the row" if alone else "tokens by which the preferred side is longer"
+    guess = f" Whoever pays no heed to the texts has {loss:.2f} at best." if loss is not None else ""
     return [
         _curve(
             "Reward model loss",
-            "Loss on pairs (Bradley-Terry) or labels (logistic); 0.69 is guessing.",
+            f"{'Logistic loss on labels' if labels else 'Bradley-Terry loss on pairs'}.{guess}",
             reward,
             {"loss": "training", "eval/loss": "held-out"},
             "loss",
@@ -126,17 +135,17 @@ def _scoring(reward: Rows, measured: Any) -> list[Chart | None]:
         _chart(
             "Accuracy by margin",
             "Pairs on which people clearly differ should be easier. Whiskers are 95% intervals.",
-            charts.accuracy_by("Accuracy by margin", _listed(measured, "by_margin"), "difference of the ratings"),
+            charts.accuracy_by("Accuracy by margin", _listed(measured, "by_margin"), "difference of the ratings", right),
         ),
         _chart(
             "Accuracy by length",
-            "A model that only looks at length does well on one side. Whiskers are 95% intervals.",
-            charts.accuracy_by("Accuracy by length", _listed(measured, "by_length"), "tokens"),
+            "A model that only looks at length does well on one side alone. Whiskers are 95% intervals.",
+            charts.accuracy_by("Accuracy by length", _listed(measured, "by_length"), length, right),
         ),
         _chart(
             "Calibration",
-            "On the dashed line, a predicted 70% comes true 70% of the time. Larger points hold more pairs.",
-            charts.calibration("Calibration", _listed(measured, "calibration")),
+            "On the dashed line, a predicted 70% comes true 70% of the time. Each point has as many rows; whiskers are 95% intervals.",
+            charts.calibration("Calibration", _listed(measured, "calibration"), "share of good rows" if labels else "preference"),
         ),
         _curve(
             "Area under the curve",
@@ -234,7 +243,7 @@ def _chart(title: str, caption: str, svg: Markup | None) -> Chart | None:
 
 def _skipped(rows: Rows) -> str:
     count = max((row["skipped"] for row in rows if isinstance(row.get("skipped"), int | float)), default=0)
-    return f"Updates skipped because the loss or a gradient was not finite: {count:.0f}." if count else ""
+    return f"Updates skipped because the loss, a gradient or a score was not finite: {count:.0f}." if count else ""
 
 
 def _tuned(summary: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ groups of them (`TextRow.together`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ from pe_rlhf_jax.hosts import fetch
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.rollout.score import response_logprobs
+from pe_rlhf_jax.sharding import row_multiple
 from pe_rlhf_jax.training.context import Context
 from pe_rlhf_jax.training.functions import call_function, column_names, columns_of, load_function
+from pe_rlhf_jax.training.micro_batches import in_micro_batches
 from pe_rlhf_jax.training.rewards import Rewards
 from pe_rlhf_jax.training.rollouts import respond, response_tokens, texts
 from pe_rlhf_jax.training.statistics import bootstrap_ci, distinct_n, members
@@ -54,11 +57,21 @@ def policy(context: Context, roles: dict[str, Role], rewards: Rewards, pictured:
         yield done, _figures(context.config, prompts, columns, answers, thumbnails) if done == len(prompts) else {}
 
 
+def at_once(context: Context) -> int:
+    """Answers whose rewards and log-probabilities are computed at once: no more than in RL, so that they need no more memory.
+
+    It divides `evaluate.batch_size`, and the mesh can split it.
+    """
+    rows, multiple = context.config.evaluate.batch_size, row_multiple(context.mesh)
+    most = context.config.rl.micro_batch_size or rows
+    return multiple * math.gcd(rows // multiple, max(1, most // multiple))
+
+
 class _Answers:
     """One role's answers to all prompts, with scores and log-probability ratios to the reference."""
 
     def __init__(self, context: Context, rewards: Rewards):
-        self.context, self.rewards = context, rewards
+        self.context, self.rewards, self.at_once = context, rewards, at_once(context)
         self.texts: list[str] = []
         self.tokens: list[list[int]] = []
         self.ended: list[float] = []
@@ -71,7 +84,7 @@ class _Answers:
         self.tokens += response_tokens(rollout)[:rows]
         self.texts += texts(context, rollout)[:rows]
         self.ended += np.asarray(fetch(rollout.ended), np.float64)[:rows].tolist()
-        scores = self.rewards(rollout, prompts)
+        scores = self.rewards(rollout, prompts, at_once=self.at_once)
         self.scores += scores.total.tolist()
         for term, values in scores.terms.items():
             if not np.all(np.isfinite(values)):
@@ -79,17 +92,23 @@ class _Answers:
                 raise NonFiniteError(f"evaluate: the reward {term!r} of {what} is not a finite number, so nothing can be said of its mean")
             self.terms.setdefault(term, []).extend(values.tolist())
         if name == "policy":
-            temperature, chunk = context.config.rl.sampling.temperature, context.config.model.logprob_chunk
-            ratios = _log_ratio(context.decoder, temperature, chunk, roles["policy"], roles["reference"], context.backbone, rollout)
+            static = context.decoder, context.config.rl.sampling.temperature, context.config.model.logprob_chunk, self.at_once
+            ratios = _log_ratio(*static, roles["policy"], roles["reference"], context.backbone, rollout)
             self.kl += fetch(ratios)[:rows].tolist()
 
 
-@jax.jit(static_argnums=(0, 1, 2))
-def _log_ratio(decoder: Decoder, temperature: float, chunk: int, role: Role, reference: Role, backbone: PyTree, rollout: Rollout) -> Array:
-    """log pi(response) - log pi_ref(response) of each row; its mean over samples of pi is KL(pi || pi_ref)."""
-    logprobs, _ = response_logprobs(decoder, backbone, role, rollout, temperature, chunk)
-    ref_logprobs, _ = response_logprobs(decoder, backbone, reference, rollout, temperature, chunk)
-    return jax.vmap(masked_sum)(logprobs - ref_logprobs, rollout.response_mask)
+@jax.jit(static_argnums=(0, 1, 2, 3))
+def _log_ratio(
+    decoder: Decoder, temperature: float, chunk: int, at_once: int, role: Role, reference: Role, backbone: PyTree, rollout: Rollout
+) -> Array:
+    """log pi(response) - log pi_ref(response) of each row, so many at once; its mean over samples of pi is KL(pi || pi_ref)."""
+
+    def forward(part: Rollout) -> Array:
+        logprobs, _ = response_logprobs(decoder, backbone, role, part, temperature, chunk)
+        ref_logprobs, _ = response_logprobs(decoder, backbone, reference, part, temperature, chunk)
+        return jax.vmap(masked_sum)(logprobs - ref_logprobs, part.response_mask)
+
+    return in_micro_batches(forward, rollout, at_once)
 
 
 def _figures(

@@ -76,7 +76,8 @@ def _called(
     columns: Mapping[str, Sequence[Any]],
 ) -> list[float]:
     try:
-        values = list(function(list(prompts), list(completions), **columns))
+        # Copies: a function may change what it is given.
+        values = list(function(list(prompts), list(completions), **{name: list(column) for name, column in columns.items()}))
     except Exception as error:
         raise FunctionError(f"{spec} failed on {len(completions)} completions: {type(error).__name__}: {error}") from error
     if len(values) != len(completions):
@@ -84,7 +85,7 @@ def _called(
     for index, value in enumerate(values):
         try:
             good = math.isfinite(value) and abs(value) <= _LARGEST
-        except TypeError:
+        except (TypeError, OverflowError):  # no number, or a whole one beyond any float
             good = False
         if not good:
             found = f"{spec} returned {value!r} for completion {index}: {completions[index][:80]!r}"

@@ -38,7 +38,11 @@ def updates(
     """Yields the state and its metrics after each update, from where `state` stands; every `evaluate_every` with held-out figures.
 
     What happens at a step depends on the seed and the step alone, so that a run continued from a checkpoint is the same run.
-    `perf/peak_memory_gib` is the fullest host's: all tell theirs at the first step and with held-out figures.
+    `perf/peak_memory_gib` is the fullest host's: all tell theirs at the first step and with held-out figures. `lr` is what the optimizer
+    takes, whose schedule does not count skipped updates.
+
+    Raises:
+        NonFiniteError: too many updates in a row were skipped; the last of them is yielded before.
     """
     optimizer = make_optimizer(config.optimizer, config.steps, config.tuning)
     step = make_step(loss, total, optimizer, config.micro_batch_size)
@@ -50,7 +54,8 @@ def updates(
         rows = [examples[i] for i in order(index)]
         return context.seen(collate(rows), rows)
 
-    first, peak = int(state.step), 0.0
+    first, skipped, peak = int(state.step), int(state.skipped), 0.0
+    stop_if_not_finite(state, context.config.run.max_nonfinite, stage)
     ahead: Any = made(first) if first < config.steps else None
     for index in range(first, config.steps):
         began = time.perf_counter()
@@ -67,10 +72,10 @@ def updates(
                     raise  # the others wait for this one, now
                 ahead = error
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        stop_if_not_finite(state, context.config.run.max_nonfinite, stage)
         seconds = time.perf_counter() - began
         tokens = float(np.sum(batch.mask))
-        values |= {"lr": float(rate(index)), "time/step": seconds, "perf/tokens_per_s": tokens / seconds}
+        values |= {"lr": float(rate(index - skipped)), "time/step": seconds, "perf/tokens_per_s": tokens / seconds}
+        skipped = int(values["skipped"])
         evaluates = (index + 1) % config.evaluate_every == 0 or index + 1 == config.steps
         peak = max(peak, peak_memory_gib())
         if index == first or evaluates:  # asking the other hosts at every step would hold up short ones
@@ -79,6 +84,7 @@ def updates(
         if evaluates:
             values |= {f"eval/{name}": value for name, value in evaluate(state).items()}
         yield state, values
+        stop_if_not_finite(state, context.config.run.max_nonfinite, stage)  # now that the row is written
 
 
 def _order(context: Context, config: SFTConfig | RewardConfig, examples: Sequence[Any]) -> BatchOrder | FamilyOrder:

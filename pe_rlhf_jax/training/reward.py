@@ -56,7 +56,7 @@ def run(context: Context, sft: Role, state: TrainState, fresh: bool = True) -> I
     held_out = split.validation[: config.evaluation_pairs]
 
     def evaluate(state: TrainState) -> Metrics:
-        return kind.quick(held_out, *kind.scores(context, state.trainable.join(rest), held_out))
+        return kind.quick(context, held_out, *kind.scores(context, state.trainable.join(rest), held_out))
 
     if config.linear_probe is not None and fresh and int(state.step) == 0:
         state = state.replace(trainable=_probed(context, kind, state.trainable, rest, split.train))
@@ -101,28 +101,43 @@ def evaluate(context: Context, role: Role) -> dict[str, Any]:
     check_labels(context, "evaluate.pairs", settings.pairs)
     kind = kind_of(config)
     rows = context.split(kind.data).validation[: settings.pairs]
-    figures = kind.figures(rows, settings.bootstrap, *kind.scores(context, role, rows))
+    figures = kind.figures(context, rows, *kind.scores(context, role, rows))
     several = config.evaluate_every < config.steps or config.linear_probe is not None
     each = figures.get("rows", len(rows)) // len(rows)
     return figures | {"selected_on": each * min(len(rows), config.evaluation_pairs) if several else 0}
 
 
 def _probed(context: Context, kind: Kind, role: Role, rest: Role, train: Sequence[Any]) -> Role:
-    """The role with a head that is fitted to what it makes of rows for training. Raises ConfigError where one label has under two."""
+    """The role with a head that is fitted to what it makes of rows for training."""
     config = context.config.reward
-    # Drawn: rows often come in an order, such as right and wrong answers by turns.
-    drawn = np.random.default_rng(context.config.run.seed).permutation(len(train))[: config.linear_probe]
-    rows = [train[int(i)] for i in drawn]
+    rows = [train[i] for i in _drawn(context)]
     hidden, labels = kind.probed(context, role.join(rest), rows)
-    if labels is not None and np.bincount(labels.astype(int), minlength=2).min() < 2:
-        raise ConfigError(
-            f"reward.linear_probe: of the {len(rows)} rows drawn for it, fewer than two have one of the labels; let it have more"
-        )
     names = [row.group or f"row {i}" for i, row in enumerate(as_read(rows))]
     groups = names * (len(hidden) // len(rows))
     # By one process: what others compute may differ in rounding.
     head = hosts.once(lambda: linear_probe(hidden, labels, groups, config.balance_classes))
     return role.replace(head=place(head, context.mesh))
+
+
+def _drawn(context: Context) -> list[int]:
+    """The training rows that a head is fitted to. Raises ConfigError where fewer than two of them have one of the labels."""
+    config, kind = context.config.reward, kind_of(context.config.reward)
+    train = as_read(context.split(kind.data).train)
+    # Drawn: rows often come in an order, such as right and wrong answers by turns.
+    drawn = np.random.default_rng(context.config.run.seed).permutation(len(train))[: config.linear_probe].tolist()
+    labels = [train[i].label for i in drawn] if kind.data == "label" else [0, 1] * len(drawn)
+    if config.kind != "pairs" and min(labels.count(0), labels.count(1)) < 2:
+        raise ConfigError(
+            f"reward.linear_probe: of the {len(drawn)} rows drawn for it, fewer than two have one of the labels; let it have more"
+        )
+    return drawn
+
+
+def check(context: Context) -> None:
+    """Raises ConfigError, before anything is trained, if the stage cannot learn from its training rows as it is configured."""
+    kind_of(context.config.reward).collator(context)
+    if context.config.reward.linear_probe is not None:
+        _drawn(context)
 
 
 def check_labels(context: Context, field: str, count: int) -> None:

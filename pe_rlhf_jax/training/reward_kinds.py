@@ -61,11 +61,11 @@ class Kind(Protocol):
         without labels. N is a multiple of the rows, which it has in their order, once or twice.
         """
 
-    def quick(self, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
-        """Held-out figures during training."""
+    def quick(self, context: Context, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
+        """Held-out figures during training; the loss is the one that is trained, with margins, centering or class weights."""
 
-    def figures(self, rows: Sequence[Any], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
-        """The figures of the finished model, with 95% intervals."""
+    def figures(self, context: Context, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, Any]:
+        """The figures of the finished model, with 95% intervals. `guessing`: loss and accuracy of the best that pays no heed to texts."""
 
 
 class Pairs:
@@ -102,23 +102,27 @@ class Pairs:
     def _sides(self, read: Any, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, ...]:
         return _read(read, context, role, scored_batches(context, "preference", rows))
 
-    def quick(self, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
-        loss, figures = bradley_terry(*map(jnp.asarray, scores))
+    def quick(self, context: Context, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
+        config, (chosen, rejected) = context.config.reward, map(jnp.asarray, scores)
+        margin = jnp.asarray([pair.margin for pair in rows], jnp.float32) if config.use_margin else None
+        loss, figures = bradley_terry(chosen, rejected, margin=margin, center_coef=config.center_rewards_coefficient)
         return {"loss": float(loss)} | {name: float(value) for name, value in figures.items()}
 
-    def figures(self, rows: Sequence[PreferenceExample], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
+    def figures(self, context: Context, rows: Sequence[PreferenceExample], *scores: np.ndarray) -> dict[str, Any]:
         chosen, rejected = scores
-        right, groups = pairwise_right(chosen, rejected), _groups(rows)
+        right, groups, resamples = pairwise_right(chosen, rejected), _groups(rows), context.config.evaluate.bootstrap
+        nothing = np.zeros_like(chosen)
         margins = np.asarray([pair.margin for pair in rows])
         return {
             "accuracy": float(np.mean(right)),
             "ci": bootstrap_ci(right, resamples, groups),
             "pairs": len(rows),
             "groups": len(members(len(rows), groups)),
-            "loss": self.quick(rows, *scores)["loss"],
+            "loss": self.quick(context, rows, *scores)["loss"],
+            "guessing": {"loss": self.quick(context, rows, nothing, nothing)["loss"], "accuracy": 0.5},
             "calibration": calibration(chosen, rejected),
             "by_margin": accuracy_by(margins, right) if np.any(margins) else [],
-            "by_length": accuracy_by(np.asarray([max(len(pair.chosen), len(pair.rejected)) for pair in rows]), right),
+            "by_length": accuracy_by(_longer(rows), right),
         }
 
 
@@ -129,7 +133,7 @@ class Labels:
     select = "auc"
 
     def collator(self, context: Context) -> Callable[[Sequence[LabelExample]], LabelBatch]:
-        share, made = float(np.mean(_labels(as_read(context.split("label").train)))), training_batch(context, "label")
+        share, made = self._share(context), training_batch(context, "label")
         balanced = context.config.reward.balance_classes
 
         def collate(rows: Sequence[LabelExample]) -> LabelBatch:
@@ -156,15 +160,31 @@ class Labels:
     def _responses(self, read: Any, context: Context, role: Role, rows: Sequence[LabelExample]) -> tuple[np.ndarray, ...]:
         return _read(lambda *given: (read(*given),), context, role, scored_batches(context, "label", rows))
 
-    def quick(self, rows: Sequence[LabelExample], *scores: np.ndarray) -> dict[str, float]:
-        return _quick_of_labels(scores[0], _labels(rows))
-
-    def figures(self, rows: Sequence[LabelExample], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
+    def quick(self, context: Context, rows: Sequence[LabelExample], *scores: np.ndarray) -> dict[str, float]:
         labels = _labels(rows)
-        right = (np.sign(scores[0] * (2 * labels - 1)) + 1) / 2
-        groups, lengths = _groups(rows), [len(row.tokens) for row in rows]
-        interval = bootstrap_auc_ci(scores[0], labels, resamples, groups)
-        return _figures_of_labels(scores[0], labels, right, lengths, groups, interval, resamples)
+        weight = class_weights(labels, self._share(context)) if context.config.reward.balance_classes else np.ones_like(labels)
+        return _quick_of_labels(scores[0], labels, weight)
+
+    def figures(self, context: Context, rows: Sequence[LabelExample], *scores: np.ndarray) -> dict[str, Any]:
+        labels, share, resamples = _labels(rows), self._share(context), context.config.evaluate.bootstrap
+        right = _right_side(scores[0], labels)
+        groups, lengths = _groups(rows), np.array([len(row.tokens) for row in rows])
+        odds = np.log(share / (1 - share))
+        balanced = context.config.reward.balance_classes
+        guess = self.quick(context, rows, np.full(len(rows), 0.0 if balanced else odds, np.float32))["loss"]
+        return {
+            **self.quick(context, rows, *scores),
+            **_of_areas(scores[0], labels, right, groups, resamples),
+            "auc_ci": bootstrap_auc_ci(scores[0], labels, resamples, groups),
+            "guessing": {"loss": guess, "accuracy": float(np.mean(_right_side(odds, labels)))},
+            # Both classes alike: their logits leave the share of either to be added.
+            "calibration": label_calibration(scores[0] + (odds if balanced else 0.0), labels),
+            "by_length": accuracy_by(lengths, right),
+        }
+
+    def _share(self, context: Context) -> float:
+        """Of the training rows, how many have label 1."""
+        return float(np.mean(_labels(as_read(context.split("label").train))))
 
 
 class PairsAsLabels(Pairs):
@@ -187,50 +207,54 @@ class PairsAsLabels(Pairs):
     def probed(self, context: Context, role: Role, rows: Sequence[PreferenceExample]) -> tuple[np.ndarray, np.ndarray | None]:
         return np.concatenate(self._sides(_hidden_of_pairs, context, role, rows)), np.repeat([1.0, 0.0], len(rows))
 
-    def quick(self, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
-        return _quick_of_labels(np.concatenate(scores), np.repeat([1.0, 0.0], len(rows)))
+    def quick(self, context: Context, rows: Sequence[Any], *scores: np.ndarray) -> dict[str, float]:
+        return _quick_of_labels(np.concatenate(scores), np.repeat([1.0, 0.0], len(rows)), np.ones(2 * len(rows)))
 
-    def figures(self, rows: Sequence[PreferenceExample], resamples: int, *scores: np.ndarray) -> dict[str, Any]:
+    def figures(self, context: Context, rows: Sequence[PreferenceExample], *scores: np.ndarray) -> dict[str, Any]:
         chosen, rejected = scores
         both, labels = np.concatenate(scores), np.repeat([1.0, 0.0], len(rows))
         right = ((np.sign(chosen) - np.sign(rejected)) / 2 + 1) / 2  # of a pair: its sides go together
-        groups, lengths = _groups(rows), [max(len(pair.chosen), len(pair.rejected)) for pair in rows]
-        interval = bootstrap_pairs_auc_ci(chosen, rejected, resamples, groups)
-        figures = _figures_of_labels(both, labels, right, lengths, groups, interval, resamples)
-        return figures | {"pairwise_accuracy": float(np.mean(pairwise_right(chosen, rejected)))}
+        groups, resamples = _groups(rows), context.config.evaluate.bootstrap
+        return {
+            **self.quick(context, rows, *scores),
+            **_of_areas(both, labels, right, groups, resamples),
+            "auc_ci": bootstrap_pairs_auc_ci(chosen, rejected, resamples, groups),
+            "guessing": {"loss": float(np.log(2)), "accuracy": 0.5},
+            "calibration": label_calibration(both, labels),
+            "by_length": accuracy_by(_longer(rows), right),
+            "pairwise_accuracy": float(np.mean(pairwise_right(chosen, rejected))),
+        }
 
 
 KINDS: dict[str, Kind] = {"pairs": Pairs(), "labels": Labels(), "pairs-as-labels": PairsAsLabels()}
 
 
-def _quick_of_labels(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    loss, figures = logistic(jnp.asarray(scores), jnp.asarray(labels, jnp.float32))
+def _quick_of_labels(scores: np.ndarray, labels: np.ndarray, weight: np.ndarray) -> dict[str, float]:
+    loss, figures = logistic(*(jnp.asarray(x, jnp.float32) for x in (scores, labels)), weight=jnp.asarray(weight, jnp.float32))
     values = {"loss": float(loss)} | {name: float(value) for name, value in figures.items()}
     return values | {"auc": area_under_curve(scores, labels)}
 
 
-def _figures_of_labels(
-    scores: np.ndarray,
-    labels: np.ndarray,
-    right: np.ndarray,
-    lengths: Sequence[int],
-    groups: Groups,
-    auc_ci: list[float],
-    resamples: int,
-) -> dict[str, Any]:
-    """`right`, `lengths` and `groups` are of what is resampled: of rows, or of pairs whose sides are the rows."""
+def _of_areas(scores: np.ndarray, labels: np.ndarray, right: np.ndarray, groups: Groups, resamples: int) -> dict[str, Any]:
+    """What models of labels have in common; `right` and `groups` are of what is drawn: of rows, or of pairs whose sides are the rows."""
     return {
         "accuracy": float(np.mean(right)),
         "ci": bootstrap_ci(right, resamples, groups),
         "auc": area_under_curve(scores, labels),
-        "auc_ci": auc_ci,
         "rows": len(labels),
         "groups": len(members(len(right), groups)),
         "positive_share": float(np.mean(labels)),
-        "loss": _quick_of_labels(scores, labels)["loss"],
-        "calibration": label_calibration(scores, labels),
-        "by_length": accuracy_by(np.asarray(lengths), right),
     }
+
+
+def _right_side(scores: np.ndarray | float, labels: np.ndarray) -> np.ndarray:
+    """1 where a score is on its label's side of 0, 0.5 at 0."""
+    return (np.sign(scores * (2 * labels - 1)) + 1) / 2
+
+
+def _longer(rows: Sequence[PreferenceExample]) -> np.ndarray:
+    """By how many tokens the chosen side of each pair is the longer one."""
+    return np.array([len(pair.chosen) - len(pair.rejected) for pair in rows])
 
 
 def pair_scores(

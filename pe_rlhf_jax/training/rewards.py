@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -103,26 +103,40 @@ class Rewards:
             FunctionError: a function failed, or did not return one finite number for each completion; the message names it.
         """
         count = len(prompts)
+        # Models first, and nobody waits for them: the devices work while texts are decoded and functions called.
+        models = [term for term in self.config.rewards if term.function is None]
+        scored = {term.name: self._model(str(term.model), rollout, prompts, group, at_once) for term in models}
         completions = texts(self.context, rollout)[:count] if self.functions else []
-        terms: dict[str, np.ndarray] = {}
-        for term in self.config.rewards:
-            if term.function is not None:
-                function, asked = self.functions[term.function], [prompt.text for prompt in prompts]
-                columns = columns_of(prompts, self.columns)
-                terms[term.name] = np.asarray(call_function(term.function, function, asked, completions, columns), np.float32)
-            else:
-                scored = self._model(str(term.model), rollout, prompts, group, at_once)
-                terms[term.name] = np.asarray(fetch(scored), np.float32)[:count]
-        total = sum(
-            (np.float32(term.weight) * terms[term.name] for term in self.config.rewards if term.weight), np.zeros(count, np.float32)
-        )
-        return Scores(penalised(self.config, total, rollout), terms)
+        asked, columns = [prompt.text for prompt in prompts], columns_of(prompts, self.columns)
+        found: dict[str, Any] = {
+            term.name: call_function(term.function, self.functions[term.function], asked, completions, columns)
+            for term in self.config.rewards
+            if term.function is not None
+        }
+        found |= {name: fetch(scores)[:count] for name, scores in scored.items()}
+        terms = {term.name: np.asarray(found[term.name], np.float32) for term in self.config.rewards}
+        with np.errstate(over="ignore", invalid="ignore"):  # `not_finite` names it
+            total = sum(
+                (np.float32(term.weight) * terms[term.name] for term in self.config.rewards if term.weight), np.zeros(count, np.float32)
+            )
+            return Scores(penalised(self.config, total, rollout), terms)
 
     def _model(self, name: str, rollout: Rollout, prompts: Sequence[PromptExample], group: int, at_once: int | None) -> Float[Array, " B"]:
         model = self.models[name]
         if model.encoder is not None:
             rollout = rollout.replace(images=self.context.rows(model.encoder(fill(prompts, len(rollout.prompt)))))
         return _score(model.decoder, group, at_once, model.role, model.backbone, rollout)
+
+
+def not_finite(config: RLConfig, scores: Scores) -> tuple[int, str]:
+    """Of how many responses a reward that is trained on, or their sum, is not a finite number, and a sentence that names these rewards.
+
+    A reward may be so where the total is not: the bound on responses without an end takes the place of NaN.
+    """
+    terms = {f"the reward {term.name!r}": ~np.isfinite(scores.terms[term.name]) for term in config.rewards if term.weight}
+    bad = {name: rows for name, rows in terms.items() if np.any(rows)} or {"the sum of the rewards": ~np.isfinite(scores.total)}
+    said = [f"{name} is not a finite number for {np.sum(rows)} of {len(rows)} responses" for name, rows in bad.items()]
+    return int(np.sum(np.any(list(bad.values()), axis=0))), ", ".join(said)
 
 
 def penalised(config: RLConfig, total: Float[np.ndarray, " B"], rollout: Rollout) -> Float[np.ndarray, " B"]:

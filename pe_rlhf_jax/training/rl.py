@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -27,14 +27,15 @@ from pe_rlhf_jax.config import ConfigError, RLConfig
 from pe_rlhf_jax.data import BatchOrder, pad_prompts
 from pe_rlhf_jax.models.heads import zero_head
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.sharding import BATCH, constrain
 from pe_rlhf_jax.training.context import Context, peak_memory_gib
 from pe_rlhf_jax.training.experience import make_experience, predict
 from pe_rlhf_jax.training.loop import Metrics
 from pe_rlhf_jax.training.optimizer import learning_rate, make_optimizer
-from pe_rlhf_jax.training.rewards import Rewards, RewardStatistics, Scores, for_learning
+from pe_rlhf_jax.training.rewards import Rewards, RewardStatistics, Scores, for_learning, not_finite
 from pe_rlhf_jax.training.rollouts import respond, response_tokens
 from pe_rlhf_jax.training.statistics import distinct_n
-from pe_rlhf_jax.training.step import Step, make_step, new_state, stop_if_not_finite
+from pe_rlhf_jax.training.step import Step, applied, make_step, new_state, skip, stop_if_not_finite
 from pe_rlhf_jax.types import Experience, PyTree, Rollout, TrainState
 
 STAGE = "rl"
@@ -85,13 +86,21 @@ def init(context: Context, reference: Role, reward: Role | None) -> RLState:
 
 
 def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards, state: RLState) -> Iterator[tuple[RLState, Metrics]]:
-    """Yields the state and its metrics after each rollout batch is learned, from where `state` stands."""
+    """Yields the state and its metrics after each rollout batch is learned, from where `state` stands.
+
+    A batch with a score that is not a finite number teaches nothing, and counts as one skipped update. `lr` is that of the batch's first
+    update; skipped ones do not count for it.
+
+    Raises:
+        NonFiniteError: too many updates in a row were skipped; the batch of the last of them is yielded before.
+    """
     config, prompts = context.config.rl, context.split("prompts").train
     repeats = config.answers_each
     learn = make_step(_loss(context), _tokens, _optimizer(config), config.micro_batch_size)
     rate = learning_rate(config.optimizer, _updates(config))
     order, key = BatchOrder(len(prompts), config.batch_size // repeats, context.config.run.seed), context.key(STAGE)
-    frozen_roles = _frozen(context, reference, reward)
+    frozen_roles, limit = _frozen(context, reference, reward), context.config.run.max_nonfinite
+    stop_if_not_finite(state.train, limit, STAGE, "a reward, its loss or its gradient is not a finite number (metrics.jsonl tells which)")
     for index in range(int(state.step), config.steps):
         rollout_key, learn_key = jax.random.split(jax.random.fold_in(key, index))
         examples = [prompts[i] for i in order(index) for _ in range(repeats)]
@@ -107,21 +116,25 @@ def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards
         experience, metrics = make_experience(
             context.decoder, config, chunk, backbone, policy, reference, value, rollout, context.rows(used), state.kl_coef
         )
-        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        values |= _of_responses(rollout) | _of_scores(scores)
-        scored = time.perf_counter()
-        train, learned = _learn(config, learn, state.train, Frozen(backbone, frozen_roles, state.kl_coef), experience, learn_key)
+        seen = _of_responses(rollout, context.end_tokens) | _of_scores(scores)  # while the devices compute
+        bad, cause = not_finite(config, scores)
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()} | seen | {"val/nonfinite_scores": bad}
+        scored, values["lr"] = time.perf_counter(), float(rate(applied(state.train)))
+        if learns := bool(np.all(np.isfinite(scores.total))):
+            train, learned = _learn(config, learn, state.train, Frozen(backbone, frozen_roles, state.kl_coef), experience, learn_key)
+        else:
+            train = skip(state.train)
+            learned = {"skipped": float(train.skipped)}
         values |= learned
         now = time.perf_counter()
 
         values |= {"objective/kl_coef": float(state.kl_coef), "episode": (index + 1) * config.batch_size}
-        values["lr"] = float(rate(index * _updates_per_batch(config)))
         values |= {"time/rollout": rolled - began, "time/score": scored - rolled, "time/learn": now - scored}
         values["perf/tokens_per_s"] = values["objective/length"] * config.batch_size / (now - began)
         values["perf/peak_memory_gib"] = hosts.largest(peak_memory_gib())
         state = RLState(train.replace(step=train.step + 1), _next_kl_coef(config, state.kl_coef, values["objective/kl"]), statistics)
-        stop_if_not_finite(state.train, context.config.run.max_nonfinite, STAGE)
         yield state, values
+        stop_if_not_finite(state.train, limit, STAGE, None if learns else cause)  # now that the row is written
 
 
 def finish(state: RLState, config: RLConfig) -> tuple[dict[str, Role], dict[str, Any]]:
@@ -199,41 +212,44 @@ def _loss(context: Context):
 def _learn(
     config: RLConfig, step: Step, state: TrainState, frozen: Frozen, experience: Experience, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
-    """Epochs of mini-batches in fresh orders, or REINFORCE's one update. Metrics are means over the updates; how far the policy is from
-    the one that sampled is that of the first update, before it moves."""
+    """Epochs of mini-batches in fresh orders, or REINFORCE's one update. Metrics are means over the updates that were not skipped, if there
+    are any; how far the policy is from the one that sampled is that of the first update, before it moves."""
     collected: list[dict[str, Array]] = []
-    for epoch in range(_epochs(config)):
-        epoch_key = jax.random.fold_in(key, epoch)
-        order = np.asarray(jax.random.permutation(epoch_key, config.batch_size))
-        for number, rows in enumerate(np.split(order, _mini_batches(config))):
-            mini_batch = _take(experience, rows) if _mini_batches(config) > 1 else experience
+    epoch_keys, count = [jax.random.fold_in(key, epoch) for epoch in range(_epochs(config))], _mini_batches(config)
+    # All orders before the first update: each is fetched, which waits for whatever the devices are to do before.
+    orders = jax.device_get([jax.random.permutation(epoch_key, config.batch_size) for epoch_key in epoch_keys if count > 1])
+    for epoch, epoch_key in enumerate(epoch_keys):
+        for number in range(count):
+            mini_batch = _take(experience, np.split(orders[epoch], count)[number]) if count > 1 else experience
             state, metrics = step(state, frozen, mini_batch, jax.random.fold_in(epoch_key, number))
             collected.append(metrics)
     host = jax.device_get(collected)
-    means = {name: float(np.mean([metrics[name] for metrics in host])) for name in host[0] if name not in ("loss", "skipped")}
+    good = [metrics for metrics in host if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])] or host
+    means = {name: float(np.mean([metrics[name] for metrics in good])) for name in host[0] if name not in ("loss", "skipped")}
     return state, means | {SAMPLER_KL: float(host[0][SAMPLER_KL]), "skipped": float(host[-1]["skipped"])}
 
 
 @jax.jit
 def _take(experience: Experience, rows: Array) -> Experience:
-    return jax.tree.map(lambda x: x[rows], experience)
+    return jax.tree.map(lambda x: constrain(x[rows], BATCH, *(None for _ in x.shape[1:])), experience)
 
 
-def _of_responses(rollout: Rollout) -> Metrics:
-    """Length, endings and variety of a rollout's responses."""
+def _of_responses(rollout: Rollout, end_tokens: Sequence[int]) -> Metrics:
+    """Length, endings and variety of a rollout's responses; one that a stop string cut has ended, without an end token."""
     responses, ended = response_tokens(rollout), hosts.fetch(rollout.ended)
     return {
         "objective/length": float(np.mean([len(response) for response in responses])),
         "objective/ended": float(np.mean(ended)),
         "objective/distinct_2": distinct_n(responses, 2),
-        "val/num_eos_tokens": float(np.sum(ended)),
+        "val/num_eos_tokens": float(sum(response[-1] in end_tokens for response in responses)),
     }
 
 
 def _of_scores(scores: Scores) -> Metrics:
     """Mean and spread of the scores before they are scaled, and of each reward."""
-    values = {"objective/scores": float(np.mean(scores.total)), "objective/scores_std": float(np.std(scores.total))}
-    return values | {f"rewards/{name}": float(np.mean(term)) for name, term in scores.terms.items()}
+    with np.errstate(invalid="ignore"):
+        values = {"objective/scores": float(np.mean(scores.total)), "objective/scores_std": float(np.std(scores.total))}
+        return values | {f"rewards/{name}": float(np.mean(term)) for name, term in scores.terms.items()}
 
 
 def _next_kl_coef(config: RLConfig, kl_coef: Array, observed_kl: float) -> Array:

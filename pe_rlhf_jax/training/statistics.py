@@ -59,9 +59,11 @@ def class_weights(labels: np.ndarray, share: float) -> np.ndarray:
 
 def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve: the share of (positive, negative) pairs in which the positive row scores higher, ties counting half
-    (Mann and Whitney 1947). 0.5 where a class is missing.
+    (Mann and Whitney 1947). 0.5 where a class is missing, NaN where a score is.
     """
     labels = np.asarray(labels) == 1
+    if np.any(np.isnan(scores)):
+        return float("nan")
     positives, negatives = int(np.sum(labels)), int(np.sum(~labels))
     if not positives or not negatives:
         return 0.5

@@ -22,7 +22,7 @@ Step = Callable[[TrainState, PyTree, PyTree, jax.Array], tuple[TrainState, dict[
 
 
 class NonFiniteError(RuntimeError):
-    """Too many updates in a row had a non-finite loss or gradient."""
+    """Too many updates in a row were skipped, or a reward of an evaluation is not a finite number."""
 
 
 def new_state(trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
@@ -46,7 +46,8 @@ def make_step(
 
     So many rows as `micro_batch_size` says are computed at once, None for all; it divides the rows of a batch, unless these are fewer.
     `total` is the normaliser of a whole batch. A non-finite loss or gradient changes nothing but the counters. `state.step` is left to the
-    caller: a step of RL may hold several updates.
+    caller: a step of RL may hold several updates. The metrics have the gradient's norm before it is clipped, and where several models are
+    trained (a dict of them), each of which may be clipped by its own, `grad_norm/<name>` too.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -82,7 +83,9 @@ def make_step(
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
-        return keep_placed(state), {"loss": value, "grad_norm": norm, "skipped": state.skipped, **statistics}
+        parts = gradients if isinstance(gradients, dict) and len(gradients) > 1 else {}
+        norms = {f"grad_norm/{name}": optax.global_norm(part) for name, part in parts.items()}
+        return keep_placed(state), {"loss": value, "grad_norm": norm, **norms, "skipped": state.skipped, **statistics}
 
     return jax.jit(step, donate_argnums=0)
 
@@ -91,14 +94,31 @@ def _float32(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def stop_if_not_finite(state: TrainState, limit: int, stage: str) -> None:
-    """Raises NonFiniteError after `limit` skipped updates in a row."""
+def skip(state: TrainState) -> TrainState:
+    """The state where an update could not even be tried: the counters say that it was skipped."""
+    return state.replace(skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
+
+
+def applied(state: TrainState) -> int:
+    """Updates that were not skipped: the optimizer's own count, by which its learning rate goes."""
+    return int(optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")[0][1])
+
+
+def stop_if_not_finite(state: TrainState, limit: int, stage: str, cause: str | None = None) -> None:
+    """Raises NonFiniteError after `limit` skipped updates in a row.
+
+    Called when the last of them is logged, and when a stage goes on from a saved state.
+
+    Args:
+        cause: why the last one was skipped, where that was not a loss or gradient.
+    """
     in_a_row = int(state.skipped_in_a_row)
     if in_a_row >= limit:
+        advice = "A lower learning rate, gradient clipping" if cause is None else "Look at the rewards: another reward model"
         raise NonFiniteError(
-            f"{stage}: {in_a_row} updates in a row had a non-finite loss or gradient and were skipped (run.max_nonfinite is {limit}). "
-            "The last checkpoint is good. A lower learning rate, gradient clipping or model.dtype float32 may help; that is another run, "
-            "with a run.name of its own."
+            f"{stage}: {in_a_row} updates in a row were skipped (run.max_nonfinite is {limit}), the last because "
+            f"{cause or 'its loss or gradient is not a finite number'}. What is trained is as it was before them, here and in any "
+            f"checkpoint. {advice} or model.dtype float32 may help; that is another run, with a run.name of its own."
         )
 
 

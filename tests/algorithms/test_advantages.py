@@ -84,3 +84,5 @@ def test_explained_variance(case):
     assert float(explained_variance(constant, case.returns, case.mask)) == pytest.approx(0, abs=1e-5)
     assert float(explained_variance(case.values, jnp.full(case.mask.shape, 0.7), case.mask)) == 0
     assert float(explained_variance(case.values, case.returns, np.zeros_like(case.mask))) == 0
+    for bad in (np.nan, np.inf):
+        assert np.isnan(explained_variance(case.values, np.where(case.mask, case.returns, 0) + bad, case.mask))

@@ -136,6 +136,13 @@ def test_a_fused_adapter_needs_all_three_and_its_scale(fused):
         (folder / "adapter_config.json").write_text(json.dumps(settings | change))
         with pytest.raises(AdapterError, match=f"{next(iter(change))}: .* is not supported"):
             import_adapter(folder, adapter(tiny, config), config, weights=table(tiny))
+    both = {"rank_pattern": {"query_key_value": 6}, "alpha_pattern": {"query_key_value": 9}}
+    for key, pattern in both.items():
+        (folder / "adapter_config.json").write_text(json.dumps(settings | {key: pattern}))
+        with pytest.raises(AdapterError, match="query_key_value in only one of rank_pattern and alpha_pattern, which gives another scale"):
+            import_adapter(folder, adapter(tiny, config), config, weights=table(tiny))
+    (folder / "adapter_config.json").write_text(json.dumps(settings | both))
+    import_adapter(folder, adapter(tiny, config), config, weights=table(tiny))
 
 
 @pytest.mark.parametrize(

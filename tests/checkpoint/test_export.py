@@ -12,8 +12,10 @@ import pytest
 import safetensors.numpy
 from tiny_decoder import TINY
 
+from pe_rlhf_jax import files
 from pe_rlhf_jax.checkpoint.card import Training
 from pe_rlhf_jax.checkpoint.export import AdapterError, export_policy, export_reward, import_adapter
+from pe_rlhf_jax.checkpoint.folder import written_whole
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.decoder import Decoder
 
@@ -61,7 +63,7 @@ def test_layout_of_a_reward_model(tmp_path):
     assert sorted(settings.pop("target_modules")) == sorted(modules)
     expected = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 5, "lora_alpha": 7.5, "use_rslora": True, "lora_dropout": 0.0}
     expected |= {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "modules_to_save": ["score"]}
-    assert settings == expected | {"base_model_name_or_path": "owner/name"}
+    assert settings == expected | {"base_model_name_or_path": "owner/name", "revision": None}
     tensors = safetensors.numpy.load_file(tmp_path / "reward/adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * 3 + 1
     factors = lora["layers"]["attention"]["k_proj"]
@@ -73,6 +75,42 @@ def test_layout_of_a_reward_model(tmp_path):
     readme = (tmp_path / "reward/README.md").read_text()
     for part in ("hf:owner/name", "0" * 64, "| seed | 3 |", repr(float(np.float32(0.1))), "AutoModelForSequenceClassification"):
         assert part in readme
+
+
+def test_a_revision_goes_with_the_adapter_and_is_compared_where_no_hash_is(tmp_path):
+    lora = random_like(shapes())
+    for folder, export in (("policy", export_policy), ("reward", functools.partial(export_reward, head=HEAD))):
+        export(tmp_path / folder, lora, config=LORA, **SOURCE, revision="v1.5")
+        assert json.loads((tmp_path / folder / "adapter_config.json").read_text())["revision"] == "v1.5"
+        arguments = ", num_labels=1" * (folder == "reward") + ", revision='v1.5'"
+        assert f".from_pretrained(backbone{arguments})\n" in (tmp_path / folder / "README.md").read_text()
+    read = functools.partial(import_adapter, tmp_path / "policy", shapes(), LORA, base_model=SOURCE["base_model"])
+    read(sha256=SOURCE["sha256"])  # the same weights, by whatever name
+    file = tmp_path / "policy" / "adapter_model.safetensors"
+    safetensors.numpy.save_file(safetensors.numpy.load_file(file), file)  # as PEFT writes it: without a hash
+    read(revision="v1.5")
+    with pytest.raises(AdapterError, match=r"trained on revision 'v1.5' of 'owner/name', but model.revision is 'main'"):
+        read()
+    settings = json.loads((tmp_path / "policy" / "adapter_config.json").read_text())
+    for named in (None, "main"):
+        (tmp_path / "policy" / "adapter_config.json").write_text(json.dumps(settings | {"revision": named}))
+        read()
+
+
+def test_what_a_kill_leaves_between_two_renames_gets_its_name_back(tmp_path, monkeypatch):
+    """Whoever writes next and fails must find the old export as it was; and files are on the disk before they get their name."""
+    folder = tmp_path / "export" / "policy"
+    with written_whole(folder) as unfinished:
+        (unfinished / "file").write_text("old")
+    folder.rename(folder.with_name(".replaced-policy"))
+    with pytest.raises(OSError, match="full"), written_whole(folder):
+        raise OSError("full")
+    assert (folder / "file").read_text() == "old" and os.listdir(folder.parent) == ["policy"]
+    synced = []
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    with written_whole(folder) as unfinished:
+        (unfinished / "file").write_text("new")
+    assert [os.path.relpath(path, folder.parent) for path in synced] == [".writing-policy/file", ".writing-policy", "."]
 
 
 def test_an_export_is_replaced_as_a_whole_or_stays(tmp_path, monkeypatch):

@@ -64,6 +64,8 @@ def test_what_is_read_back_is_the_merged_model(tmp_path, tokenizer, name):
     export_merged(tmp_path / "tuned", backbone_of(tiny, tokenizer), None, CONFIG, params=own, dtype="float32")
     found = load_params(SafetensorsFolder(tmp_path / "tuned"), tiny.family, tiny.architecture, "float32")
     jax.tree.map(np.testing.assert_array_equal, found, own)
+    titles = [(tmp_path / folder / "README.md").read_text().partition("# ")[2].splitlines()[0] for folder in ("merged", "tuned")]
+    assert titles == ["Policy, its adapter merged in", "Policy, tuned in full"]
 
 
 def test_special_tokens_stay_so_in_the_words_of_every_version(tmp_path, tokenizer):

@@ -304,6 +304,11 @@ BAD_ROWS = [
     ("preference", {"chosen": "b", "rejected": "c", "margin": -1}, "found -1"),
     ("preference", {"chosen": "b", "rejected": "c", "margin": float("nan")}, "found nan"),
     ("preference", {"chosen": "b", "rejected": "c", "margin": True}, "found True"),
+    (
+        "preference",
+        {"prompt": TURNS, "chosen": [*TURNS, ANSWER], "rejected": [*TURNS, {**ANSWER, "content": "no"}]},
+        "expected `chosen` to go on where `prompt` ends, found that it begins with the prompt's turns",
+    ),
     ("preference", {"prompt": "a", "chosen": [ANSWER], "rejected": "c"}, "expected a turn before the assistant's in `chosen`, found none"),
     (
         "preference",

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from pe_rlhf_jax.config import DataConfig, FilesConfig
-from pe_rlhf_jax.data import DataError, catalogs, load, movie_reviews
+from pe_rlhf_jax.data import DataError, catalogs, load, loading, movie_reviews
+from pe_rlhf_jax.data.formats import Text, TextRow
 from pe_rlhf_jax.data.sources import Row
 
 ROWS = [{"prompt": f"Question {i % 60}", "completion": f"answer {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(120)]
@@ -82,7 +83,34 @@ def test_given_validation_file_is_used_and_leaks_are_noted(jsonl, tokenizer):
     files = FilesConfig(train=[jsonl(ROWS[:50], "train.jsonl")], validation=[jsonl(ROWS[45:55], "validation.jsonl")])
     data = load(DataConfig(sft=files), tokenizer, needs={"sft"})
     assert (len(data.sft.train), len(data.sft.validation)) == (50, 10)
-    assert data.notes == ["5 of 10 rows of data.sft.validation have a prompt that is also in training"]
+    assert data.notes == ["5 of 10 held-out rows of data.sft have a prompt, group or picture that is also in training"]
+
+
+def test_leaks_between_sections_are_noted(jsonl, tokenizer):
+    """Pairs that are held out by a file of their own have prompts that other sections learn from, and the other way about."""
+    files = FilesConfig(train=[jsonl(ROWS)])
+    pairs = FilesConfig(train=[jsonl(ROWS[:100], "train.jsonl")], validation=[jsonl([{**ROWS[0], "prompt": "New"}], "validation.jsonl")])
+    held_out = load(DataConfig(prompts=files), tokenizer, needs={"prompts"}).prompts.validation
+    data = load(DataConfig(preference=pairs, prompts=files), tokenizer, needs={"preference", "prompts"})
+    count = len(held_out)
+    where = f"{count} of {count} held-out rows of data.prompts have a prompt, group or picture that is also in"
+    assert count > 5 and data.notes == [f"{where} the training rows of data.preference"]
+    assert load(DataConfig(preference=files, prompts=files), tokenizer, needs={"preference", "prompts"}).notes == []
+
+
+def test_a_group_on_both_sides_is_noted_where_validation_is_given(jsonl, tokenizer):
+    train, validation = ([{"prompt": prompt, "completion": "x", "talk": 1}] for prompt in ("a", "b"))
+    files = FilesConfig(train=[jsonl(train, "train.jsonl")], validation=[jsonl(validation, "validation.jsonl")])
+    assert load(DataConfig(sft=files), tokenizer, needs={"sft"}).notes == []
+    [note] = load(DataConfig(sft=files, group_by="talk"), tokenizer, needs={"sft"}).notes
+    assert note == "1 of 1 held-out rows of data.sft have a prompt, group or picture that is also in training"
+
+
+def test_held_out_rows_of_one_place_are_mixed():
+    """Turns of one dialog, or steps of one episode, have one place."""
+    rows = [TextRow(f"file:{dialog}", (Text("", f"{dialog}.{turn}"),)) for dialog in range(10) for turn in range(6)]
+    first = {row.place for row in loading.mixed(rows)[:10]}
+    assert len(first) > 5 and sorted(loading.mixed(rows), key=rows.index) == rows
 
 
 def test_notes_say_what_was_left_out(jsonl, tokenizer):
@@ -130,7 +158,9 @@ def test_a_prompt_that_two_groups_share_is_noted(jsonl, tokenizer):
     config = DataConfig(sft=FilesConfig(train=[jsonl(rows)]), group_by="talk", validation_share=0.3)
     data = load(config, tokenizer, needs={"sft"})
     count = len(data.sft.validation)
-    assert 0 < count < 50 and data.notes == [f"{count} of {count} rows of data.sft.validation have a prompt that is also in training"]
+    assert 0 < count < 50 and data.notes == [
+        f"{count} of {count} held-out rows of data.sft have a prompt, group or picture that is also in training"
+    ]
     one = FilesConfig(train=[jsonl([{**row, "talk": "t"} for row in rows])])
     with pytest.raises(DataError, match=r"all rows \(50\) have the same group 't'"):
         load(DataConfig(sft=one, group_by="talk"), tokenizer, needs={"sft"})
@@ -182,8 +212,6 @@ def test_a_pattern_stands_for_its_files_in_order(jsonl, tokenizer, tmp_path):
 def test_no_source(tokenizer):
     with pytest.raises(DataError, match=r"needs data.preference; give data.preference.train a list of files"):
         load(DataConfig(), tokenizer, needs={"preference"})
-    with pytest.raises(DataError, match="expected movie-reviews, easy-vqa or null, found 'imdb'"):
-        load(DataConfig(source="imdb"), tokenizer, needs={"sft"})
 
 
 def test_movie_reviews_serve_all_kinds(reviews, tokenizer):

@@ -151,7 +151,7 @@ def test_a_stage_that_cannot_be_halved_leaves_the_others_their_halves(tiny):
     packed = configuration.parse(text, ["mesh.fsdp=8", "data.packing=true"])
     assert next(candidates(packed, tiny.config, EIGHT, fits=False, only=["sft", "reward", "rl"])) == ("rl.micro_batch_size=8",)
     for one in tried:
-        changed(configuration.parse(text, ["mesh.fsdp=8"]), one)
+        changed(configuration.parse(text, ["mesh.fsdp=8", "run.name='1e-4'"]), one)
 
 
 def test_few_bits_are_tried_after_what_changes_no_result_and_where_nothing_is_tuned_in_full(tiny):

@@ -119,11 +119,13 @@ def test_sft_and_reward_call_what_was_planned(tiny, caught, tuning, packing):
 
 
 @pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize(("algorithm", "rows", "stages"), [("ppo", None, ["reward", "rl"]), ("grpo", 2, ["sft", "reward", "rl"])])
-def test_an_evaluation_calls_what_was_planned(tiny, caught, monkeypatch, algorithm, rows, stages):
-    """Of the policy, which is asked last; the reference without SFT has no adapter."""
+@pytest.mark.parametrize(
+    ("algorithm", "rows", "micro", "stages"), [("ppo", None, 1, ["reward", "rl"]), ("grpo", 2, None, ["sft", "reward", "rl"])]
+)
+def test_an_evaluation_calls_what_was_planned(tiny, caught, monkeypatch, algorithm, rows, micro, stages):
+    """Of the policy, which is asked last; the reference without SFT has no adapter. Answers are computed as many at once as planned."""
     sampling = FIELDS["rl"]["sampling"] | {"max_num_seqs": rows}
-    learning = FIELDS["rl"] | {"algorithm": algorithm, "group_size": 2, "sampling": sampling}
+    learning = FIELDS["rl"] | {"algorithm": algorithm, "group_size": 2, "micro_batch_size": micro, "sampling": sampling}
     context = run_context(tiny, rl=learning, evaluate={"batch_size": 2}, run={"stages": stages})
     seen: list[list[str]] = []
 
@@ -132,9 +134,21 @@ def test_an_evaluation_calls_what_was_planned(tiny, caught, monkeypatch, algorit
         return original(*arguments)
 
     def log_ratio(*arguments, original=evaluate._log_ratio):
-        seen.append(signature(list(arguments[3:])))
+        seen.append(signature(list(arguments[4:])))
+        assert arguments[3] == (micro or 2)
         return original(*arguments)
 
+    def score(*arguments, original=rewards._score):
+        assert arguments[2] == (micro or 2)
+        return original(*arguments)
+
+    def compiled(function, *arguments, original=Call):
+        """Both programs are planned with as many at once."""
+        assert function not in ("score", "log-ratio") or arguments[1][-1] == (micro or 2)
+        return original(function, *arguments)
+
+    monkeypatch.setattr(rewards, "_score", score)
+    monkeypatch.setattr(programs, "Call", compiled)
     monkeypatch.setattr(evaluate, "_log_ratio", log_ratio)
     monkeypatch.setattr(evaluate, "respond", respond)
     with jax.set_mesh(context.mesh):

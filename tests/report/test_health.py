@@ -94,5 +94,22 @@ def test_a_continued_run_warns_of_what_is_new_only():
     assert late.after(steps[first.step - 1]) == [first.text]
 
 
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [kind for kind in FAILURES if kind not in ("kl over target", "far from the reference")])
+def test_one_step_without_a_number_hides_nothing(kind, value):
+    """One of the first steps, with which all later ones are compared."""
+    steps = rows(**FAILURES[kind])
+    steps[2] = dict.fromkeys(steps[2], value)
+    assert [finding.kind for finding in health.findings(steps, CONFIG)] == [kind]
+
+
+@pytest.mark.parametrize("step", [0, 15])
+def test_scores_that_are_no_numbers_are_told(step):
+    steps = [row | {"val/nonfinite_scores": 3 * (i == step)} for i, row in enumerate(rows())]
+    (found,) = health.findings(steps, CONFIG)
+    assert (found.kind, found.step) == ("scores that are no numbers", max(step + 1, 2 * health.WINDOW))
+    assert "for 3 responses in 1 of" in found.text and len(found.text) < 300
+
+
 def test_missing_metrics_say_nothing():
     assert health.findings([{"objective/scores": None, "objective/kl": float("nan")}] * STEPS, CONFIG) == []

@@ -137,7 +137,7 @@ def test_every_part_is_there(page):
     ):
         assert text in page.text
     assert "This report is partial" not in page.text
-    assert "Updates skipped because the loss or a gradient was not finite: 2." in page.text
+    assert "Updates skipped because the loss, a gradient or a score was not finite: 2." in page.text
     ids = re.findall(r'\bid="([^"]+)"', page.source)
     assert len(ids) == len(set(ids))
     used = re.findall(r'(?:url\(|href=")#([^")]+)', page.source)
@@ -217,6 +217,66 @@ def test_a_reward_model_that_was_not_evaluated_has_the_figure_of_its_checkpoint(
     assert tile.value == "61.0%" and "still to come" in tile.reading
     (tile,) = headline.tiles({"reward_model": {"best_step": 100}}, rows)
     assert tile.value == "74.0%" and "that was kept" in tile.reading
+
+
+def test_models_of_labels_are_judged_by_their_area_and_beside_the_more_common_label():
+    rows = {"reward": [{"step": 10, "eval/accuracy": 0.85, "eval/auc": 0.612}]}
+    (tile,) = headline.tiles({}, rows)
+    assert (tile.label, tile.value) == ("Reward model AUC", "0.612")
+    measured = {"accuracy": 0.86, "auc": 0.7, "rows": 512, "guessing": {"loss": 0.41, "accuracy": 0.855}}
+    (tile,) = headline.tiles({"reward_model": measured}, rows)
+    assert "86.0% of the rows are on the right side of 0; always the more common label would be right in 85.5%." in tile.reading
+
+
+@pytest.mark.parametrize(
+    ("measured", "texts"),
+    [
+        ({"pairs": 4, "accuracy": 0.7}, ("Bradley-Terry loss on pairs.", "preferred side is longer", "observed preference")),
+        ({"rows": 4, "auc": 0.7}, ("Logistic loss on labels.", "tokens of the row", "observed share of good rows")),
+        ({"rows": 8, "auc": 0.7, "pairwise_accuracy": 0.9}, ("Logistic loss", "preferred side is longer", "observed share of good rows")),
+    ],
+)
+def test_charts_of_reward_models_say_what_they_learn_from(tmp_path, measured, texts):
+    """And where guessing is, once it was measured."""
+    log = MetricsLog(tmp_path, tensorboard=False)
+    area = {"eval/auc": 0.7} if "auc" in measured else {}
+    log.write("reward", 1, {"loss": 0.69, "accuracy": 0.5, "eval/loss": 0.69, "eval/accuracy": 0.5, **area})
+    bins = {
+        "by_length": [{"low": 1, "high": 2, "accuracy": 0.9, "count": 9}],
+        "calibration": [{"predicted": 0.6, "observed": 1.0, "count": 9}],
+    }
+    (tmp_path / "summary.json").write_text(json.dumps({"reward_model": measured | bins}))
+    text = Page(report.build(tmp_path)).text
+    assert all(part in text for part in texts) and "at best" not in text
+    (tmp_path / "summary.json").write_text(json.dumps({"reward_model": measured | bins | {"guessing": {"loss": 0.414, "accuracy": 0.855}}}))
+    assert "has 0.41 at best" in Page(report.build(tmp_path)).text
+
+
+def test_the_line_of_guessing_stands_where_guessing_is():
+    bins = [{"low": 1, "high": 2, "accuracy": 0.9, "count": 9}]
+    middle, high, low = (charts.accuracy_by("Accuracy", bins, "tokens", guess) for guess in (None, 0.855, 0.5))
+    assert middle == low != high
+
+
+def test_whiskers_do_not_vanish_where_all_came_true():
+    below, above = charts._wilson(np.array([1.0, 0.0, 0.5]), np.array([10.0, 10.0, 100.0]))
+    assert [below[0], above[1]] == pytest.approx([0.2775, 0.2775], abs=1e-3)
+    assert [above[0], below[1]] == pytest.approx([0, 0], abs=1e-4)
+    assert below[2] == pytest.approx(above[2]) == pytest.approx(0.0962, abs=1e-3)
+
+
+def test_a_run_without_rl_is_not_partial(tmp_path):
+    """What the configuration does not ask for is not missing."""
+    stages = "run: {stages: [reward, evaluate]}\nmodel: {source: x}\ndata: {preference: {train: [a]}}\n"
+    fill(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({"reward_model": SUMMARY["reward_model"]}))
+    for path in (tmp_path / "samples").glob("*"):
+        path.unlink()
+    (tmp_path / "config.yaml").write_text(stages)
+    assert "partial" not in Page(report.build(tmp_path)).text
+    (tmp_path / "config.yaml").write_text(stages.replace("[reward, evaluate]", "[reward, rl, evaluate]"))
+    text = Page(report.build(tmp_path)).text
+    assert "no figures of rl:" in text and "no samples" in text
 
 
 def test_rows_that_chose_the_checkpoint_are_said():

@@ -119,3 +119,15 @@ def test_duration_and_sparkline():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert len(sparkline(list(range(1000)))) == progress.SPARK_COLUMNS
     assert sparkline([2.0, 2.0]) == "▄▄"
+
+
+def test_a_stage_that_ends_early_has_nothing_left(clock):
+    console = plain()
+    with Progress(console).stage("reward", 200) as stage:
+        for step in (1, 2, 3):
+            clock(2)
+            stage.update(step, {"loss": 0.6})
+    assert console.file.getvalue().splitlines()[-1] == "✓ reward done: 3/200, 0:06, 2.0 s/step, loss 0.600"
+    with Progress(console).stage("reward", 200, done=40):
+        pass
+    assert console.file.getvalue().splitlines()[-1] == "✓ reward done: 40/200, 0:00, nothing left to do"

@@ -83,7 +83,7 @@ def test_points_names_and_intervals():
     assert sweep.folder_name(numbers[0], 0) == "temperature-0.5_learning_rate-1.5e-4_seed-0"
     assert len({sweep.folder_name(point, 0) for point in numbers}) == 4
     assert sweep.interval([0.5]) is None
-    assert sweep.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 * 1.0 / np.sqrt(3))
+    assert sweep.interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 * 1.0 / np.sqrt(3))
     with pytest.raises(SystemExit):
         sweep.points(["lora.r"])
 

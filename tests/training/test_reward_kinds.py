@@ -77,6 +77,7 @@ def test_area_under_curve_counts_pairs():
     assert area_under_curve(scores, labels) == pytest.approx(wins)
     assert area_under_curve(np.array([1.0, 2.0, 3.0]), np.array([0, 0, 1])) == 1.0
     assert area_under_curve(np.array([1.0, 2.0]), np.array([1, 1])) == 0.5
+    assert np.isnan(area_under_curve(np.array([np.nan, 2.0, 1.0]), np.array([1, 1, 0])))  # not the best checkpoint
     low, high = bootstrap_auc_ci(scores.astype(float), labels, 400)
     assert low < wins < high and 0.05 < high - low < 0.5
 
@@ -104,14 +105,15 @@ def test_bins_of_calibration_and_accuracy():
 
 
 @pytest.mark.parametrize("kind", ["pairs", "labels", "pairs-as-labels"])
-def test_intervals_draw_rows_of_a_group_together(kind):
+def test_intervals_draw_rows_of_a_group_together(labelled, kind):
     """Copies of rows in their groups leave intervals as they are."""
     words, rng = np.array([5, END], np.int32), np.random.default_rng(0)
     sides = 1 if kind == "labels" else 2
     scores = rng.normal(size=(sides, 20)).astype(np.float32)
     make = (lambda i: LabelExample(words, float(i % 2))) if kind == "labels" else (lambda i: PreferenceExample(words, words[::-1]))
     rows = [dataclasses.replace(make(i), group=f"prompt {i}") for i in range(20)]
-    one, many = (KINDS[kind].figures(rows * copies, 200, *np.tile(scores, copies)) for copies in (1, 5))
+    context = labelled()
+    one, many = (KINDS[kind].figures(context, rows * copies, *np.tile(scores, copies)) for copies in (1, 5))
     assert one["groups"] == many["groups"] == 20
     for name in ("ci",) if kind == "pairs" else ("ci", "auc_ci"):
         assert many[name] == pytest.approx(one[name]) and one[name][0] < one[name][1]
@@ -177,7 +179,7 @@ def test_pairs_as_labels_have_the_loss_and_figures_of_their_sides(labelled):
         def loss(role, kind=kind, batch=batch):
             return kind.loss(config, context.decoder, role, context.backbone, batch, reward._examples(batch), None)
 
-        figures = kind.figures(rows, 200, *kind.scores(context, role, rows))
+        figures = kind.figures(context, rows, *kind.scores(context, role, rows))
         shown = {key: figures[key] for key in ("accuracy", "auc", "rows", "loss", "calibration")}
         found.append((jax.value_and_grad(loss, has_aux=True)(role), shown))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *found)
@@ -224,3 +226,47 @@ def test_label_scores_do_not_depend_on_padding_or_batch(labelled):
     alone = np.concatenate([Labels().scores(context, role, [row])[0] for row in context.data.label.train[:5]])
     np.testing.assert_allclose(one[:5], alone, rtol=1e-5, atol=1e-6)
     assert np.std(one) > 0.01
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_guessing_and_calibration_of_labels_go_by_their_share(labelled, balanced):
+    """The logits of balanced classes lack the share of good rows; all that knows only this share is as good as guessing."""
+    context = labelled(positive_every=4, balance_classes=balanced)
+    rows = context.data.label.validation
+    labels = np.array([row.label for row in rows])
+    share = float(np.mean([row.label for row in context.data.label.train]))
+    odds = np.log(share / (1 - share))
+    figures = KINDS["labels"].figures(context, rows, np.full(len(rows), 0.0 if balanced else odds, np.float32))
+    weights = np.where(labels == 1, 0.5 / share, 0.5 / (1 - share)) if balanced else np.ones(len(rows))
+    chance = np.full(len(rows), 0.5) if balanced else np.where(labels == 1, share, 1 - share)
+    assert figures["loss"] == pytest.approx(-np.mean(weights * np.log(chance)), rel=1e-5)
+    assert figures["guessing"] == {"loss": pytest.approx(figures["loss"]), "accuracy": pytest.approx(1 - np.mean(labels))}
+    assert [point["predicted"] for point in figures["calibration"]] == pytest.approx([share] * len(figures["calibration"]))
+    assert share < 0.3  # so that a half would be another figure
+    scores = np.linspace(-1, 2, len(rows), dtype=np.float32)
+    losses = weights * np.log1p(np.exp(np.where(labels == 1, -scores, scores)))
+    assert KINDS["labels"].quick(context, rows, scores)["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_held_out_loss_of_pairs_is_the_one_that_is_trained(labelled):
+    """With its margins and its centering."""
+    context = labelled()
+    reward_config = context.config.reward.model_copy(update={"kind": "pairs", "use_margin": True, "center_rewards_coefficient": 0.1})
+    context = dataclasses.replace(context, config=context.config.model_copy(update={"reward": reward_config}))
+    words = np.array([5, END], np.int32)
+    rows = [PreferenceExample(words, words[:1], margin=margin) for margin in (0.0, 2.0)]
+    chosen, rejected = np.array([1.0, 2.0], np.float32), np.array([0.5, -1.0], np.float32)
+    figures = KINDS["pairs"].figures(context, rows, chosen, rejected)
+    terms = np.log1p(np.exp(-(chosen - rejected - [0, 2]))) + 0.1 * (chosen + rejected) ** 2
+    assert figures["loss"] == pytest.approx(np.mean(terms), rel=1e-5)
+    assert figures["guessing"] == {"loss": pytest.approx(np.mean(np.log1p(np.exp([0, 2])))), "accuracy": 0.5}
+
+
+def test_accuracy_by_length_shows_a_model_that_looks_at_length_alone(labelled):
+    rows = [PreferenceExample(np.arange(2 + i % 5), np.arange(2 + i % 4)) for i in range(60)]
+    scores = [np.array([len(getattr(row, side)) for row in rows], np.float32) for side in ("chosen", "rejected")]
+    for kind in ("pairs", "pairs-as-labels"):
+        bins = KINDS[kind].figures(labelled(), rows, *scores)["by_length"]
+        assert bins[0]["low"] == -3 and bins[0]["high"] < 0 < bins[-1]["low"] and bins[-1]["high"] == 4
+    bins = KINDS["pairs"].figures(labelled(), rows, *scores)["by_length"]
+    assert [bins[0]["accuracy"], bins[-1]["accuracy"]] == [0, 1]

@@ -12,9 +12,10 @@ import pytest
 from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.data import PromptExample, Split
 from pe_rlhf_jax.models.roles import Role
+from pe_rlhf_jax.training import rewards as module
 from pe_rlhf_jax.training import rl
-from pe_rlhf_jax.training.functions import FunctionError
-from pe_rlhf_jax.training.rewards import RewardModel, Rewards, RewardStatistics, for_learning
+from pe_rlhf_jax.training.functions import FunctionError, call_function
+from pe_rlhf_jax.training.rewards import RewardModel, Rewards, RewardStatistics, Scores, for_learning, not_finite, penalised
 from pe_rlhf_jax.training.rollouts import cut_at_stop_strings
 from pe_rlhf_jax.types import Rollout
 
@@ -39,6 +40,16 @@ def not_a_number(prompts, completions, **columns):
 
 def too_large(prompts, completions, **columns):
     return [-1e39] * len(completions)
+
+
+def beyond_floats(prompts, completions, **columns):
+    return [10**400] * len(completions)
+
+
+def empties(prompts, completions, answer, **columns):
+    given = len(answer)
+    answer.clear()
+    return [given] * len(completions)
 
 
 def length_of_answer(prompts, completions, answer, **columns):
@@ -89,7 +100,8 @@ def test_penalties(make_context):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("raises", "KeyError"), ("not_a_number", "nan"), ("too_large", "-1e.39"), ("too_few", "1 values for 2")]
+    ("name", "said"),
+    [("raises", "KeyError"), ("not_a_number", "nan"), ("too_large", "-1e.39"), ("beyond_floats", "10{400}"), ("too_few", "1 values for 2")],
 )
 def test_a_function_that_fails_is_named(make_context, name, said):
     context = make_context(rl={"rewards": [term(name)]})
@@ -119,6 +131,54 @@ def test_a_function_gets_a_column_that_no_row_of_the_batch_has(make_context):
     context = dataclasses.replace(context, data=dataclasses.replace(context.data, prompts=Split(rows, [])))
     rewards, rollout = Rewards(context, {}), rollout_of([5, END], [6, END])
     assert [rewards(rollout, rows[at : at + 2]).total.tolist() for at in (0, 2)] == [[0.0, 0.0], [0.0, 3.0]]
+
+
+def test_a_function_may_change_the_columns_that_it_is_given(make_context):
+    columns = {"answer": ["a", "b"]}
+    assert call_function("test:empties", empties, ["x"] * 2, ["y"] * 2, columns) == [2.0, 2.0]
+    assert columns == {"answer": ["a", "b"]}
+
+
+def test_functions_are_called_while_models_score(make_context, monkeypatch):
+    """Every model is given its work before a text is decoded; nobody waits for a score before all functions have been called."""
+    rewards = [term("count_words"), {"model": "run"}, {"model": "runs/other"}]
+    context, happened = make_context(rl={"rewards": rewards, "roles": "separate"}), []
+
+    def called(name, function):
+        return lambda *arguments: happened.append(name) or function(*arguments)
+
+    for name in ("_score", "texts", "call_function", "fetch"):
+        monkeypatch.setattr(module, name, called(name, getattr(module, name)))
+    head = {"kernel": jnp.zeros((context.decoder.config.hidden_size, 1)), "bias": jnp.array([0.7])}
+    model = RewardModel(context.decoder, context.backbone, Role(head=head))
+    scores = Rewards(context, {"run": model, "runs/other": model})(rollout_of([5, 6, END], [7, 8, 9, 2]), context.data.prompts.train[:2])
+    assert happened[:6] == ["_score", "_score", "texts", "call_function", "fetch", "fetch"]
+    assert list(scores.terms) == ["count_words", "model", "other"]
+    np.testing.assert_allclose(scores.total, [3 + 1.4, 4 + 1.4], rtol=1e-6)
+
+
+def test_rewards_that_are_no_numbers_are_named(make_context):
+    """Where the bound on a response without an end hides it, too; a reward that is only watched does not count."""
+    rewards = [{"model": "run", "weight": 2.0}, {"model": "runs/watched", "weight": 0.0}]
+    config = make_context(rl={"rewards": rewards, "roles": "separate", "missing_eos_penalty": -1.0}).config.rl
+    rollout = rollout_of([5, END], [5, 6, 7], [5, END])
+
+    def named(model, watched=(0, 0, 0)):
+        terms = {"model": np.float32(model), "watched": np.float32(watched)}
+        with np.errstate(over="ignore"):
+            return not_finite(config, Scores(penalised(config, 2 * terms["model"], rollout), terms))
+
+    assert named([1, 2, 3], watched=[np.nan, 0, 0])[0] == 0
+    assert named([1, np.nan, 3]) == (1, "the reward 'model' is not a finite number for 1 of 3 responses")
+    assert named([np.nan, np.nan, np.inf]) == (3, "the reward 'model' is not a finite number for 3 of 3 responses")
+    assert named([1, 2, 3e38]) == (1, "the sum of the rewards is not a finite number for 1 of 3 responses")
+
+
+def test_end_tokens_are_not_stop_strings(make_context):
+    context = make_context()
+    cut = cut_at_stop_strings(context, rollout_of([5, 6, 7, 8], [6, 5, 7, END], [16, 8, 3]), ("6 7",))
+    found = rl._of_responses(cut, context.end_tokens)
+    assert (found["objective/ended"], found["val/num_eos_tokens"]) == (pytest.approx(2 / 3), 1.0)
 
 
 def test_running_scale_equals_numpys(make_context):

@@ -176,13 +176,42 @@ def test_every_epoch_visits_every_episode_in_an_order_of_its_own(monkeypatch):
 
     def step(state, frozen, rows, key):
         keys.append(tuple(jax.random.key_data(key).tolist()))
-        return state + 1, {"loss": 0.0, "skipped": 0.0, "x": float(state), rl.SAMPLER_KL: float(state + 1)}
+        return state + 1, {"loss": 0.0, "grad_norm": 1.0, "skipped": 0.0, "x": float(state), rl.SAMPLER_KL: float(state + 1)}
 
     state, metrics = rl._learn(config, step, 0, None, None, jax.random.key(0))
-    assert state == 6 and metrics == {"x": 2.5, "skipped": 0.0, rl.SAMPLER_KL: 1.0}  # means, and one of the first
+    assert state == 6 and metrics == {"x": 2.5, "grad_norm": 1.0, "skipped": 0.0, rl.SAMPLER_KL: 1.0}  # means, and one of the first
     orders = [taken[i] + taken[i + 1] for i in (0, 2, 4)]
     assert all(sorted(order) == list(range(8)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3 and len(set(keys)) == 6
+
+
+@pytest.mark.parametrize("bad", ["loss", "grad_norm"])
+def test_metrics_are_of_the_updates_that_were_not_skipped(bad):
+    config = RLConfig(batch_size=8, num_ppo_epochs=4)
+
+    def step(state, frozen, rows, key):
+        metrics = {"loss": 0.0, "grad_norm": 1.0, "x": float(state), "skipped": float(state > 1), rl.SAMPLER_KL: 0.0}
+        return state + 1, metrics | ({bad: np.nan, "x": 0.0} if state == 1 else {})
+
+    _, metrics = rl._learn(config, step, 0, None, None, jax.random.key(0))
+    assert metrics == {"grad_norm": 1.0, "x": pytest.approx(5 / 3), "skipped": 1.0, rl.SAMPLER_KL: 0.0}
+    _, metrics = rl._learn(config, lambda s, *_: step(1, *_), 0, None, None, jax.random.key(0))
+    assert metrics["x"] == 0.0 and (bad == "loss" or np.isnan(metrics["grad_norm"]))  # all were
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_update_waits_for_an_order(monkeypatch, count):
+    """One mini-batch needs none, and several have theirs before the first update."""
+    happened, permutation = [], jax.random.permutation
+    monkeypatch.setattr(rl.jax.random, "permutation", lambda *given: happened.append("order") or permutation(*given))
+    monkeypatch.setattr(rl, "_take", lambda experience, rows: None)
+
+    def step(state, frozen, rows, key):
+        happened.append("update")
+        return state, {"loss": 0.0, "grad_norm": 1.0, "skipped": 0.0, rl.SAMPLER_KL: 0.0}
+
+    rl._learn(RLConfig(batch_size=8, num_ppo_epochs=2, num_mini_batches=count), step, 0, None, None, jax.random.key(0))
+    assert happened == (["order"] * 2 if count > 1 else []) + ["update"] * 2 * count
 
 
 def test_every_batch_has_keys_of_its_own(make_context, roles, monkeypatch):

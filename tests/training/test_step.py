@@ -11,7 +11,7 @@ import pytest
 from pe_rlhf_jax.config import OptimizerConfig
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training.optimizer import learning_rate, make_optimizer
-from pe_rlhf_jax.training.step import NonFiniteError, make_step, new_state, stage_key, stop_if_not_finite
+from pe_rlhf_jax.training.step import NonFiniteError, applied, make_step, new_state, skip, stage_key, stop_if_not_finite
 
 
 def role() -> Role:
@@ -129,11 +129,42 @@ def test_a_non_finite_update_changes_nothing_but_the_counters(bad):
         assert (int(metrics["skipped"]), int(state.skipped_in_a_row)) == (count, count)
         np.testing.assert_array_equal(state.trainable["w"], before)
     stop_if_not_finite(state, 3, "sft")
-    with pytest.raises(NonFiniteError, match="2 updates in a row"):
+    with pytest.raises(NonFiniteError, match=r"2 updates in a row were skipped .* its loss or gradient .* A lower learning rate"):
         stop_if_not_finite(state, 2, "sft")
+    with pytest.raises(NonFiniteError, match=r"the last because the score is wrong. .* Look at the rewards"):
+        stop_if_not_finite(state, 2, "rl", "the score is wrong")
     state, metrics = step(state, jnp.ones(()), good, jax.random.key(0))
     assert (int(metrics["skipped"]), int(state.skipped_in_a_row)) == (2, 0)
     assert not np.array_equal(state.trainable["w"], before)
+
+
+def test_norms_of_several_models_are_told_apart():
+    """Each is clipped by its own; and the joint one is that of all gradients."""
+
+    def loss(trainable, _, rows, total, key):
+        return 3 * trainable["policy"]["w"][0] + 4 * trainable["value"]["w"][0], {}
+
+    trainable = {name: {"w": jnp.ones(1)} for name in ("policy", "value")}
+    step = make_step(loss, lambda rows: jnp.float32(1), optax.sgd(0.1), None)
+    _, metrics = step(new_state(trainable, optax.sgd(0.1)), None, {"x": jnp.ones(1)}, jax.random.key(0))
+    assert {name: float(x) for name, x in metrics.items() if "norm" in name} == {
+        "grad_norm": 5.0,
+        "grad_norm/policy": 3.0,
+        "grad_norm/value": 4.0,
+    }
+
+
+def test_skipped_updates_are_not_applied_ones():
+    optimizer = make_optimizer(OptimizerConfig(schedule="linear"), 10, "lora")
+
+    def loss(trainable, _, rows, total, key):
+        return jnp.sum(trainable["lora"]["w"] * rows["x"]), {}
+
+    step, state = make_step(loss, lambda rows: jnp.float32(1), optimizer, None), new_state({"lora": {"w": jnp.ones(1)}}, optimizer)
+    for number, x in enumerate((1.0, np.nan, 1.0, 1.0)):
+        assert applied(state) == number - (number > 1)
+        state, _ = step(state, None, {"x": jnp.full(1, x)}, jax.random.key(0))
+    assert applied(skip(state)) == 3 and int(skip(state).skipped) == 2 and int(skip(state).skipped_in_a_row) == 1
 
 
 def test_stages_and_seeds_have_different_keys():
