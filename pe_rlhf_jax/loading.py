@@ -17,7 +17,7 @@ from pe_rlhf_jax import data, hosts
 from pe_rlhf_jax.checkpoint.peft_import import check_adapter, import_adapter
 from pe_rlhf_jax.checkpoint.preprocessing import vision_of
 from pe_rlhf_jax.checkpoint.source import Backbone, resolve
-from pe_rlhf_jax.config import Config, ConfigError
+from pe_rlhf_jax.config import Config, ConfigError, Quantization
 from pe_rlhf_jax.data.formats import Kind
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.quantization import QuantizedMatrix, count, quantize_layers
@@ -38,6 +38,8 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     _check_functions(config)
     backbone = resolve(config.model)
     _check_lengths(config, backbone.config.max_position_embeddings)
+    if config.model.revision is not None and not config.model.source.startswith("hf:"):
+        progress.warn(f"model.revision is of the hub, and does nothing with {config.model.source}")
     decoder = decoder_of(config, backbone)
     for folder in (config.model.adapter, config.reward.adapter):
         if folder is not None:
@@ -50,7 +52,7 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
     if several:
         rows = b"".join(rows_of(split) for split in (loaded.sft, loaded.preference, loaded.label, loaded.prompts))
         hosts.same({"backbone (model.source)": backbone.sha256.encode(), "data": rows})
-    decoder, params = load_decoder(config, backbone, mesh)
+    decoder, params = load_decoder(decoder, config.model.quantization, backbone, mesh)
     held = jnp.dtype(decoder.dtype).name + (f" over {config.model.quantization}" if config.model.quantization else "")
     where = f"{jax.device_count()} {jax.default_backend()}" + (f" of {jax.process_count()} processes" if hosts.several() else "")
     progress.note(f"{backbone.source}: {count(params) / 1e6:.1f}M parameters, {held}, on {where}")
@@ -65,7 +67,7 @@ def load(config: Config, progress: Progress, needs: set[Kind]) -> tuple[Backbone
 
 
 def decoder_of(config: Config, backbone: Backbone) -> Decoder:
-    """The decoder, as `load_decoder` makes it, before anything is quantized. Raises ConfigError where no adapter fits."""
+    """The decoder, nothing of which is quantized. Raises ConfigError where no adapter fits."""
     dtype = jnp.dtype(config.model.dtype_on(jax.default_backend()))
     decoder = Decoder(backbone.config, config.lora, dtype, dtype, config.model.remat, config.model.attention_block)
     if "lora" in config.tunings().values():
@@ -73,12 +75,11 @@ def decoder_of(config: Config, backbone: Backbone) -> Decoder:
     return decoder
 
 
-def load_decoder(config: Config, backbone: Backbone, mesh: jax.sharding.Mesh) -> tuple[Decoder, PyTree]:
-    """The decoder and its parameters, on the devices; what is to be quantized is so as soon as it is read.
+def load_decoder(decoder: Decoder, how: Quantization | None, backbone: Backbone, mesh: jax.sharding.Mesh) -> tuple[Decoder, PyTree]:
+    """The decoder, quantized as `how` says, and its parameters, on the devices; what is to be quantized is so as soon as it is read.
 
     A vision tower and its projector stay in floating point.
     """
-    decoder, how = decoder_of(config, backbone), config.model.quantization
     dtype = decoder.dtype
     if dtype == jnp.float32 and jax.default_backend() != "cpu":
         jax.config.update("jax_default_matmul_precision", "highest")  # an accelerator would round factors to bfloat16, or to TF32

@@ -17,7 +17,7 @@ from pe_rlhf_jax.checkpoint.source import Backbone, resolve
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.files import path_of
-from pe_rlhf_jax.loading import adapted, load_decoder
+from pe_rlhf_jax.loading import adapted, decoder_of, load_decoder
 from pe_rlhf_jax.models.lora import merge
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.models.vlm import adapts_tower
@@ -126,7 +126,7 @@ class Outcomes:
         if ours:
             decoder, params = dataclasses.replace(mine.decoder, lora=config.lora), mine.backbone
         else:
-            decoder, params = load_decoder(config, backbone, mine.mesh)
+            decoder, params = load_decoder(decoder_of(config, backbone), config.model.quantization, backbone, mine.mesh)
         # Where its training began is not needed, but for a reference that is no outcome of its own.
         start = None if store.latest(ROLE_OF[sft.STAGE]) is not None else config.model.adapter
         base = adapted(config, start, backbone, decoder, params).replace(head=None)
@@ -156,9 +156,11 @@ class Outcomes:
         """
         config, found = self.context.config, {}
         adapter = config.model.adapter if self.store.latest(ROLE_OF[sft.STAGE]) is None else None
-        if adapter is not None and (stage != reward.STAGE or config.reward.start_from == "sft"):
+        policy = self.store.latest(ROLE_OF[rl.STAGE]) is not None
+        of_reward = stage == reward.STAGE or (stage == evaluate.STAGE and not policy)
+        if adapter is not None and (not of_reward or config.reward.start_from == "sft"):
             found["model.adapter"] = hosts.once(lambda: _sha256(Path(adapter).expanduser() / WEIGHTS_FILE))
-        if stage == rl.STAGE or (stage == evaluate.STAGE and self.store.latest(ROLE_OF[rl.STAGE]) is not None):
+        if stage == rl.STAGE or (stage == evaluate.STAGE and policy):
             for name in sorted({term.model for term in config.rl.rewards if term.model not in (None, "run")}):
                 found[f"rl.rewards {name}"] = Store(path_of(name) / "checkpoints").fingerprint(ROLE_OF[reward.STAGE])
         return {name: sha256 for name, sha256 in found.items() if sha256 is not None}

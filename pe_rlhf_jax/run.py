@@ -13,14 +13,13 @@ from typing import Any, Protocol
 
 import jax
 
-from pe_rlhf_jax import hosts, run_folder
+from pe_rlhf_jax import checks, hosts, run_folder
 from pe_rlhf_jax.checkpoint import card, export, merged
 from pe_rlhf_jax.checkpoint.peft_layout import WHOLE
 from pe_rlhf_jax.checkpoint.store import Store
-from pe_rlhf_jax.config import Config, ConfigError
+from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.loading import load, needed, rows_of
 from pe_rlhf_jax.models.quantization import count
-from pe_rlhf_jax.models.vlm import adapts_tower
 from pe_rlhf_jax.outcomes import ROLE_OF, Outcomes, without_spent_adapters
 from pe_rlhf_jax.report import headline, health, html, samples
 from pe_rlhf_jax.report.metrics import MetricsLog
@@ -68,7 +67,7 @@ class Run:
             "evaluate": self._evaluate,
             "export": self._export,
         }
-        self._check_order()
+        checks.order(self)
         summary: dict[str, Any] = {}
         for stage in self.config.run.stages:
             self._stop_if_asked()
@@ -79,88 +78,6 @@ class Run:
             self.progress.note(f"data: {note}")
         hosts.once(lambda: html.build(self.folder))
         return summary
-
-    def _check_order(self) -> None:
-        """Raises ConfigError, before anything is trained, for what a stage is going to need and will not find."""
-        stages, config = self.config.run.stages, self.config.rl
-        self._check_reference()
-        trained = self.store.latest(ROLE_OF[rl.STAGE]) is not None
-        self._check_towers()
-        if "reward" in stages and self.store.latest(reward.STAGE) is None:
-            reward.check(self.context)
-            reward.check_labels(self.context, "reward.evaluation_pairs", self.config.reward.evaluation_pairs)
-            if "evaluate" in stages:
-                reward.check_labels(self.context, "evaluate.pairs", self.config.evaluate.pairs)
-        if "rl" in stages and not trained and config.value_model == "trunk" and config.value_from_reward:
-            raise ConfigError(
-                "rl.value_model trunk reads the policy's hidden states, to which the reward model's head was not fitted; set rl.value_init "
-                "to zero"
-            )
-        if ("rl" in stages and not trained) or ("evaluate" in stages and trained and not self._evaluated()):
-            self.outcomes.check_other_runs()
-        if "rl" in stages and not trained and config.roles == "shared":
-            for stage in (sft.STAGE, reward.STAGE):
-                if self.store.latest(ROLE_OF[stage]) is not None and getattr(self.config, stage).tuning == "full":
-                    raise ConfigError(
-                        f"rl.roles shared keeps one backbone in memory, but {stage} was tuned in full; set rl.roles: separate"
-                    )
-        sft_missing = self.store.latest(ROLE_OF[sft.STAGE]) is None and self.config.model.adapter is None
-        if "reward" in stages and self.config.reward.start_from == "sft" and sft_missing and "sft" not in stages[: stages.index("reward")]:
-            raise ConfigError(
-                f"reward.start_from sft needs an SFT model, and {self.folder} has none; run the stage `sft` first, or name one "
-                "as model.adapter"
-            )
-        if "rl" not in stages or "reward" in stages[: stages.index("rl")] or self.store.latest(ROLE_OF[reward.STAGE]) is not None:
-            return
-        if config.uses_reward_stage:
-            raise ConfigError(f"stage rl needs a reward model, and {self.folder} has none; run the stage `reward` first")
-        if config.value_from_reward:
-            raise ConfigError(
-                f"rl.value_init reward starts the value model from this run's reward model, and {self.folder} has none; set it to zero"
-            )
-
-    def _check_towers(self) -> None:
-        """Raises ConfigError if a stage would tune in full what an earlier one, or a named adapter, leaves with an adapter on the tower."""
-        stages, config = self.config.run.stages, self.config
-        if not adapts_tower(config.lora) or self.context.decoder.config.vision is None:
-            return
-        done = {stage: self.store.latest(outcome) is not None for stage, outcome in ROLE_OF.items()}
-        has_sft = sft.STAGE in stages or done[sft.STAGE]
-        reference = config.sft.tuning == "lora" if has_sft else self.context.base.lora is not None
-        start = reference if config.reward.start_from == "sft" else self.context.reward_base.lora is not None
-        value = config.rl.value_from_reward and config.rl.value_model == "adapter" and config.reward.tuning == "lora"
-        starts = {
-            "reward.tuning": (reward.STAGE, config.reward.tuning, start),
-            "rl.tuning": (rl.STAGE, config.rl.tuning, reference),
-            "rl.value_tuning": (rl.STAGE, config.rl.tuning_of("value"), value),
-        }
-        for field, (stage, tuning, adapted) in starts.items():
-            if stage in stages and not done[stage] and tuning == "full" and adapted:
-                raise ConfigError(
-                    f"{field} full would start from an adapter on the vision tower, which is the backbone's and stays as it is; set it to "
-                    "lora, or let lora.target_modules leave the tower out"
-                )
-
-    def _check_reference(self) -> None:
-        """Raises ConfigError if a stage would begin from another reference than the one that SFT leaves, or has begun from another."""
-        stages = self.config.run.stages
-        if self.store.latest(ROLE_OF[sft.STAGE]) is not None:
-            return
-        # Full tuning leaves the very parameters that an adapter stands on, and a finished reward model is an adapter on its reference.
-        stands = self.store.latest(ROLE_OF[reward.STAGE]) is None or self.config.sft.tuning == "full"
-        from_sft = self.config.reward.start_from == "sft" and stands
-        for stage in (rl.STAGE, *((reward.STAGE,) if from_sft else ())):
-            before = stages[: stages.index(stage)] if stage in stages else stages
-            if sft.STAGE not in before:
-                if stage in stages and sft.STAGE in stages:
-                    raise ConfigError(f"run.stages: {stage} begins from what sft leaves; put sft before it")
-                if stage in stages and self.store.latest(sft.STAGE) is not None:
-                    raise ConfigError(f"{self.folder} has an SFT that has not ended, and {stage} begins from what it leaves; run sft first")
-            elif self.store.latest(stage) is not None:
-                raise ConfigError(
-                    f"{self.folder} has a stage {stage} that began without SFT, which would change what it began from; leave sft out of "
-                    "run.stages, or give another run.name"
-                )
 
     def close(self) -> None:
         """Ends the log."""
@@ -204,18 +121,20 @@ class Run:
     def _rl(self) -> None:
         if self._finished(rl.STAGE):
             return
-        context, reference = self.context, self.outcomes.reference()
+        context, config, reference = self.context, self.config.rl, self.outcomes.reference()
         rewards, model = Rewards(context, self.outcomes.reward_models()), self.outcomes.reward_model()
-        if context.config.rl.sampling.truncates:
+        if config.sampling.truncates:
             self.progress.warn(
                 "rl.sampling.top_k or top_p: responses come from a part of the policy's distribution, but log-probabilities are those of "
                 "all of it, so estimates of the KL are wrong, and may be below 0; sample from all of it, at a lower temperature if need be"
             )
+        if config.length_target and not config.length_penalty:
+            self.progress.warn("rl.length_target does nothing without rl.length_penalty, which is taken off beyond it")
         self._train(
             rl.STAGE,
             lambda: rl.init(context, reference, model),
             lambda s: rl.run(context, reference, model, rewards, s),
-            lambda s: rl.finish(s, context.config.rl),
+            lambda s: rl.finish(s, config),
         )
 
     def _finished(self, stage: str) -> bool:
@@ -249,7 +168,9 @@ class Run:
             state, meta = self.store.restore(stage, self.outcomes.like(init))
             self.outcomes.check(meta)
             if meta.get("rows", rows) != rows:
-                self.progress.warn(f"{stage} began with other rows of data: from here on it learns from these, in another order")
+                self.progress.warn(
+                    f"{stage} began with other rows of data, or held out others: from here on it goes by these, in another order"
+                )
             if meta.get("portions", portions) != portions and stage != rl.STAGE and self.config.lora.lora_dropout:
                 self.progress.warn(f"{stage} began on another mesh or with other micro-batches: from here on dropout draws otherwise")
         given = self.outcomes.given(stage)
@@ -308,7 +229,7 @@ class Run:
         return len(seen) > patience and max(seen[-patience:]) <= max(seen[:-patience])
 
     def _evaluate(self) -> None:
-        if self._evaluated():
+        if self.evaluated():
             self.progress.note(f"{evaluate.STAGE}: finished before")
             return
         began = time.perf_counter()
@@ -337,7 +258,7 @@ class Run:
         steps, settings = {name: self.store.latest(name) for name in ROLE_OF.values()}, self.config.evaluate.model_dump(mode="json")
         return steps | {"settings": settings, "given": self.outcomes.given(evaluate.STAGE)}
 
-    def _evaluated(self) -> bool:
+    def evaluated(self) -> bool:
         """Whether what is there now was evaluated so; an evaluation of what stood there before, such as no policy, does not count."""
         if self.store.latest(evaluate.STAGE) is None:
             return False

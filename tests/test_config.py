@@ -125,13 +125,11 @@ def test_text_that_is_no_configuration(text, expected):
         ("sft: {optimizer: {head_learning_rate: 1e-4}}", "sft.optimizer.head_learning_rate would do nothing: no head is trained there"),
         ("rl: {algorithm: grpo, optimizer: {head_learning_rate: 1e-4}}", "rl.optimizer.head_learning_rate would do nothing"),
         ("reward: {balance_classes: true}", "reward.balance_classes belongs to reward.kind labels and would do nothing with pairs"),
-        ("rl: {length_target: 20}", "length_target would do nothing without length_penalty"),
         ("rl: {rewards: [{function: 'a:b'}]}\nevaluate: {judge: 'a:b'}", "evaluate.judge a:b is one of rl.rewards"),
     ],
 )
 def test_options_that_would_say_nothing_are_refused(text, expected):
     assert expected in problem(MODEL + text)
-    c.parse("model: {source: 'hf:a/b', revision: v1}\nrl: {length_target: 20, length_penalty: 0.1}")
     c.parse(MODEL + "rl: {algorithm: ppo, optimizer: {head_learning_rate: 1e-4}}")
     c.parse(MODEL + "rl: {rewards: [{model: run}, {function: 'a:b', weight: 0}]}\nevaluate: {judge: 'a:b'}")
 
@@ -206,7 +204,6 @@ def test_differences_name_each_field_once():
         (["run.seed=4294967296"], "run.seed: Input should be less than 4294967296"),
         (["data.source=movie-review"], "data.source: Input should be 'movie-reviews' or 'easy-vqa'; found 'movie-review'"),
         (["rl.rewards=[{model: a/f}, {function: 'x:f'}]"], "called alike: f, f; each is logged under its function's or its folder's name"),
-        (["model.revision=v1"], "model.revision belongs to a source of the hub and would do nothing with local"),
         (
             ["run.folder=gc://bucket/runs"],
             "run.folder: gc://bucket/runs is neither a path nor a place that begins with gs://, s3://, az://",

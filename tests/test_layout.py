@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "run_folder": {"config", "files", "hosts"},
     "loading": PARTS,
     "outcomes": PARTS | {"loading", "run_folder"},
-    "run": PARTS | {"loading", "outcomes", "run_folder"},
+    "checks": PARTS | {"outcomes"},
+    "run": PARTS | {"checks", "loading", "outcomes", "run_folder"},
     "answering": PARTS | {"loading", "outcomes", "run_folder"},
     "main": PARTS | {"answering", "devices", "loading", "maintenance", "outcomes", "run_folder", "run"},
 }

@@ -87,7 +87,9 @@ def given(tmp_path):
 
 def test_what_a_stage_is_given_is_known_by_its_bits(tmp_path, given):
     adapter, model = "model.adapter", f"rl.rewards {tmp_path / 'other'}"
-    assert set(given("sft")) == set(given("evaluate")) == {adapter}  # there is no policy to be judged yet
+    assert set(given("sft")) == {adapter}
+    # There is no policy to be judged yet, and the reward model may stand on the backbone.
+    assert (set(given("evaluate")), set(given("evaluate", reward={"start_from": "sft"}))) == (set(), {adapter})
     assert set(given("rl")) == {adapter, model}
     assert (set(given("reward")), set(given("reward", reward={"start_from": "sft"}))) == (set(), {adapter})
     before = given("rl")
@@ -113,13 +115,13 @@ def test_an_evaluation_counts_while_what_it_was_given_is_the_same(tmp_path):
     run.outcomes = SimpleNamespace(given=lambda stage: now)
     run.store.save("evaluate", 0, {}, {"of": run._of()})
     old = {name: value for name, value in run._of().items() if name != "given"}
-    assert run._evaluated()
+    assert run.evaluated()
     now = {"model.adapter": "1"}
-    assert run._evaluated()
+    assert run.evaluated()
     now = {"model.adapter": "2"}
-    assert not run._evaluated()
+    assert not run.evaluated()
     run.store.save("evaluate", 0, {}, {"of": old})
-    assert run._evaluated()
+    assert run.evaluated()
 
 
 def test_an_adapter_is_compared_with_the_backbones_revision(tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from jax.errors import JaxRuntimeError
 from jax.sharding import AbstractMesh
 from rich.console import Console
 
+from pe_rlhf_jax import checks, main
 from pe_rlhf_jax import config as configuration
-from pe_rlhf_jax import main
 from pe_rlhf_jax.checkpoint.store import CheckpointError, Store
 from pe_rlhf_jax.config import ConfigError
 from pe_rlhf_jax.data import LabelExample, PreferenceExample, PromptExample, Split
@@ -272,15 +272,15 @@ def test_a_reward_model_that_rl_will_miss_is_missed_before_anything_is_trained(t
     run.outcomes = SimpleNamespace(check_other_runs=lambda: seen.append(1))
     seen: list[int] = []
     if said is None:
-        run._check_order()
+        checks.order(run)
     else:
         with pytest.raises(ConfigError, match=said):
             run.execute()
     run.store.save("reward_model", 1, {"w": jnp.float32(0)}, {})
-    run._check_order()
+    checks.order(run)
     asked = len(seen)
     run.store.save("policy", 1, {"w": jnp.float32(0)}, {})
-    run._check_order()
+    checks.order(run)
     assert (asked, len(seen) - asked) == (2, 0)  # a finished policy needs no other run any more
 
 
@@ -294,7 +294,7 @@ def test_what_cannot_be_judged_or_begun_is_refused_before_anything_is_trained(tm
         rows = [SimpleNamespace(label=label) for label in held_out]
         run.context = SimpleNamespace(config=run.config, split=lambda kind: Split(rows, rows), packing=lambda *_: None)
         run.outcomes = SimpleNamespace(check_other_runs=lambda: None)
-        run._check_order()
+        checks.order(run)
 
     check(["reward"], [1, 1, 1, 0])
     for stages, held_out, said in (
@@ -313,10 +313,10 @@ def test_a_fully_tuned_model_beside_shared_roles_is_refused_before_anything_is_t
     run.config, run.folder, run.store = configuration.parse(json.dumps(text)), tmp_path, Store(tmp_path / "checkpoints")
     run.context = SimpleNamespace(config=run.config, packing=lambda *_: None)
     run.outcomes = SimpleNamespace(check_other_runs=lambda: None)
-    run._check_order()
+    checks.order(run)
     run.store.save("reference", 1, {"w": jnp.float32(0)}, {})
     with pytest.raises(ConfigError, match=r"sft was tuned in full; set rl\.roles: separate"):
-        run._check_order()
+        checks.order(run)
 
 
 @pytest.mark.parametrize(
@@ -344,12 +344,12 @@ def test_rows_that_the_reward_stage_cannot_learn_from_are_refused_before_anythin
     decoder = SimpleNamespace(config=SimpleNamespace(vision=None))
     run.context = Context(run.config, decoder, {}, None, (), SimpleNamespace(**rows), mesh)
     if said is None:
-        run._check_order()
+        checks.order(run)
     else:
         with pytest.raises(ConfigError, match=said):
             run.execute()
         run.store.save("reward", 1, {"w": jnp.float32(0)}, {})
-        run._check_order()  # a stage that has begun was looked at when it did
+        checks.order(run)  # a stage that has begun was looked at when it did
 
 
 @pytest.mark.parametrize(
@@ -375,12 +375,12 @@ def test_full_tuning_over_an_adapted_tower_is_refused_before_anything_is_trained
     decoder = SimpleNamespace(config=SimpleNamespace(vision="seen"))
     run.context = SimpleNamespace(decoder=decoder, base=Role(lora=base), reward_base=Role())
     if said is None:
-        run._check_towers()
+        checks.towers(run)
     else:
         with pytest.raises(ConfigError, match=said):
             run.execute()
         decoder.config.vision = None  # a model of text has no tower
-        run._check_towers()
+        checks.towers(run)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ def test_no_stage_begins_from_another_reference_than_sft_leaves(tmp_path, stages
     for name in kept:
         run.store.save(name, 1, {"w": jnp.float32(0)}, {})
     if said is None:
-        run._check_reference()
+        checks.reference(run)
     else:
         with pytest.raises(ConfigError, match=said):
             run.execute()
@@ -445,7 +445,7 @@ def test_a_finished_reward_model_keeps_the_parameters_that_it_was_trained_on(tmp
     for name in ("reward", "reward_model"):
         run.store.save(name, 1, {"w": jnp.float32(0)}, {})
     if said is None:
-        run._check_reference()
+        checks.reference(run)
     else:
         with pytest.raises(ConfigError, match=said):
             run.execute()

@@ -47,7 +47,7 @@ class Store:
     """The checkpoints of one run; the processes of one run write, others may read meanwhile.
 
     Of several processes every one writes and reads its own parts of the arrays, and the first does and decides all the rest: all call
-    `save`, `restore`, `latest`, `best` and `meta` together.
+    `save`, `restore`, `latest`, `best`, `meta` and `fingerprint` together.
     """
 
     def __init__(self, folder: Path | str) -> None:

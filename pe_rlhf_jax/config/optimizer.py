@@ -13,7 +13,7 @@ class OptimizerConfig(Section):
     """Optimizer and learning-rate schedule."""
 
     name: Literal["adamw", "adafactor"] = Field("adamw", description="Update rule.")
-    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate; of RL, where none is named, 1e-4.")
     head_learning_rate: float | None = Field(
         None,
         gt=0,

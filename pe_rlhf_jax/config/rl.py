@@ -190,8 +190,6 @@ class RLConfig(Section):
                 f"two rewards are called alike: {', '.join(term.name for term in self.rewards)}; each is logged under its function's or "
                 "its folder's name, so rename one of them"
             )
-        if self.length_target and not self.length_penalty:
-            raise ValueError("length_target would do nothing without length_penalty, which is taken off beyond it")
         if not any(term.weight for term in self.rewards):
             raise ValueError("all rewards have weight 0, so there is nothing to maximise")
         if self.algorithm == "reinforce" and (self.kl_coef > 1 or self.kl_target is not None):

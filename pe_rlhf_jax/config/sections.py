@@ -108,12 +108,6 @@ class ModelConfig(Section):
         "send less.",
     )
 
-    @model_validator(mode="after")
-    def _revision_is_of_the_hub(self) -> ModelConfig:
-        if self.revision is not None and not self.source.startswith("hf:"):
-            raise ValueError(f"model.revision belongs to a source of the hub and would do nothing with {self.source}; leave it out")
-        return self
-
     def dtype_on(self, platform: str) -> str:
         """The dtype on a platform such as `cpu` or `tpu`, `auto` decided."""
         if self.dtype != "auto":

@@ -304,7 +304,7 @@ class Reader:
             return self._plain(row, prompt, _text(key, answer))
         asked = turns("prompt", prompt, row_pictures(row), folder_of(row))
         given = [Turn("assistant", (_text(key, answer),))] if isinstance(answer, str) else turns(key, answer)
-        if given[: len(asked)] == asked:
+        if [(turn.role, turn.text, turn.more) for turn in given[: len(asked)]] == [(turn.role, turn.text, turn.more) for turn in asked]:
             raise BadRow(f"expected `{key}` to go on where `prompt` ends, found that it begins with the prompt's turns: leave `prompt` out")
         return self._split(row, "prompt", key, asked + given)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import typing
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -116,14 +115,16 @@ def load(
 
 def mixed(held_out: list[TextRow]) -> list[TextRow]:
     """Out of their order, always in the same way: evaluations take the first rows, and neighbours in a file often belong together, by
-    their label, their prompt or their picture, or because they were made of one place, such as the turns of a dialog.
+    their label, their prompt or their picture, or because they were made of one place, such as the turns of a dialog. Answers to one prompt
+    of one place stay together.
     """
-    places: Counter[str] = Counter()
+    prompts: dict[str, dict[frozenset[str], int]] = {}
 
     def drawn(row: TextRow) -> float:
         place = row.place.replace("\\", "/").rpartition("/")[2]
-        places[place] += 1
-        return hash_share(place if places[place] == 1 else f"{place} {places[place]}")
+        there = prompts.setdefault(place, {})
+        number = there.setdefault(frozenset(row.prompts), len(there))
+        return hash_share(f"{place} {number}" if number else place)
 
     return sorted(held_out, key=drawn)
 
@@ -142,8 +143,8 @@ def _known(kind: Kind, held_out: Sequence[TextRow], trained: dict[Kind, set[int]
 
 
 def _names(row: TextRow) -> set[int]:
-    """The row's prompts, and its group or pictures; as hashes, because those of all training rows are kept."""
-    return {hash(name) for name in row.keys | row.prompts}
+    """The row's prompts, group and pictures; as hashes, because those of all training rows are kept."""
+    return {hash(name) for name in row.keys | row.prompts | {picture.label for picture in row.pictures}}
 
 
 def _from_files(

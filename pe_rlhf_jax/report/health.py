@@ -155,7 +155,7 @@ def _scores_that_are_no_numbers(watch: Watch) -> str | None:
     responses = sum(_value(row, "val/nonfinite_scores") for row in bad)
     return (
         f"a reward was not a finite number for {responses:.0f} responses in {len(bad)} of the latest {2 * WINDOW} steps; such a step may "
-        "teach nothing. The rewards/... that are empty in metrics.jsonl tell which: look at that model, or try model.dtype float32"
+        "teach nothing. A rewards/... that is empty in metrics.jsonl tells which: look at that model, or try model.dtype float32"
     )
 
 

@@ -97,7 +97,7 @@ def load(folder: Path) -> Run:
 
     parsed = _parsed(run.config)
     run.warnings = health.findings(run.rows.get("rl", []), parsed)
-    stages = list(STAGE_TITLES) if parsed is None else parsed.run.stages
+    stages = set(STAGE_TITLES if parsed is None else parsed.run.stages) | run.rows.keys()
 
     summary = folder / "summary.json"
     if not summary.exists():

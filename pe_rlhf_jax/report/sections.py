@@ -111,10 +111,9 @@ def _scoring(reward: Rows, measured: Any) -> list[Chart | None]:
     """`measured`: `reward_model` of summary.json, once it was evaluated."""
     loss, right = (number({"all": measured}, "all", "guessing", name) for name in ("loss", "accuracy"))
     labels = any("eval/auc" in row for row in reward)
-    alone = (
-        isinstance(measured, Mapping) and "rows" in measured and "pairwise_accuracy" not in measured
-    )  # labelled rows, not sides of pairs
-    length = "tokens of the row" if alone else "tokens by which the preferred side is longer"
+    # Of labelled rows that are not the sides of pairs, and, as older versions had it, of the longer side.
+    whole = loss is None or (isinstance(measured, Mapping) and "rows" in measured and "pairwise_accuracy" not in measured)
+    length = "tokens" if whole else "tokens by which the preferred side is longer"
     guess = f" Whoever pays no heed to the texts has {loss:.2f} at best." if loss is not None else ""
     return [
         _curve(

@@ -6,7 +6,6 @@ groups of them (`TextRow.together`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -63,8 +62,8 @@ def at_once(context: Context) -> int:
     It divides `evaluate.batch_size`, and the mesh can split it.
     """
     rows, multiple = context.config.evaluate.batch_size, row_multiple(context.mesh)
-    most = context.config.rl.micro_batch_size or rows
-    return multiple * math.gcd(rows // multiple, max(1, most // multiple))
+    each, most = rows // multiple, (context.config.rl.micro_batch_size or rows) // multiple  # of a device
+    return multiple * max(part for part in range(1, each + 1) if each % part == 0 and part <= max(1, most))
 
 
 class _Answers:

@@ -76,7 +76,8 @@ def updates(
         tokens = float(np.sum(batch.mask))
         values |= {"lr": float(rate(index - skipped)), "time/step": seconds, "perf/tokens_per_s": tokens / seconds}
         skipped = int(values["skipped"])
-        evaluates = (index + 1) % config.evaluate_every == 0 or index + 1 == config.steps
+        ends = int(state.skipped_in_a_row) >= context.config.run.max_nonfinite  # with an error: not early, by what is held out
+        evaluates = not ends and ((index + 1) % config.evaluate_every == 0 or index + 1 == config.steps)
         peak = max(peak, peak_memory_gib())
         if index == first or evaluates:  # asking the other hosts at every step would hold up short ones
             peak = hosts.largest(peak)

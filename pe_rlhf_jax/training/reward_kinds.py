@@ -173,7 +173,7 @@ class Labels:
         balanced = context.config.reward.balance_classes
         guess = self.quick(context, rows, np.full(len(rows), 0.0 if balanced else odds, np.float32))["loss"]
         return {
-            **self.quick(context, rows, *scores),
+            "loss": self.quick(context, rows, *scores)["loss"],
             **_of_areas(scores[0], labels, right, groups, resamples),
             "auc_ci": bootstrap_auc_ci(scores[0], labels, resamples, groups),
             "guessing": {"loss": guess, "accuracy": float(np.mean(_right_side(odds, labels)))},
@@ -216,7 +216,7 @@ class PairsAsLabels(Pairs):
         right = ((np.sign(chosen) - np.sign(rejected)) / 2 + 1) / 2  # of a pair: its sides go together
         groups, resamples = _groups(rows), context.config.evaluate.bootstrap
         return {
-            **self.quick(context, rows, *scores),
+            "loss": self.quick(context, rows, *scores)["loss"],
             **_of_areas(both, labels, right, groups, resamples),
             "auc_ci": bootstrap_pairs_auc_ci(chosen, rejected, resamples, groups),
             "guessing": {"loss": float(np.log(2)), "accuracy": 0.5},

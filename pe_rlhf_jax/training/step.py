@@ -114,11 +114,11 @@ def stop_if_not_finite(state: TrainState, limit: int, stage: str, cause: str | N
     """
     in_a_row = int(state.skipped_in_a_row)
     if in_a_row >= limit:
-        advice = "A lower learning rate, gradient clipping" if cause is None else "Look at the rewards: another reward model"
         raise NonFiniteError(
             f"{stage}: {in_a_row} updates in a row were skipped (run.max_nonfinite is {limit}), the last because "
             f"{cause or 'its loss or gradient is not a finite number'}. What is trained is as it was before them, here and in any "
-            f"checkpoint. {advice} or model.dtype float32 may help; that is another run, with a run.name of its own."
+            "checkpoint. A lower learning rate, gradient clipping, model.dtype float32 or, where a score is to blame, another reward model "
+            "may help; that is another run, with a run.name of its own."
         )
 
 

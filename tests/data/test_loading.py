@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,11 +108,22 @@ def test_a_group_on_both_sides_is_noted_where_validation_is_given(jsonl, tokeniz
     assert note == "1 of 1 held-out rows of data.sft have a prompt, group or picture that is also in training"
 
 
+def test_a_picture_on_both_sides_is_noted_beside_groups():
+    row = TextRow("file:1", (Text("What?", "x"),), group="talk 1", pictures=(SimpleNamespace(label="a.png"),))
+    seen = loading._names(replace(row, group="talk 2", texts=(Text("Where?", "x"),)))
+    assert loading._known("sft", [row], {"sft": seen}) == [
+        "1 of 1 held-out rows of data.sft have a prompt, group or picture that is also in training"
+    ]
+    assert loading._known("sft", [replace(row, pictures=())], {"sft": seen}) == []
+
+
 def test_held_out_rows_of_one_place_are_mixed():
-    """Turns of one dialog, or steps of one episode, have one place."""
-    rows = [TextRow(f"file:{dialog}", (Text("", f"{dialog}.{turn}"),)) for dialog in range(10) for turn in range(6)]
-    first = {row.place for row in loading.mixed(rows)[:10]}
-    assert len(first) > 5 and sorted(loading.mixed(rows), key=rows.index) == rows
+    """Turns of one dialog, or steps of one episode, have one place; a right and a wrong answer stay together."""
+    turns = [(dialog, turn) for dialog in range(10) for turn in range(6)]
+    rows = [TextRow(f"file:{dialog}", (Text(f"{dialog}.{turn}", answer),)) for dialog, turn in turns for answer in ("yes", "no")]
+    mixed = loading.mixed(rows)
+    assert len({row.place for row in mixed[:20]}) > 5 and sorted(mixed, key=rows.index) == rows
+    assert all(a.texts[0].prompt == b.texts[0].prompt for a, b in zip(mixed[::2], mixed[1::2], strict=True))
 
 
 def test_notes_say_what_was_left_out(jsonl, tokenizer):

@@ -199,6 +199,18 @@ REFUSED = {
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image", "image": A}]}]},
         "expected the last turn of `messages` to be text, found a picture",
     ),
+    "a prompt that its conversations repeat": (
+        "preference",
+        {
+            "prompt": [{"role": "user", "content": "x"}],
+            **{
+                side: [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]
+                for side, text in (("chosen", "y"), ("rejected", "z"))
+            },
+            "images": [A],
+        },
+        "expected `chosen` to go on where `prompt` ends",
+    ),
     "whole texts": ("preference", {"chosen": "a", "rejected": "b", "image": A}, "expected `prompt` beside pictures, found whole texts"),
     "the second picture": ("prompts", {"prompt": "a", "images": [A, "gone.png"]}, r"in `images\[1\]`, found no file /folder/gone.png"),
     "an address": ("prompts", {"prompt": "a", "image": "https://example.org/a.png"}, "Nothing is fetched"),

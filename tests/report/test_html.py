@@ -231,13 +231,16 @@ def test_models_of_labels_are_judged_by_their_area_and_beside_the_more_common_la
 @pytest.mark.parametrize(
     ("measured", "texts"),
     [
-        ({"pairs": 4, "accuracy": 0.7}, ("Bradley-Terry loss on pairs.", "preferred side is longer", "observed preference")),
-        ({"rows": 4, "auc": 0.7}, ("Logistic loss on labels.", "tokens of the row", "observed share of good rows")),
-        ({"rows": 8, "auc": 0.7, "pairwise_accuracy": 0.9}, ("Logistic loss", "preferred side is longer", "observed share of good rows")),
+        ({"pairs": 4, "accuracy": 0.7}, ("Bradley-Terry loss on pairs.", "tokens by which the preferred", "observed preference")),
+        ({"rows": 4, "auc": 0.7}, ("Logistic loss on labels.", "tokens", "observed share of good rows")),
+        (
+            {"rows": 8, "auc": 0.7, "pairwise_accuracy": 0.9},
+            ("Logistic loss", "tokens by which the preferred", "observed share of good rows"),
+        ),
     ],
 )
 def test_charts_of_reward_models_say_what_they_learn_from(tmp_path, measured, texts):
-    """And where guessing is, once it was measured."""
+    """And where guessing is, once it was measured; a summary of an older version has lengths of the longer side."""
     log = MetricsLog(tmp_path, tensorboard=False)
     area = {"eval/auc": 0.7} if "auc" in measured else {}
     log.write("reward", 1, {"loss": 0.69, "accuracy": 0.5, "eval/loss": 0.69, "eval/accuracy": 0.5, **area})
@@ -247,9 +250,11 @@ def test_charts_of_reward_models_say_what_they_learn_from(tmp_path, measured, te
     }
     (tmp_path / "summary.json").write_text(json.dumps({"reward_model": measured | bins}))
     text = Page(report.build(tmp_path)).text
-    assert all(part in text for part in texts) and "at best" not in text
+    assert "tokens by which" not in text and "at best" not in text
     (tmp_path / "summary.json").write_text(json.dumps({"reward_model": measured | bins | {"guessing": {"loss": 0.414, "accuracy": 0.855}}}))
-    assert "has 0.41 at best" in Page(report.build(tmp_path)).text
+    text = Page(report.build(tmp_path)).text
+    assert all(part in text for part in texts) and "has 0.41 at best" in text
+    assert ("tokens by which" in text) == any("by which" in part for part in texts)
 
 
 def test_the_line_of_guessing_stands_where_guessing_is():
@@ -268,15 +273,19 @@ def test_whiskers_do_not_vanish_where_all_came_true():
 def test_a_run_without_rl_is_not_partial(tmp_path):
     """What the configuration does not ask for is not missing."""
     stages = "run: {stages: [reward, evaluate]}\nmodel: {source: x}\ndata: {preference: {train: [a]}}\n"
+    MetricsLog(tmp_path, tensorboard=False).write("reward", 1, {"loss": 0.69, "accuracy": 0.5})
+    (tmp_path / "summary.json").write_text(json.dumps({"reward_model": SUMMARY["reward_model"]}))
+    (tmp_path / "config.yaml").write_text(stages)
+    assert "partial" not in Page(report.build(tmp_path)).text
     fill(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({"reward_model": SUMMARY["reward_model"]}))
     for path in (tmp_path / "samples").glob("*"):
         path.unlink()
-    (tmp_path / "config.yaml").write_text(stages)
-    assert "partial" not in Page(report.build(tmp_path)).text
     (tmp_path / "config.yaml").write_text(stages.replace("[reward, evaluate]", "[reward, rl, evaluate]"))
     text = Page(report.build(tmp_path)).text
-    assert "no figures of rl:" in text and "no samples" in text
+    assert "no figures of sft, rl:" in text and "no samples" in text
+    (tmp_path / "config.yaml").write_text(stages.replace("[reward, evaluate]", "[export]"))
+    assert Page(report.build(tmp_path)).text.count("no samples") == 1  # what has trained is not forgotten
 
 
 def test_rows_that_chose_the_checkpoint_are_said():

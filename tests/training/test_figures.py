@@ -111,11 +111,12 @@ def test_a_reward_that_is_not_a_number_is_named_before_it_is_saved(make_context,
 
 
 @pytest.mark.parametrize(
-    ("batch", "micro", "devices", "expected"), [(32, None, 4, 32), (32, 8, 4, 8), (12, 8, 4, 4), (12, 8, 1, 4), (8, 2, 4, 4), (8, 32, 1, 8)]
+    ("batch", "micro", "devices", "expected"),
+    [(32, None, 4, 32), (32, 8, 4, 8), (12, 8, 4, 4), (12, 8, 1, 6), (8, 2, 4, 4), (8, 32, 1, 8), (32, 7, 1, 4), (32, 24, 4, 16)],
 )
 def test_answers_are_judged_as_many_at_once_as_in_rl(make_context, batch, micro, devices, expected):
     """Of those that a batch of the evaluation has: a divisor of them, and a multiple of the devices."""
-    context = make_context(evaluate={"batch_size": batch}, rl={"batch_size": 32, "micro_batch_size": micro})
+    context = make_context(evaluate={"batch_size": batch}, rl={"batch_size": micro or 32, "micro_batch_size": micro})
     mesh = jax.sharding.AbstractMesh((devices, 1, 1), ("data", "fsdp", "tensor"))
     assert evaluate.at_once(dataclasses.replace(context, mesh=mesh)) == expected
 

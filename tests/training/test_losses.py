@@ -96,7 +96,7 @@ def test_every_update_has_a_key_of_its_own(make_context, monkeypatch):
 
     def step(state, frozen, batch, key):
         keys.append(tuple(jax.random.key_data(key).tolist()))
-        return state, {"loss": 0.0}
+        return state, {"loss": 0.0, "skipped": 0.0}
 
     monkeypatch.setattr(loop, "make_step", lambda *_: step)
     monkeypatch.setattr(sft, "evaluate", lambda *_: 0.0)
@@ -109,7 +109,7 @@ def test_the_next_batch_is_made_while_the_device_computes(make_context, monkeypa
 
     def step(state, frozen, batch, key):
         events.append("step")
-        return state, {"loss": 0.0}
+        return state, {"loss": 0.0, "skipped": 0.0}
 
     rows, fetch = loop.BatchOrder.__call__, jax.device_get
     monkeypatch.setattr(loop, "make_step", lambda *_: step)
@@ -130,7 +130,7 @@ def test_a_batch_that_cannot_be_made_fails_at_its_own_step(make_context, monkeyp
             raise ValueError(f"no batch {at}")
         return rows(self, at)
 
-    monkeypatch.setattr(loop, "make_step", lambda *_: lambda state, *_: (state, {"loss": 0.0}))
+    monkeypatch.setattr(loop, "make_step", lambda *_: lambda state, *_: (state, {"loss": 0.0, "skipped": 0.0}))
     monkeypatch.setattr(loop.BatchOrder, "__call__", order)
     monkeypatch.setattr(sft, "evaluate", lambda *_: 0.0)
     seen = []
