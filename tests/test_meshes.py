@@ -245,6 +245,24 @@ for axes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
 print("same")
 """
 
+EXPANDED = """
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from pe_rlhf_jax.config import MeshConfig
+from pe_rlhf_jax.models.quantization import QuantizedMatrix, quantize
+from pe_rlhf_jax.sharding import make_mesh
+
+# Each device expands its own columns.
+mesh = make_mesh(MeshConfig(tensor=8))
+for how in ("int8", "int4", "nf4"):
+    stored = quantize(jnp.asarray(np.random.default_rng(0).normal(size=(128, 64)), jnp.float32), how)
+    there = jax.device_put(stored, NamedSharding(mesh, P(None, "tensor")))
+    expand = jax.jit(lambda x: x.expand(jnp.float32), out_shardings=NamedSharding(mesh, P(None, "tensor")))
+    assert "all-gather" not in expand.lower(there).compile().as_text(), how
+    np.testing.assert_array_equal(expand(there), stored.expand(jnp.float32))
+print("same")
+"""
+
 HEADS = """
 for changes in (dict(num_kv_heads=1), dict(num_heads=6, num_kv_heads=3), dict(num_heads=3, num_kv_heads=3, vocab_size=32)):
     tiny = model(**changes)
@@ -340,6 +358,7 @@ print("same")
         pytest.param(PORTIONS, id="micro-batches"),
         pytest.param(PACKED, id="packed"),
         pytest.param(TAKEN, id="mini-batches"),
+        pytest.param(EXPANDED, id="quantized"),
         pytest.param(HEADS.format(stages=("reward",)), id="heads"),
         pytest.param(HEADS.format(stages=("reward", "rl")), id="heads-in-rl", marks=pytest.mark.slow),
         pytest.param(KEPT, id="kept-in-stretches"),

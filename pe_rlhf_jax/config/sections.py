@@ -98,7 +98,7 @@ class ModelConfig(Section):
         1024,
         ge=1,
         description="In longer rows, so many tokens at a time compute their attention to the row, so that memory grows with the row, not "
-        "with its square; null: all at once.",
+        "with its square, and so do patches of a picture; null: all at once.",
     )
     logprob_chunk: int = Field(
         512,
@@ -123,7 +123,8 @@ class LoRAConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Storage of the factors. In bfloat16, small updates of large factors are lost to rounding, and an adapter that is "
-        "read is rounded. Gradients and what the optimizer computes are float32 in either case.",
+        "read is rounded. The gradient of what is computed at once has the precision of `model.dtype`; sums of such and what the optimizer "
+        "computes are float32 in either case.",
     )
     target_modules: str = Field(
         "all-linear",

@@ -57,7 +57,7 @@ def attend(
     """
     length = q.shape[2]
     blocks, size = blocks_of(length, block)
-    if seen is None or blocks == 1:
+    if blocks == 1:
         return _attend(q, k, v, None if seen is None else seen.mask(), scale, cap)
 
     def cut(x: Array, axis: int) -> Array:
@@ -66,17 +66,18 @@ def attend(
         x = jnp.pad(x, pad)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
 
-    inputs = cut(q, 2), jax.tree.map(lambda x: cut(x, 1), seen.queries)
+    ordered = seen is not None and seen.ordered
+    inputs = cut(q, 2), None if seen is None else jax.tree.map(lambda x: cut(x, 1), seen.queries)
     out = []
-    for part in _parts(blocks) if seen.ordered else [np.arange(blocks)]:
+    for part in _parts(blocks) if ordered else [np.arange(blocks)]:
         first, end = int(part[0]), int(part[-1]) + 1
-        keys = min(end * size, k.shape[2]) if seen.ordered else k.shape[2]
-        k_part, v_part, seen_part = k[:, :, :keys], v[:, :, :keys], seen.first(keys)
+        keys = min(end * size, k.shape[2]) if ordered else k.shape[2]
+        k_part, v_part, seen_part = k[:, :, :keys], v[:, :, :keys], None if seen is None else seen.first(keys)
 
         @jax.checkpoint
-        def of_block(inputs: tuple[Array, Places], k: Array = k_part, v: Array = v_part, seen: Visible = seen_part) -> Array:
+        def of_block(inputs: tuple[Array, Places | None], k: Array = k_part, v: Array = v_part, seen: Visible | None = seen_part) -> Array:
             q, places = jax.lax.optimization_barrier(inputs)  # else the masks of all blocks, as wide as their scores, are made at once
-            return _attend(q, k, v, seen.replace(queries=places).mask(), scale, cap)
+            return _attend(q, k, v, None if seen is None else seen.replace(queries=places).mask(), scale, cap)
 
         out.append(jax.lax.map(of_block, jax.tree.map(lambda x, a=first, b=end: x[a:b], inputs)))
     return rearrange(jnp.concatenate(out), "n B H t h -> B H (n t) h")[:, :, :length]

@@ -174,7 +174,7 @@ class Decoder(nn.Module):
         assert vision is not None
         if self.is_initializing():  # makes the tower's parameters; later it is applied on its own, by `encode_images`
             size = vision.tower.image_size
-            VisionTower(vision.tower, self.lora, self.dtype, self.param_dtype, self.remat, name="vision")(jnp.zeros((1, size, size, 3)))
+            self._tower(name="vision")(jnp.zeros((1, size, size, 3)))
             features = jnp.zeros((1, 1, vision.tokens_per_image, vision.feature_size))
         if features is None:
             return x
@@ -197,8 +197,11 @@ class Decoder(nn.Module):
         if vision is None:
             raise ValueError("expected a model with a vision tower, found one for text only")
         own = {name: tree["vision"] for name, tree in variables.items() if name in ("params", "lora") and "vision" in tree}
-        tower = VisionTower(vision.tower, self.lora, self.dtype, self.param_dtype, self.remat, parent=None)
-        return condense(vision, tower_features(tower, own, images, deterministic, rngs))
+        return condense(vision, tower_features(self._tower(parent=None), own, images, deterministic, rngs))
+
+    def _tower(self, **where: Any) -> VisionTower:
+        assert self.config.vision is not None
+        return VisionTower(self.config.vision.tower, self.lora, self.dtype, self.param_dtype, self.remat, self.attention_block, **where)
 
     def _learned_positions(self, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         c = self.config

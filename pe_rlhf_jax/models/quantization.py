@@ -46,7 +46,18 @@ class QuantizedMatrix(flax.struct.PyTreeNode):
         values = self.values
         if self.format in _NIBBLES:
             values = jax.lax.bitcast_convert_type(values, _NIBBLES[self.format]).reshape(self.shape)
-        return qwix.dequantize(qwix.QArray(values, self.scale, qtype=self.format)).astype(dtype)
+        if self.format != "nf4":
+            return qwix.dequantize(qwix.QArray(values, self.scale, qtype=self.format)).astype(dtype)
+        # Looked up where they lie: qwix flattens the matrix for it, which every chip of the axis `tensor` then gathers whole.
+        entries = _entries().astype(self.scale.dtype)[values.astype(jnp.int32)]
+        blocks = entries.reshape(*self.scale.shape[:-1], -1, self.scale.shape[-1])
+        return (blocks * self.scale[..., None, :]).reshape(self.shape).astype(dtype)
+
+
+def _entries() -> Float[Array, " 16"]:
+    """The numbers that the 16 values of nf4 stand for, qwix's."""
+    values = jnp.arange(16).astype(jnp.uint4)[:, None]
+    return qwix.dequantize(qwix.QArray(values, jnp.ones((1, 1)), qtype="nf4"))[:, 0]
 
 
 def quantize(kernel: Float[Array, "d_in d_out"], how: Quantization) -> QuantizedMatrix:

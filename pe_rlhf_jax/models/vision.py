@@ -30,6 +30,7 @@ class TowerLayer(nn.Module):
     lora: LoRAConfig | None
     dtype: Any
     param_dtype: Any
+    attention_block: int | None
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Array | None], layer: Int[Array, ""], deterministic: bool) -> tuple[tuple[Array, Any], None]:
@@ -45,7 +46,7 @@ class TowerLayer(nn.Module):
                 return y
             return y * self.param(name, nn.initializers.ones, (c.hidden_size,), self.param_dtype).astype(self.dtype)
 
-        attention, mlp = Attention(c, **common, name="attention"), MLP(c, **common, name="mlp")
+        attention, mlp = Attention(c, **common, block=self.attention_block, name="attention"), MLP(c, **common, name="mlp")
         y, _ = attention(norm("attention_norm", x), None, None, None, layer, 0, deterministic)
         x = x + scaled("attention_scale", y)
         x = constrain(x + scaled("mlp_scale", mlp(norm("mlp_norm", x), deterministic)), BATCH, None, None)
@@ -57,7 +58,7 @@ class TowerLayer(nn.Module):
 class VisionTower(nn.Module):
     """Features of pictures, patch by patch in reading order, the class token before them where there is one.
 
-    `remat`: as in `Decoder`; it matters only where the tower is trained.
+    `remat` and `attention_block`: as in `Decoder`; the former matters only where the tower is trained.
     """
 
     config: TowerConfig
@@ -65,6 +66,7 @@ class VisionTower(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat: str = "full"
+    attention_block: int | None = None
 
     @nn.compact
     def __call__(self, images_NHWC: Float[Array, "N H W 3"], deterministic: bool = True) -> Float[Array, "N T D"]:
@@ -91,7 +93,7 @@ class VisionTower(nn.Module):
             split_rngs={"params": True, "lora": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
-        )(c, self.lora, self.dtype, self.param_dtype, name="layers")
+        )(c, self.lora, self.dtype, self.param_dtype, self.attention_block, name="layers")
         (x, kept), _ = layers((x, kept), jnp.arange(c.num_layers), deterministic)
         if kept is not None:
             return rearrange(kept, "G N T D -> N T (G D)")

@@ -52,9 +52,9 @@ SEEN = {
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
-@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("name", [*SEEN, "all see all"])
 def test_blocks_give_the_numbers_and_gradients_of_the_whole(name, cap):
-    seen = SEEN[name]
+    seen = SEEN.get(name)
     weights = jnp.where(REAL[:, None, :, None], jnp.sin(jnp.arange(32.0)).reshape(4, 1, 8), 0)  # padding sees nothing, and is junk
 
     def loss(block, q, k, v):
@@ -62,7 +62,9 @@ def test_blocks_give_the_numbers_and_gradients_of_the_whole(name, cap):
         return jnp.sum(out * weights), jnp.where(weights == 0, 0, out)
 
     def of(block):
-        return jax.jit(jax.value_and_grad(lambda *x: loss(block, *x), argnums=(0, 1, 2), has_aux=True))(*drawn(seen.real.shape[1]))
+        return jax.jit(jax.value_and_grad(lambda *x: loss(block, *x), argnums=(0, 1, 2), has_aux=True))(
+            *drawn(LENGTH if seen is None else seen.real.shape[1])
+        )
 
     (_, out), gradients = of(BLOCK)
     (_, expected), expected_gradients = of(None)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 from deep_backbone import BACKBONE
 from jax.sharding import PartitionSpec as P
 from memory import figures, size
@@ -44,6 +45,16 @@ def test_each_weight_is_stored_as_the_nearest_value_of_its_block(how):
     nearest = np.abs(values * scale[..., None] - blocks[..., None]).min(axis=-1)
     found = np.abs(np.asarray(stored.expand(jnp.float32), np.float64).reshape(blocks.shape) - blocks)
     np.testing.assert_allclose(found, nearest, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", FORMATS)
+def test_matrices_are_expanded_as_qwix_does_it(how):
+    stored = jax.vmap(functools.partial(quantize, how=how))(jnp.asarray(normal(2, 128, 24)))
+    values = stored.values
+    if how != "int8":
+        values = jax.lax.bitcast_convert_type(values, jnp.int4 if how == "int4" else jnp.uint4).reshape(2, 128, 24)
+    expected = [qwix.dequantize(qwix.QArray(*parts, qtype=how)) for parts in zip(values, stored.scale, strict=True)]
+    np.testing.assert_array_equal(stored.expand(jnp.float32), expected)
 
 
 def test_more_bits_are_closer_and_nf4_beats_int4_on_normal_weights():

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors
 from tiny_families import flat
@@ -17,7 +18,7 @@ from pe_rlhf_jax.checkpoint.weights import WeightsError, load_params, load_tower
 from pe_rlhf_jax.config import LoRAConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.lora import merge
-from pe_rlhf_jax.models.vision import cubic_interpolation
+from pe_rlhf_jax.models.vision import VisionTower, cubic_interpolation
 from pe_rlhf_jax.models.vlm import Projector, adapts_tower, condense, insert
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -258,6 +259,29 @@ def test_dropout_reaches_adapters_on_the_tower():
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.01
     assert np.abs(one - jax.jit(decoder.encode_images)(variables, pictures)).max() > 0.01
+
+
+def test_patches_of_a_picture_are_attended_to_in_blocks():
+    """The features of the whole at once, in less memory, with adapters on the tower and their gradients too."""
+    tiny, params = loaded("llava-siglip")
+    lora = LORA.model_copy(update={"target_modules": r"vision\..*"})
+    found, memory = [], []
+    for block in (None, 4):
+        decoder = Decoder(tiny.architecture, lora, attention_block=block)
+        adapter = jax.tree.map(lambda x: jnp.ones_like(x) * 0.1, decoder.init_lora(jax.random.key(0)))
+
+        def loss(adapter, decoder=decoder):
+            return jnp.sum(jnp.sin(decoder.encode_images({"params": params, "lora": adapter}, tiny.pictures())))
+
+        found.append(jax.jit(jax.value_and_grad(loss))(adapter))
+        tower = dataclasses.replace(tiny.architecture.vision.tower, image_size=64 * tiny.architecture.vision.tower.patch_size)
+        large = VisionTower(tower, attention_block=block and 256)
+        picture = jax.ShapeDtypeStruct((1, tower.image_size, tower.image_size, 3), jnp.float32)
+        shapes = jax.eval_shape(large.init, jax.random.key(0), picture)
+        memory.append(jax.jit(large.apply).lower(shapes, picture).compile().memory_analysis().temp_size_in_bytes)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+    assert float(optax.global_norm(found[0][1])) > 1e-3
+    assert memory[1] < memory[0] / 4
 
 
 class Alone:
