@@ -1,6 +1,7 @@
 """What a stranger relies on: commands and paths that the documents name, pinned versions, extras, the notebook, a light import."""
 
 import ast
+import builtins
 import functools
 import importlib.metadata
 import importlib.util
@@ -195,6 +196,25 @@ def test_the_notebook_is_one():
 def test_the_notebook_compiles():
     for cell in cells("code"):
         ast.parse(re.sub(r"^(\s*)[!%].*$", r"\1pass", cell, flags=re.M))
+
+
+def test_the_notebook_goes_on_after_a_restart_and_its_first_cell():
+    """The install cell asks for it: what the cells after it use must come from the first or from those after the install.
+
+    A name in `!{...}` that nobody defined goes to the shell as it is, so these count as names too.
+    """
+    notebook = json.loads((ROOT / NOTEBOOK).read_text())
+    code = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"}
+    del code["install"]
+    known = set(dir(builtins))
+    for name, cell in code.items():
+        tree = ast.parse(re.sub(r"^(\s*)[!%](.*)$", r"\1f'''\2'''", cell, flags=re.M))
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        known |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        imported = [alias for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+        known |= {(alias.asname or alias.name).partition(".")[0] for alias in imported}
+        assert {node.id for node in names} <= known, f"cell {name} uses { ({node.id for node in names} - known) }"
 
 
 # --- versions ---

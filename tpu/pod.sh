@@ -22,6 +22,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 REMOTE=pe_rlhf_jax
 POLL=${POD_POLL:-30}
 TRIES=4
+LOOKS=10 # in a row that reach no host, before keep gives up; each is TRIES tries
 DRY=false
 YES=false
 
@@ -32,17 +33,52 @@ fail() {
 
 say() { echo "$(date +%H:%M:%S) $*" >&2; }
 
-# The name of a slice for Cloud TPU: v4 and v5p count cores, two a chip; the others count chips.
-accelerator_type() {
-  local generation=${POD_TOPOLOGY%%:*} chips=1 size
-  [[ $POD_TOPOLOGY =~ ^[a-z0-9]+:[0-9]+(x[0-9]+){1,2}$ ]] || fail "POD_TOPOLOGY is '$POD_TOPOLOGY': expected one such as v5e:4x4"
-  for size in $(tr x ' ' <<<"${POD_TOPOLOGY##*:}"); do chips=$((chips * size)); done
+# The shape in which Cloud TPU gives so many chips of a generation where nothing but their number is said; nothing if it does not. From 64
+# chips on, those of three dimensions are cubes of 4x4x4, put together with the shortest sides. Source: cloud.google.com/tpu/docs/v4, v5e,
+# v5p and v6e, and the list of accelerator types in apple/axlearn, with which this agrees.
+own_shape() {
+  local shape shapes="2x2x1 2x2x2 2x2x4 2x4x4" found="" a b c least=0
+  case $1 in v5e | v6e) shapes="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16" ;; esac
+  for shape in $shapes; do
+    if ((${shape//x/*} == $2)); then found=$shape; fi
+  done
+  case $1 in v4 | v5p)
+    for ((a = 4; a * a * a <= $2; a += 4)); do
+      for ((b = a; a * b * b <= $2; b += 4)); do
+        c=$(($2 / (a * b)))
+        if ((a * b * c == $2 && c % 4 == 0 && (least == 0 || a + b + c < least))); then
+          least=$((a + b + c))
+          found=${a}x${b}x$c
+        fi
+      done
+    done
+    ;;
+  esac
+  echo "$found"
+}
+
+# SLICE: gcloud's flags for POD_TOPOLOGY. An accelerator type counts cores on v4 and v5p, two a chip, and chips on the others; it says
+# nothing of the shape. Another shape than Cloud TPU's own can be had of v4 alone: gcloud's --type knows no later generation (528).
+name_slice() {
+  local generation=${POD_TOPOLOGY%%:*} shape=${POD_TOPOLOGY##*:} chips own
+  [[ $POD_TOPOLOGY =~ ^[a-z0-9]+:[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "POD_TOPOLOGY is '$POD_TOPOLOGY': expected one such as v5e:4x4"
+  chips=$((${shape//x/*}))
   case $generation in
-    v4 | v5p) echo "$generation-$((2 * chips))" ;;
-    v5e) echo "v5litepod-$chips" ;;
-    v6e) echo "v6e-$chips" ;;
+    v4 | v5p) SLICE=(--accelerator-type="$generation-$((2 * chips))") ;;
+    v5e) SLICE=(--accelerator-type="v5litepod-$chips") ;;
+    v6e) SLICE=(--accelerator-type="v6e-$chips") ;;
     *) fail "POD_TOPOLOGY is '$POD_TOPOLOGY': of v4, v5e, v5p and v6e, which Cloud TPU's own VMs have; for tpu7x see gke.yaml" ;;
   esac
+  own=$(own_shape "$generation" "$chips")
+  if [[ $shape == "$own" ]]; then
+    return
+  elif [[ $generation == v4 && $shape == *x*x* ]]; then
+    SLICE=(--type=v4 --topology="$shape")
+  elif [[ -n $own ]]; then
+    fail "POD_TOPOLOGY is '$POD_TOPOLOGY': Cloud TPU's VMs come with $chips chips of $generation as $own only; plan for $generation:$own"
+  else
+    fail "POD_TOPOLOGY is '$POD_TOPOLOGY': Cloud TPU has no slice of $chips chips of $generation"
+  fi
 }
 
 runtime() {
@@ -128,10 +164,15 @@ state() {
   esac
 }
 
+# A word of each host; new where nothing was set up.
+each_state() {
+  on_hosts all "$(worker status) 2>/dev/null || echo new"
+}
+
 # The hosts' states as one: one of them runs, or one is new, or failed, or was stopped, or all are done.
 hosts_state() {
   local found word
-  found=$(on_hosts all "$(worker status) 2>/dev/null || echo new") || return 1
+  found=$(each_state) || return 1
   for word in running new 'done 2' 'done [^0].*' idle 'done 0'; do
     if grep -xqe "$word" <<<"$found"; then
       grep -xe "$word" <<<"$found" | sort -u | head -n 1
@@ -150,7 +191,7 @@ confirm() {
 }
 
 create() {
-  local queued=false options=() type
+  local queued=false options=()
   while (($#)); do
     case $1 in
       --queued) queued=true ;;
@@ -159,13 +200,12 @@ create() {
     esac
     shift
   done
-  type=$(accelerator_type)
   local image=${POD_RUNTIME:-$(runtime)}
   if $queued; then
-    tpus queued-resources create "$POD_NAME" --node-id="$POD_NAME" --accelerator-type="$type" --runtime-version="$image" \
+    tpus queued-resources create "$POD_NAME" --node-id="$POD_NAME" "${SLICE[@]}" --runtime-version="$image" \
       ${options[@]+"${options[@]}"}
-  elif ! tpus tpu-vm create "$POD_NAME" --accelerator-type="$type" --version="$image" ${options[@]+"${options[@]}"}; then
-    fail "no $type in $POD_ZONE now, or no quota for it: see above. create --queued waits in line; another zone may have some"
+  elif ! tpus tpu-vm create "$POD_NAME" "${SLICE[@]}" --version="$image" ${options[@]+"${options[@]}"}; then
+    fail "no ${SLICE[*]#--*=} in $POD_ZONE now, or no quota for it: see above. create --queued waits in line; another zone may have some"
   fi
 }
 
@@ -191,7 +231,12 @@ wait_ready() {
 }
 
 setup() {
-  local archive changed
+  local archive changed hosts
+  hosts=$(each_state) || fail "the hosts cannot be reached: see above"
+  if $DRY; then echo "$hosts"; fi
+  if grep -qx running <<<"$hosts"; then
+    fail "setup: a run is going on there, and its package and .venv would be replaced under it; tpu/pod.sh stop first: it saves"
+  fi
   archive=$(mktemp -d)/pe_rlhf_jax.tar.gz
   changed=$(git -C "$HERE" stash create) # a commit of what differs from the last one; nothing is put away
   git -C "$HERE" archive --format=tar.gz --output="$archive" "${changed:-HEAD}"
@@ -242,7 +287,7 @@ trouble() {
 }
 
 keep() {
-  local options=() now hosts failures=0 started=0 troubles=0 begun=false
+  local options=() now hosts failures=0 started=0 troubles=0 silent=0 begun=false
   while (($#)) && [[ $1 != -- ]]; do
     options+=("$1")
     shift
@@ -259,6 +304,7 @@ keep() {
   confirm "If $POD_NAME is taken away, it is deleted and created again; what only its disks hold is gone"
   while true; do
     now=$(again state) || fail "gcloud cannot say how $POD_NAME is: see above"
+    [[ $now == ready ]] || silent=0
     case $now in
       none) create ${options[@]+"${options[@]}"} || fail "$POD_NAME was not created: see above" ;;
       failed*) fail "$POD_NAME was not granted ($now); delete it, and try another zone" ;;
@@ -269,10 +315,14 @@ keep() {
       waiting*) say "$POD_NAME: $now" && sleep "$POLL" ;;
       ready)
         if ! hosts=$(hosts_state); then
-          say "the hosts cannot be reached; looking again" # perhaps being taken away
+          # Perhaps being taken away, or restarted, which takes longer than what fails in setting up.
+          ((++silent < LOOKS)) || fail "$POD_NAME is $now, and its hosts could not be reached $LOOKS times in a row: see above. Look at the" \
+            "firewall, the SSH key and the VMs, then keep it again. The slice stays, and costs, until it is deleted"
+          say "the hosts cannot be reached; looking again"
           sleep "$POLL"
           continue
         fi
+        silent=0
         say "$POD_NAME: $now, $hosts"
         # How a run ended that this call has not seen begin says nothing about this one, which may have other files or arguments.
         if [[ $hosts == running ]]; then
@@ -335,6 +385,7 @@ for name in POD_NAME POD_ZONE; do
 done
 if [[ $command == create || $command == keep ]]; then
   [[ -n ${POD_TOPOLOGY:-} ]] || fail "POD_TOPOLOGY is not set; for instance: export POD_TOPOLOGY=v5e:4x4"
+  name_slice
 fi
 command -v gcloud >/dev/null || $DRY || fail "gcloud is not here; install the Google Cloud CLI and run gcloud auth login"
 
@@ -342,7 +393,7 @@ case $command in
   wait) wait_ready ;;
   status)
     if $DRY; then wait_ready; else state; fi
-    on_hosts all "$(worker status) 2>/dev/null || echo new"
+    each_state
     ;;
   watch) tpus tpu-vm ssh "$POD_NAME" --worker=0 --command="tail -n 50 -F $REMOTE/run.log" ;;
   stop) on_hosts all "$(worker stop)" ;;

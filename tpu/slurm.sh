@@ -6,10 +6,14 @@
 #
 # JAX finds the other processes through Slurm. Five minutes before the time is up every process gets SIGTERM, saves and ends with 75; the
 # job is then queued again and continues. Cancelling sends SIGTERM too, and does not queue it again.
+#
+# The nodes are taken whole: without --exclusive and --mem=0 a job has the cluster's default of CPUs and memory, often one CPU a task.
 #SBATCH --job-name=pe-rlhf
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
@@ -20,7 +24,8 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} # without its GPU the run fails,
 
 code=0
 # --kill-on-bad-exit=0: the others are to save, or to say whom they lost, rather than to be killed.
-srun --kill-on-bad-exit=0 .venv/bin/pe-rlhf "$@" || code=$?
+# --cpus-per-task: from Slurm 22.05 on srun takes no number of CPUs over from sbatch; the nodes are alike, each task has all of its own.
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_ON_NODE" .venv/bin/pe-rlhf "$@" || code=$?
 if ((code == 75)); then
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -20,6 +20,10 @@ setup() {
     echo "already installed"
     return
   fi
+  if alive; then
+    echo "error: a run is going on in $PWD, and .venv would be replaced under it; stop it first: it saves" >&2
+    return 2
+  fi
   if ! command -v uv >/dev/null; then
     python3 -m pip install --quiet --user uv
     uv=$(python3 -m site --user-base)/bin/uv

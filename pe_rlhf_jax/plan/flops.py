@@ -22,6 +22,7 @@ from pe_rlhf_jax.models.architecture import DecoderConfig, matrices
 from pe_rlhf_jax.models.attention import blocks_of, keys_met
 from pe_rlhf_jax.models.lora import is_target
 from pe_rlhf_jax.training import evaluate, reward, rl, sft
+from pe_rlhf_jax.training.images import AT_ONCE
 from pe_rlhf_jax.training.shared_rows import answers_for, longest_pair
 
 
@@ -80,7 +81,7 @@ class Costs:
         config, data, sampling = self.config, self.config.data, self.config.rl.sampling
         text = data.max_prompt_length + data.max_response_length
         if program == "encode":
-            return self.encode(getattr(config, stage).batch_size)
+            return self.encode(AT_ONCE * self.devices)
         if stage == sft.STAGE:
             return self.update(config.sft.batch_size, text, text, config.sft.tuning)
         if stage == reward.STAGE:

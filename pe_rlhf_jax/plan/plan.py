@@ -14,7 +14,7 @@ from pe_rlhf_jax.models.architecture import DecoderConfig, matrices
 from pe_rlhf_jax.plan.chips import Chip
 from pe_rlhf_jax.plan.compiled import Program, compile_call, device_bytes
 from pe_rlhf_jax.plan.flops import Costs
-from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
+from pe_rlhf_jax.plan.programs import LOADING, Call, abstract_context, names_other_runs, stage_calls
 from pe_rlhf_jax.plan.topology import GIB, Topology
 from pe_rlhf_jax.sharding import check_batches, row_multiple
 from pe_rlhf_jax.training import evaluate, reward, rl, sft
@@ -115,7 +115,8 @@ def plan(
     """Compiles every program of the configuration's stages for the topology; nothing is allocated.
 
     Args:
-        only: the stages to plan, of those that the configuration runs; what the others leave in memory is counted in any case.
+        only: the stages to plan, of those that the configuration runs; what the others leave in memory is counted in any case, and so is
+            the loading of a backbone that is to be quantized.
         tell: is told what is being compiled, since each takes from seconds to minutes.
 
     Raises:
@@ -134,7 +135,7 @@ def plan(
         raise ConfigError(
             f"nothing to plan: run.stages is {', '.join(config.run.stages)}, asked for were {', '.join(only)} (evaluate is planned with rl)"
         )
-    for stage in chosen:
+    for stage in [LOADING] * (config.model.quantization is not None) + chosen:
         programs: list[Program] = []
 
         def compile(call: Call, stage: str = stage, programs: list[Program] = programs) -> PyTree:
@@ -159,7 +160,7 @@ def backbone_matrices(c: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _timed(stage: str, program: Program, resident: Mapping[str, int], costs: Costs, context: Any, topology: Topology) -> Timed:
-    flops = 0.0 if program.name in ("mini-batch", "evaluation") else costs.of(stage, program.name)
+    flops = 0.0 if program.name in ("quantize", "mini-batch", "evaluation") else costs.of(stage, program.name)
     hbm = program.peak + max(0, sum(resident.values()) - program.staying)
     chip, time = topology.chip, None
     if chip is not None:
@@ -193,6 +194,12 @@ def _notes(config: Config, c: DecoderConfig, mesh: Mapping[str, int]) -> list[st
         if count % tensor:
             choices = ", ".join(str(n) for n in range(1, tensor + 1) if count % n == 0 and n <= tensor)
             notes.append(f"{count} {name} do not divide over mesh.tensor {tensor}: every chip of the axis has all of them. {choices} would")
-    if any(term.model not in (None, "run") for term in config.rl.rewards) and "rl" in config.run.stages:
-        notes.append("reward models of other runs are taken to be as large as this run's")
+    if names_other_runs(config) and "rl" in config.run.stages:
+        own = ", each with a backbone of its own that is not quantized" if config.rl.roles == "separate" else ""
+        notes.append(f"reward models of other runs are taken to be as large as this run's{own}")
+    if config.model.quantization is not None:
+        notes.append(
+            f"{LOADING} comes before all stages: matrices of one kind, of all layers, are there in floating point until they are in few "
+            "bits; counted are the largest, as if all else were loaded before"
+        )
     return notes

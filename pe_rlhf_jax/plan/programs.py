@@ -8,6 +8,7 @@ Letters: B rows, T tokens, P prompt tokens, R response tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -22,6 +23,7 @@ from pe_rlhf_jax.data import Data
 from pe_rlhf_jax.data.rows import MOST_IN_A_ROW, padded
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.models.decoder import Decoder
+from pe_rlhf_jax.models.quantization import QuantizedMatrix, quantize_layers
 from pe_rlhf_jax.models.roles import TOWER, Role
 from pe_rlhf_jax.models.vlm import adapts_tower
 from pe_rlhf_jax.rollout.decode import Sampler
@@ -42,6 +44,8 @@ from pe_rlhf_jax.training.shared_rows import longest_pair
 from pe_rlhf_jax.training.step import make_step
 from pe_rlhf_jax.types import Batch, Experience, Images, LabelBatch, PreferenceBatch, PromptBatch, PyTree, Rollout
 
+LOADING = "loading"
+"""What comes before all stages where the backbone is to be quantized."""
 END_TOKENS = (0, 1)
 """Stand-ins: which tokens end a response changes nothing of a program's size."""
 
@@ -99,10 +103,17 @@ def roles(context: Context, backbone: PyTree) -> tuple[Role, Role | None]:
     inside = dataclasses.replace(context, backbone=backbone)
     stages, config = context.config.run.stages, context.config.rl
     reference = sft.init(inside).trainable if "sft" in stages else Role()
-    named = any(term.model is not None for term in config.rewards)  # of another run: counted as one of this run's shape
-    if "reward" not in stages and not named and not config.value_from_reward:
+    mine = "reward" in stages or config.value_from_reward or any(term.model == "run" for term in config.rewards)
+    if not mine and not names_other_runs(context.config):
         return reference, None
-    return reference, reward.whole(inside, reference, reward.init(inside, reference).trainable)
+    model = reward.whole(inside, reference, reward.init(inside, reference).trainable)
+    # Other runs' adapters and heads are taken to be as this run's; what else they have, `_score_calls` counts for each.
+    return reference, model if mine else model.replace(params=None)
+
+
+def names_other_runs(config: Config) -> bool:
+    """Whether `rl.rewards` has another run's reward model."""
+    return any(term.model not in (None, "run") for term in config.rl.rewards)
 
 
 def update(context: Context, stage: str) -> Update:
@@ -125,8 +136,11 @@ def placed_update(context: Context, stage: str) -> Call:
 def stage_calls(context: Context, stage: str, compile: Compile) -> dict[str, PyTree]:
     """Compiles what a step of the stage calls, in its order, and returns everything that stays in memory meanwhile, by what it is.
 
-    A step of `evaluate` is a batch of prompts, answered by the reference and by the policy; it needs RL among the run's stages.
+    A step of `evaluate` is a batch of prompts, answered by the reference and by the policy; it needs RL among the run's stages. `loading`
+    is no stage of a run, but what comes before all of them where the backbone is to be quantized.
     """
+    if stage == LOADING:
+        return _loading_calls(context, compile)
     _encode(context, getattr(context.config, stage).batch_size, compile)
     if stage == evaluate.STAGE:
         return _evaluate_calls(context, compile)
@@ -136,6 +150,30 @@ def stage_calls(context: Context, stage: str, compile: Compile) -> dict[str, PyT
         _held_out(context, stage, call, compile)
         return {name: tree for name, tree in call.arguments.items() if name != "batch"} | _other_roles(context, stage)
     return _rl_calls(context, compile)
+
+
+def _loading_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
+    """Compiles what makes few bits of the largest matrices, and returns the rest of the backbone, as if these were the last to be loaded.
+
+    A leaf is on the devices with all of its layers, in floating point, before it is quantized; see `loading.load_decoder`.
+    """
+    how = context.config.model.quantization
+    assert how is not None
+    kept = jax.tree.leaves(placed(context, context.backbone), is_leaf=lambda node: isinstance(node, QuantizedMatrix))
+    pairs = zip(jax.tree.leaves(_unquantized(context)[1]), kept, strict=True)
+    read, stored = max(
+        (pair for pair in pairs if isinstance(pair[1], QuantizedMatrix)),
+        key=lambda pair: math.prod(pair[0].sharding.shard_shape(pair[0].shape)),
+    )
+    function = jax.jit(functools.partial(quantize_layers, how=how), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, stored))
+    compile(Call("quantize", function, (), {"matrices as read": read}, repeats=0, passing=frozenset({"matrices as read"})))
+    return {"rest of the backbone": [leaf for leaf in kept if leaf is not stored]}
+
+
+def _unquantized(context: Context) -> tuple[Decoder, PyTree]:
+    """The decoder in floating point, and the placed shapes of its parameters."""
+    decoder = dataclasses.replace(context.decoder, config=dataclasses.replace(context.decoder.config, quantization=None))
+    return decoder, placed(context, jax.eval_shape(decoder.init_params, jax.random.key(0)))
 
 
 def _held_out(context: Context, stage: str, learning: Call, compile: Compile) -> None:
@@ -222,15 +260,18 @@ def _score_calls(
     context: Context, rollout: PyTree, model: Role, backbone: PyTree, group: int, at_once: int | None, repeats: int, compile: Compile
 ) -> dict[str, PyTree]:
     """Compiles the scores of each reward model, and returns the backbones of their own that they keep."""
-    kept = {}
-    for index in range(sum(term.model is not None for term in context.config.rl.rewards)):
-        scorer, params = model, backbone
-        # Merged, into a backbone of its own; a quantized one is shared as it is.
-        if context.config.rl.roles == "separate" and model.lora is not None and context.config.model.quantization is None:
+    kept: dict[str, PyTree] = {}
+    separate, quantized = context.config.rl.roles == "separate", context.config.model.quantization is not None
+    for index, name in enumerate(term.model for term in context.config.rl.rewards if term.model is not None):
+        decoder, scorer, params = context.decoder, model, backbone
+        if separate and name != "run":  # nothing of it is taken to be shared or quantized, since nothing is known of it
+            (decoder, params), scorer = _unquantized(context), Role(head=model.head)
+            kept[f"reward backbone {index}"] = params
+        elif separate and model.lora is not None and not quantized:  # merged; a quantized backbone is shared as it is
             scorer, params = Role(head=model.head), backbone if model.params is None else model.params
             kept[f"reward backbone {index}"] = params
         arguments = {"reward model": scorer, "backbone": params, "rollout": rollout}
-        compile(Call("score", _score, (context.decoder, group, at_once), arguments, repeats))
+        compile(Call("score", _score, (decoder, group, at_once), arguments, repeats))
     return kept
 
 

@@ -11,6 +11,7 @@ from pe_rlhf_jax import config as configuration
 from pe_rlhf_jax.config import Config, ConfigError
 from pe_rlhf_jax.models.architecture import DecoderConfig
 from pe_rlhf_jax.plan.plan import GIB, STAGES, Plan, plan
+from pe_rlhf_jax.plan.programs import LOADING, names_other_runs
 from pe_rlhf_jax.plan.topology import Topology
 from pe_rlhf_jax.rollout.decode import joins
 from pe_rlhf_jax.sharding import micro_batch_multiple
@@ -66,8 +67,8 @@ def suggest(
     """
     assert first.usable is not None
     room = first.usable * GIB
-    crowded = any(sum(stage.resident.values()) > room for stage in first.stages)
     large = [stage.stage for stage in first.stages if stage.hbm > room or any(timed.program.refused for timed in stage.programs)]
+    crowded = LOADING in large or any(sum(stage.resident.values()) > room for stage in first.stages)
     found: list[Suggestion] = []
     tried = 0
     tries = candidates(config, architecture, first.mesh, bool(first.fits), crowded, large or only)
@@ -123,7 +124,7 @@ def candidates(
 
     Args:
         mesh: the sizes of its axes as they are.
-        crowded: what stays in memory is too much alone, so that fewer rows at once or recomputation do not help.
+        crowded: what stays in memory is too much alone, or its loading is, so that fewer rows at once or recomputation do not help.
         only: the stages whose rows at once may change.
     """
     stages = [stage for stage in STAGES if stage in config.run.stages]
@@ -155,12 +156,17 @@ def candidates(
 
 
 def _with_other_results(config: Config, stages: Sequence[str]) -> tuple[Overrides, Sequence[str]]:
-    """Adapters in place of full tuning and shared roles, where there are others; and quantizations, of which full tuning has nothing."""
+    """Adapters in place of full tuning and shared roles, where there are others; and quantizations, of which full tuning has nothing.
+
+    Another run's reward model shares roles only with the same backbone, in the same few bits, which nobody looks up here.
+    """
     full = [field for field, tuning in config.tunings().items() if tuning == "full"]
     if config.rl.value_tuning is None and "rl.value_tuning" in full:
         full.remove("rl.value_tuning")  # goes with rl.tuning
-    shared = ("rl.roles=shared",) if rl.STAGE in stages and config.rl.roles == "separate" else ()
-    return (*(f"{field}=lora" for field in full), *shared), ("int8", "nf4") if config.model.quantization is None else ()
+    separate, others = config.rl.roles == "separate", names_other_runs(config)
+    shared = ("rl.roles=shared",) if rl.STAGE in stages and separate and not others else ()
+    free = config.model.quantization is None and (separate or not others)
+    return (*(f"{field}=lora" for field in full), *shared), ("int8", "nf4") if free else ()
 
 
 def _set(axes: Axes) -> Overrides:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,9 +51,12 @@ def describe(name: str) -> Topology:
     # Nor wait for, or keep out, another plan or a run on this machine's TPU: no chip is opened here.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{generation}-{int(np.prod([int(n) for n in shape.split('x')]))}")
+    chips = int(np.prod([int(n) for n in shape.split("x")]))
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{generation}-{chips}")
     # On v4 JAX shows each chip as one device, with both of its cores.
-    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    if chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu takes a host to have 2 x 2 chips
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (ImportError, RuntimeError, ValueError) as error:

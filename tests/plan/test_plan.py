@@ -194,6 +194,20 @@ def test_few_bits_are_tried_after_what_changes_no_result_and_where_nothing_is_tu
     assert not any("quantization" in override for one in tried("model.quantization=int4") for override in one)
 
 
+@pytest.mark.parametrize(("roles", "few_bits"), [("separate", True), ("shared", False)])
+def test_nothing_is_suggested_that_another_runs_reward_model_may_not_stand_on(tiny, roles, few_bits):
+    """It shares roles with this run's backbone alone, in the same few bits; apart, each may have its own."""
+
+    def tried(name: str) -> set[str]:
+        named = [f"rl.roles={roles}", "run.stages=[reward, rl]", f"rl.rewards=[{{function: 'math:sqrt'}}, {{model: {name}}}]"]
+        found = candidates(configuration.parse(CONFIG, named), tiny.config, {"data": 1, "fsdp": 1, "tensor": 1}, fits=False)
+        return {override for one in found for override in one}
+
+    shares, bits = {"rl.roles=shared"} if roles == "separate" else set(), {"model.quantization=int8", "model.quantization=nf4"}
+    assert tried("run") >= shares | bits
+    assert tried("runs/another") == tried("run") - shares - (set() if few_bits else bits)
+
+
 def test_few_bits_are_found_where_the_backbone_is_what_takes_the_room(on_a_chip):
     wide = dataclasses.replace(on_a_chip(1)[1], intermediate_size=2048)
     config, _, topology = on_a_chip(GIB, "model.quantization=int8", "reward.batch_size=1")
@@ -204,7 +218,32 @@ def test_few_bits_are_found_where_the_backbone_is_what_takes_the_room(on_a_chip)
     found = suggest(config, wide, topology, first, 1, told.append)
     assert [one.overrides for one in found] == [("model.quantization=int8",)] and not found[0].same_results
     assert first.hbm > room == found[0].plan.hbm + 1
-    assert told == ["reward: update, with model.quantization=int8"]
+    assert told == ["loading: quantize, with model.quantization=int8", "reward: update, with model.quantization=int8"]
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_matrices_are_in_floating_point_until_they_are_in_few_bits(on_a_chip, how):
+    """All layers of the largest kind, beside its own few bits and all of the rest."""
+    sets = "reward.batch_size=2", "lora.target_modules=attention"
+    config, shape, topology = on_a_chip(GIB, f"model.quantization={how}", *sets)
+    shape = dataclasses.replace(shape, intermediate_size=2048, num_layers=100)
+    found = plan(config, shape, topology)
+    loading, reward = found.stages
+    (timed,) = loading.programs
+    matrices = shape.num_layers * shape.hidden_size * 2048
+    few = matrices if how == "int8" else matrices // 2
+    assert loading.stage == "loading" and timed.program.arguments == 4 * matrices
+    assert few < timed.program.outputs < 1.3 * few  # with scales
+    rest = loading.resident["rest of the backbone"]
+    assert rest == pytest.approx(reward.resident["frozen"] - timed.program.outputs, abs=64)  # which are a pair, with its pointers
+    assert timed.hbm == timed.program.peak + rest > 4 * matrices + reward.resident["frozen"]
+    assert found.hbm == loading.hbm > reward.hbm and (timed.flops, timed.time.most) == (0, 0)
+    assert any(note.startswith("loading comes before all stages: ") for note in found.notes)
+    refused = dataclasses.replace(found, usable=(loading.hbm - 1) / GIB)
+    told: list[str] = []
+    assert refused.fits is False
+    keeping = changed(config, ("model.remat=none",))
+    assert suggest(keeping, shape, topology, refused, TRIES, told.append) == [] and told == []  # recomputation would not help
 
 
 def test_where_it_fits_fewer_and_larger_micro_batches_and_other_meshes_are_tried(tiny):
@@ -283,6 +322,13 @@ def test_heads_that_the_mesh_does_not_divide_are_named(tiny):
     assert [note.rpartition(". ")[2] for note in notes] == ["1, 2, 3 would", "1, 3 would"]
 
 
+@pytest.mark.parametrize(("roles", "own"), [("shared", ""), ("separate", ", each with a backbone of its own that is not quantized")])
+def test_what_is_taken_of_other_runs_reward_models_is_said(tiny, roles, own):
+    config = configuration.parse(CONFIG, ["run.stages=[rl]", "rl.rewards=[{model: runs/another}]", f"rl.roles={roles}"])
+    notes = _notes(config, tiny.config, {"data": 1, "fsdp": 1, "tensor": 1})
+    assert notes == [f"reward models of other runs are taken to be as large as this run's{own}"]
+
+
 def test_a_program_that_the_compiler_refuses_does_not_fit(on_a_chip, tiny):
     found = plan(*on_a_chip(GIB))
     timed = found.stages[0].programs[0]
@@ -324,7 +370,8 @@ def test_what_makes_it_fit_is_printed_unasked(on_a_chip_by_command, monkeypatch)
     code, shown, told = on_a_chip_by_command(1)
     assert code == 1 and "nothing that was tried fits: take more chips, or chips with more memory" in shown
     # What stays is too much for any micro-batch.
-    assert told.splitlines()[1:] == ["compiling reward: update, with model.quantization=int8 reward.micro_batch_size=16"]
+    few = "with model.quantization=int8 reward.micro_batch_size=16"
+    assert told.splitlines()[1:] == [f"compiling loading: quantize, {few}", f"compiling reward: update, {few}"]
     code, shown, told = on_a_chip_by_command(1, "--no-suggest")
     assert code == 1 and "fits:" not in shown and told.splitlines() == ["compiling reward: update"]
 
@@ -436,6 +483,29 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_compiled(tin
     config = configuration.parse(CONFIG, ["run.stages=[rl]", "rl.sampling.max_num_seqs=6"])
     with pytest.raises(ConfigError, match=r"rl.sampling.max_num_seqs 6 must be a multiple of 4.*: 8 is one"):
         plan(config, tiny.config, Topology("four", jax.devices()[:1], None, None))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("v5e:2x2", {}),
+        ("v5e:1x1", {"chips_per_host_bounds": (1, 1, 1)}),
+        ("v4:1x1x1", {"chip_config_name": "megacore", "chips_per_host_bounds": (1, 1, 1)}),
+    ],
+)
+def test_a_host_of_one_chip_is_told_to_the_compiler(monkeypatch, name, options):
+    """It takes a host to have 2 x 2 chips, and refuses slices that these do not divide."""
+    asked = {}
+
+    def described(**named):
+        asked.update(named)
+        return SimpleNamespace(devices=[])
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", described)
+    for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+        monkeypatch.setenv(variable, "set before")
+    assert describe(name).name == name
+    assert asked == {"platform": "tpu", "topology_name": name, **options}
 
 
 def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):

@@ -17,6 +17,7 @@ from pe_rlhf_jax.data import PreferenceExample, PromptExample, SFTExample, Split
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.plan import programs
 from pe_rlhf_jax.plan.programs import Call, abstract_context, stage_calls
+from pe_rlhf_jax.plan.suggest import changed
 from pe_rlhf_jax.training import context as training_context
 from pe_rlhf_jax.training import evaluate, images, loop, reward_batches, reward_kinds, rewards, rl, rollouts, sft
 from pe_rlhf_jax.training import reward as reward_stage
@@ -227,6 +228,50 @@ def test_separate_roles_keep_a_backbone_more(tiny):
     twin = kept(rl=FIELDS["rl"] | separate | full, sft=full, reward=full)
     # Backbone, reference and reward model; policy and value with Adam's two moments each.
     assert twin == pytest.approx(3 + 2 * 3, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "roles", "models", "backbones"),
+    [
+        (None, "separate", ["run"], 1),
+        (None, "separate", ["runs/a"], 1),
+        (None, "separate", ["run", "runs/a", "runs/b"], 3),
+        (None, "shared", ["run", "runs/a"], 0),  # which runs with another backbone refuse
+        ("nf4", "separate", ["run"], 0),
+        ("nf4", "separate", ["runs/a"], 1),
+        ("nf4", "separate", ["run", "runs/a", "runs/b"], 2),
+        ("nf4", "shared", ["run", "runs/a"], 0),
+    ],
+)
+def test_reward_models_of_other_runs_keep_backbones_in_floating_point(tiny, quantization, roles, models, backbones):
+    """Of which nothing may be known; this run's own is merged into one, or shares the quantized one."""
+    rewards = [{"model": name} for name in models]
+    fields = {"rl": FIELDS["rl"] | {"roles": roles, "rewards": rewards, "value_init": "zero"}, "run": {"stages": ["rl"]}}
+    config = changed(tiny_context(tiny, **fields).config, (f"model.quantization={quantization or 'null'}",))
+    scored = []
+
+    def compile(call: Call):
+        if call.name == "score":
+            scored.append(signature(call.arguments["backbone"]))
+        return jax.eval_shape(lambda *arguments: call.function(*call.static, *arguments), *call.arguments.values())
+
+    abstract = abstract_context(config, tiny.config, jnp.dtype("float32"), jax.devices()[:1])
+    kept = stage_calls(abstract, "rl", compile)
+    whole = signature(tiny.params)
+    own = [signature(tree) for name, tree in kept.items() if name.startswith("reward backbone")]
+    assert own == [whole] * backbones and signature(kept["backbone"]) == signature(abstract.backbone)
+    shared = [] if own == scored else [signature(abstract.backbone)] * (len(models) - backbones)
+    assert sorted(scored) == sorted(own + shared)
+
+
+def test_another_runs_reward_model_is_counted_once_where_this_runs_would_be_tuned_in_full(tiny):
+    """There is none of this run's, so that nothing but an adapter and a head stand beside the other one's backbone."""
+    one = FIELDS["rl"] | {"roles": "separate", "rewards": [{"model": "runs/a"}], "value_init": "zero"}
+    context = tiny_context(tiny, rl=one, reward={"tuning": "full"}, run={"stages": ["rl"]})
+    abstract = abstract_context(context.config, tiny.config, jnp.dtype("float32"), jax.devices()[:1])
+    returned = lambda call: jax.eval_shape(lambda *a: call.function(*call.static, *a), *call.arguments.values())  # noqa: E731
+    kept = stage_calls(abstract, "rl", returned)
+    assert kept["reward model"].params is None and signature(kept["reward backbone 0"]) == signature(tiny.params)
 
 
 def test_rows_that_the_mesh_does_not_divide_are_refused(tiny):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
 from pe_rlhf_jax import config as configuration
+from pe_rlhf_jax.models.architecture import TowerConfig, VisionConfig
 from pe_rlhf_jax.plan.chips import Chip
 from pe_rlhf_jax.plan.compiled import Program
+from pe_rlhf_jax.plan.flops import Costs
 from pe_rlhf_jax.plan.hlo import Collective, Communication
 from pe_rlhf_jax.plan.plan import _timed
 from pe_rlhf_jax.plan.topology import Topology
@@ -49,6 +52,17 @@ def test_compute_and_links_are_those_of_all_calls(tiny):
     # A quarter of 8e12 FLOPs takes 2 s, 1.5e9 bytes take 1.5 s; three times.
     assert (timed.time.compute, timed.time.memory, timed.time.links) == (6, 0, 4.5)
     assert (timed.time.least, timed.time.most) == (6, 10.5)
+
+
+@pytest.mark.parametrize(("devices", "calls"), [(1, 16), (4, 4)])
+def test_pictures_are_encoded_four_at_once_on_each_device(tiny, devices, calls):
+    """64 pictures in so many calls cost what 64 pictures cost."""
+    tower = TowerConfig(8, 16, 2, 2, image_size=8, patch_size=4, rms_norm_eps=1e-6, activation="gelu")
+    sees = dataclasses.replace(tiny.config, vision=VisionConfig(tower, 0, "linear", projector_bias=True))
+    costs = Costs(configuration.parse(TEXT, ["rl.batch_size=64"]), sees, devices)
+    timed = _timed("rl", program("encode", calls), {}, costs, context(tiny), FOUR)
+    assert calls * timed.flops == costs.encode(64)
+    assert timed.time.compute == pytest.approx(costs.encode(64) / 4 / CHIP.flops)
 
 
 def test_what_only_moves_rows_computes_nothing(tiny):

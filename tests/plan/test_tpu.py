@@ -24,7 +24,10 @@ rl: {batch_size: 8, num_mini_batches: 2, sampling: {max_new_tokens: 16}}
 """
 
 
-@pytest.mark.parametrize(("name", "devices"), [("v4:2x2x1", 4), ("v5e:4x4", 16), ("v5p:2x2x2", 8), ("v6e:2x4", 8), ("tpu7x:2x2x1", 8)])
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("v4:2x2x1", 4), ("v5e:4x4", 16), ("v5e:1x1", 1), ("v5p:2x2x2", 8), ("v6e:2x4", 8), ("v6e:1x1", 1), ("tpu7x:2x2x1", 8)],
+)
 def test_slices_have_their_devices(name, devices):
     found = describe(name)
     assert len(found.devices) == devices and found.chip is CHIPS[name.partition(":")[0]]

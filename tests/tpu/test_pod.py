@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -118,11 +119,51 @@ ZONE = "--zone=us-west4-a"
             "v4:2x2x2",
             f"queued-resources create rlhf --node-id=rlhf --accelerator-type=v4-16 --runtime-version=tpu-ubuntu2204-base {ZONE}",
         ),
+        ((), "v5p:4x4x12", f"tpu-vm create rlhf --accelerator-type=v5p-384 --version=v2-alpha-tpuv5 {ZONE}"),
+        ((), "v4:4x4x16", f"tpu-vm create rlhf --type=v4 --topology=4x4x16 --version=tpu-ubuntu2204-base {ZONE}"),
+        (
+            ("--queued",),
+            "v4:2x2x8",
+            f"queued-resources create rlhf --node-id=rlhf --type=v4 --topology=2x2x8 --runtime-version=tpu-ubuntu2204-base {ZONE}",
+        ),
     ],
 )
 def test_a_slice_is_created_by_plans_name(pod, arguments, topology, expected):
     pod.done("create", *arguments, POD_TOPOLOGY=topology)
     assert pod.calls == [expected]
+
+
+@pytest.mark.parametrize(
+    ("topology", "told"),
+    [
+        ("v5e:2x8", "16 chips of v5e as 4x4 only; plan for v5e:4x4"),
+        ("v6e:4x2", "8 chips of v6e as 2x4 only; plan for v6e:2x4"),
+        ("v5p:4x4x16", "256 chips of v5p as 4x8x8 only; plan for v5p:4x8x8"),
+        ("v5p:2x4", "8 chips of v5p as 2x2x2 only"),
+        ("v4:4x4", "16 chips of v4 as 2x2x4 only"),
+        ("v5e:3x5", "no slice of 15 chips of v5e"),
+        ("v5e:0x4", "expected one such as v5e:4x4"),
+    ],
+)
+def test_a_shape_that_another_would_come_for_is_refused(pod, topology, told):
+    """An accelerator type says how many chips, not how they lie."""
+    assert told in pod.refused("create", POD_TOPOLOGY=topology)
+    assert told in pod.refused("--yes", "keep", "--queued", "--", "--config", "c.yaml", POD_TOPOLOGY=topology)
+    assert pod.calls == []
+
+
+FLAT = ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"]
+DEEP = ["2x2x1", "2x2x2", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16", "16x16x24"]
+"""Google's tables of v5e and v6e, and of v5p (cloud.google.com/tpu/docs/v5p, ...)."""
+
+
+@pytest.mark.parametrize(
+    ("generation", "name", "per_chip", "shapes"), [("v5e", "v5litepod", 1, FLAT), ("v6e", "v6e", 1, FLAT), ("v5p", "v5p", 2, DEEP)]
+)
+def test_the_shapes_of_googles_tables_are_its_own(pod, generation, name, per_chip, shapes):
+    for shape in shapes:
+        size = per_chip * math.prod(map(int, shape.split("x")))
+        assert f"--accelerator-type={name}-{size} " in pod.done("--dry-run", "create", POD_TOPOLOGY=f"{generation}:{shape}")
 
 
 def test_project_and_image_are_the_users(pod):
@@ -210,6 +251,26 @@ def test_the_hosts_are_set_up_run_stop_and_go_on(pod, tmp_path):
         assert (host / "pe_rlhf_jax" / "token").read_text() == "none"
 
 
+def test_setting_up_waits_for_the_end_of_a_run(pod):
+    """Its package and .venv would be replaced under it: on one host, too, and where the extras changed."""
+    pod.answer({"queued-resources describe": [NONE], "tpu-vm describe": [READY]})
+    pod.done("setup")
+    pod.done("run", "--config", "c.yaml")
+    (pod.hosts[0] / "pe_rlhf_jax" / "finish").write_text("0")
+    while pod.done("status").split() != ["ready", "done", "0", "running"]:
+        pass
+    (pod.folder / "calls").write_text("")
+    told = pod.refused("setup", POD_EXTRAS="tpu,wandb")
+    assert "a run is going on there" in told and "tpu/pod.sh stop first" in told
+    assert not [call for call in pod.calls if " scp " in call or "worker.sh setup" in call]
+    by_hand = ["bash", str(pod.hosts[1] / "pe_rlhf_jax" / "tpu" / "worker.sh"), "setup"]
+    refused = subprocess.run(by_hand, capture_output=True, text=True, env={**pod.environment, "EXTRAS": "tpu,wandb"}, timeout=30)
+    assert refused.returncode == 2 and "a run is going on in" in refused.stderr
+    assert len((pod.folder / "installed").read_text().splitlines()) == 4  # of both hosts, once
+    pod.done("stop")
+    assert pod.done("setup", POD_EXTRAS="tpu,wandb").split() == ["installed", "installed"]
+
+
 def test_tokens_go_along_in_a_file_and_on_no_command_line(pod):
     pod.answer({"queued-resources describe": [NONE], "tpu-vm describe": [READY]})
     pod.done("setup", HF_TOKEN="hf_a $b")
@@ -281,7 +342,15 @@ def test_keeping_a_run_going_over_slices_that_are_taken_away(pod):
             "tpu-vm describe": [NONE, READY, READY, NONE, READY],
             "tpu-vm ssh rlhf --worker=all --command=bash pe_rlhf_jax/tpu/worker.sh status": [
                 [0, text, ""]
-                for text in ("new\nnew", "running\nrunning", "idle\nidle", "running\ndone 75", "done 75\ndone 75", "done 0\ndone 0")
+                for text in (
+                    "new\nnew",
+                    "new\nnew",
+                    "running\nrunning",
+                    "idle\nidle",
+                    "running\ndone 75",
+                    "done 75\ndone 75",
+                    "done 0\ndone 0",
+                )
             ],
             "tpu-vm ssh": [[0, "", ""]],
         }
@@ -292,7 +361,7 @@ def test_keeping_a_run_going_over_slices_that_are_taken_away(pod):
         " ".join(call.split()[:2]) + (" " + call.split("worker.sh ")[1].split()[0] if "worker.sh" in call else "") for call in pod.changes()
     ]
     status = "tpu-vm ssh status"
-    setting_up = ["tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh setup"]
+    setting_up = [status, "tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh setup"]
     create, start = "queued-resources create", "tpu-vm ssh start"
     assert kinds == [
         *(create, status, *setting_up, start, status),
@@ -309,7 +378,7 @@ def test_keeping_asks_and_stops_at_errors(pod):
     status = "tpu-vm ssh rlhf --worker=all --command=bash pe_rlhf_jax/tpu/worker.sh status"
     here = {"queued-resources describe": [NONE], "tpu-vm describe": [READY]}
     well = {"tpu-vm ssh": [[0, "started", ""]], "tpu-vm scp": [[0, "", ""]]}
-    pod.answer(here | {status: [[0, "new\nnew", ""], [0, "done 2\ndone 137", ""]]} | well)
+    pod.answer(here | {status: [[0, "new\nnew", ""]] * 2 + [[0, "done 2\ndone 137", ""]]} | well)
     assert "ended with an error" in pod.refused("--yes", "keep", "--", "--config", "c.yaml")
     pod.answer(here | {status: [[0, "running\nrunning", ""], [0, "done 0\ndone 134", ""]]} | well)
     assert "ended three times without saving (134)" in pod.refused("--yes", "keep", "--", "--config", "c.yaml")
@@ -322,12 +391,12 @@ def test_keeping_asks_and_stops_at_errors(pod):
 def test_how_an_earlier_run_ended_says_nothing_about_this_one(pod, before):
     """With files of now: the configuration may have been mended."""
     status = "tpu-vm ssh rlhf --worker=all --command=bash pe_rlhf_jax/tpu/worker.sh status"
-    looks = [[0, f"{word}\n{word}", ""] for word in (before, "running", "done 0")]
+    looks = [[0, f"{word}\n{word}", ""] for word in (before, before, "running", "done 0")]
     well = {"tpu-vm ssh": [[0, "", ""]], "tpu-vm scp": [[0, "", ""]]}
     pod.answer({"queued-resources describe": [NONE], "tpu-vm describe": [READY], status: looks} | well)
     pod.done("--yes", "keep", "--", "--config", "c.yaml")
     did = [call.split("worker.sh ")[1].split()[0] for call in pod.changes() if "worker.sh" in call]
-    assert did == ["status", "setup", "start", "status", "status"] and any("tpu-vm scp" in call for call in pod.calls)
+    assert did == ["status", "status", "setup", "start", "status", "status"] and any("tpu-vm scp" in call for call in pod.calls)
 
 
 @pytest.mark.parametrize("at", ["tpu-vm scp", "tpu-vm ssh rlhf --worker=all --command=bash pe_rlhf_jax/tpu/worker.sh start", "delete"])
@@ -336,7 +405,7 @@ def test_a_slice_that_goes_while_it_is_set_up_or_deleted_is_replaced(pod, at):
     active, lost, gone = [0, "ACTIVE", ""], [0, "SUSPENDED", ""], [1, "", "ERROR: Internal"]
     status = "tpu-vm ssh rlhf --worker=all --command=bash pe_rlhf_jax/tpu/worker.sh status"
     requests = [lost] * 4 + [NONE] + [active] if at == "delete" else [active, lost, lost, NONE, active]
-    looks = [[0, f"{word}\n{word}", ""] for word in ["new"] * (1 if at == "delete" else 2) + ["running", "done 0"]]
+    looks = [[0, f"{word}\n{word}", ""] for word in ["new"] * (2 if at == "delete" else 4) + ["running", "done 0"]]
     nodes = [NONE, READY] if at == "delete" else [READY, NONE, READY]
     answers = {"queued-resources describe": requests, "tpu-vm describe": nodes, status: looks}
     answers |= {"queued-resources delete" if at == "delete" else at: [gone] * (1 if at == "delete" else 4) + [[0, "", ""]]}
@@ -357,6 +426,19 @@ def test_what_fails_again_and_again_is_given_up(pod, at, told):
     )
     said = pod.refused("--yes", "keep", "--", "--config", "c.yaml")
     assert told + ", three times in a row: see above" in said and "PERMISSION" in said
+
+
+@pytest.mark.parametrize("between", ["running", "RESTARTING"])
+def test_hosts_that_ssh_never_reaches_are_given_up(pod, between):
+    """After ten looks of four tries in a row; two before the hosts were there, or the slice was not, do not count."""
+    gone = [255, "", "ssh: connect to host port 22: Connection timed out"]
+    status = "tpu-vm ssh rlhf --worker=all --command=bash pe_rlhf_jax/tpu/worker.sh status"
+    seen = [[0, "running\nrunning", ""]] if between == "running" else []
+    nodes = [READY, READY, *([] if seen else [[0, between, ""]]), READY]
+    pod.answer({"queued-resources describe": [NONE], "tpu-vm describe": nodes, status: [gone] * 8 + seen + [gone]})
+    told = pod.refused("--yes", "keep", "--", "--config", "c.yaml")
+    assert "rlhf is ready, and its hosts could not be reached 10 times in a row" in told and "Connection timed out" in told
+    assert len(pod.changes()) == 8 + len(seen) + 40
 
 
 def test_a_worker_without_an_install_says_so_and_notes_what_a_run_ended_with(pod, tmp_path):

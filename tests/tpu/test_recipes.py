@@ -80,12 +80,31 @@ def test_slurm_queues_a_run_again_that_was_stopped(tmp_path, code):
     for name, text in {"srun": f'echo srun "$@" >>calls; exit {code}', "scontrol": 'echo scontrol "$@" >>calls'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "96"}
     arguments = ["--config", "a b.yaml"]
     done = subprocess.run(["bash", str(TPU / "slurm.sh"), *arguments], cwd=tmp_path, env=environment)
     assert done.returncode == code
-    called = "srun --kill-on-bad-exit=0 .venv/bin/pe-rlhf --config a b.yaml\n" + ("scontrol requeue 7\n" if code == 75 else "")
+    called = "srun --kill-on-bad-exit=0 --cpus-per-task=96 .venv/bin/pe-rlhf --config a b.yaml\n" + (
+        "scontrol requeue 7\n" if code == 75 else ""
+    )
     assert (tmp_path / "calls").read_text() == called
+
+
+def test_slurm_gives_the_one_task_of_a_node_all_of_it():
+    asked = re.findall(r"^#SBATCH --(\S+)$", (TPU / "slurm.sh").read_text(), re.MULTILINE)
+    assert {"ntasks-per-node=1", "exclusive", "mem=0"} <= set(asked)
+
+
+def test_the_image_is_built_from_what_it_copies_and_nothing_else():
+    """In a fresh clone too, which has no data."""
+    copies = re.findall(r"^COPY (.+) \S+$", (TPU / "Dockerfile").read_text(), re.MULTILINE)
+    sources = {source for line in copies for source in line.split()}
+    _, everything, *rules = (ROOT / ".dockerignore").read_text().splitlines()
+    assert everything == "*" and {rule[1:] for rule in rules if rule.startswith("!")} == sources
+    assert [rule for rule in rules if not rule.startswith("!")] == ["**/__pycache__"]
+    assert [source for source in sources if not (ROOT / source).exists()] in ([], ["data"])
+    for text in ((TPU / "Dockerfile").read_text(), (TPU / "README.md").read_text()):
+        assert re.findall(r"(.*)docker build -f tpu/Dockerfile", text) in (["mkdir -p data && "], ["#   mkdir -p data && "])
 
 
 def test_nothing_in_the_recipes_names_an_account():
