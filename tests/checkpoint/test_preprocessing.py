@@ -17,7 +17,7 @@ from pe_rlhf_jax.checkpoint.preprocessing import vision_of
 from pe_rlhf_jax.checkpoint.source import resolve
 from pe_rlhf_jax.checkpoint.weights import WeightsError
 from pe_rlhf_jax.config import ModelConfig
-from pe_rlhf_jax.loading import load_decoder
+from pe_rlhf_jax.loading import decoder_of, load_decoder
 from pe_rlhf_jax.sharding import make_mesh
 
 
@@ -61,7 +61,8 @@ def test_what_does_not_fit_is_said(backbone, tmp_path):
 @pytest.mark.parametrize("how", ["int8", "nf4"])
 def test_the_tower_and_its_projector_are_never_quantized(backbone, how):
     config = configuration.parse(f"model: {{source: x, quantization: {how}}}")
-    decoder, params = load_decoder(config, backbone, make_mesh(config.mesh, jax.devices()[:1]))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    decoder, params = load_decoder(decoder_of(config, backbone), config.model.quantization, backbone, mesh)
     whole = backbone.load_params(jnp.float32)
     for part in ("vision", "projector"):
         assert flat(params[part]).keys() == flat(whole[part]).keys()
