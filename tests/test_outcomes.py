@@ -149,10 +149,12 @@ def test_what_needs_no_weights_is_looked_at_before_they_are_read(tmp_path, monke
     lengths = {"max_prompt_length": 16, "max_response_length": 16}
     gone = {"data": {"sft": {"train": [str(tmp_path / "gone.jsonl")]}} | lengths, "rl": {"sampling": {"max_new_tokens": 8}}}
     model = {"source": str(tmp_path / "m.gguf")}
+    shown = io.StringIO()
     for sections, error, said in (
-        ({"model": model}, DataError, "gone.jsonl"),
+        ({"model": model | {"revision": "v1"}}, DataError, "gone.jsonl"),
         ({"model": model | {"adapter": str(tmp_path / "adapter")}}, AdapterError, "adapter_config.json: cannot be read"),
         ({"model": model, "reward": {"adapter": str(tmp_path / "nowhere")}}, AdapterError, "nowhere/adapter_config.json: cannot be read"),
     ):
         with pytest.raises(error, match=said):
-            loading.load(parsed(**(gone | sections)), Progress(Console(file=io.StringIO())), needs={"sft"})
+            loading.load(parsed(**(gone | sections)), Progress(Console(file=shown, width=500)), needs={"sft"})
+    assert shown.getvalue().count("model.revision is of the hub, and does nothing with") == 1  # where there is one

@@ -510,13 +510,22 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can(tmp_path, monkeypatch):
     assert written.buffer.getvalue().decode("latin-1") == "? d\u00e9j\u00e0\n"
 
 
-@pytest.mark.parametrize(("sampling", "warned"), [({}, False), ({"top_k": 5}, True), ({"top_p": 0.9}, True)])
-def test_sampling_from_a_part_of_the_distribution_is_warned_of(tmp_path, monkeypatch, sampling, warned):
+@pytest.mark.parametrize(
+    ("section", "warning"),
+    [
+        ({}, ""),
+        ({"sampling": {"top_k": 5}}, "estimates of the KL are wrong"),
+        ({"sampling": {"top_p": 0.9}}, "estimates of the KL are wrong"),
+        ({"length_target": 5}, "rl.length_target does nothing without rl.length_penalty"),
+        ({"length_target": 5, "length_penalty": 0.1}, ""),
+    ],
+)
+def test_options_of_rl_that_mislead_or_do_nothing_are_warned_of(tmp_path, monkeypatch, section, warning):
     run, said = object.__new__(Run), io.StringIO()
-    run.config = configuration.parse(json.dumps({"model": {"source": "x"}, "rl": {"sampling": sampling}}))
+    run.config = configuration.parse(json.dumps({"model": {"source": "x"}, "rl": section}))
     run.folder, run.store, run.progress = tmp_path, Store(tmp_path / "checkpoints"), Progress(Console(file=said, width=500))
     run.context = SimpleNamespace(config=run.config, data=SimpleNamespace(prompts=None))
     run.outcomes = SimpleNamespace(reference=lambda: None, reward_models=dict, reward_model=lambda: None)
     monkeypatch.setattr(run, "_train", lambda *_: None)
     run._rl()
-    assert ("estimates of the KL are wrong" in said.getvalue()) == warned
+    assert warning in said.getvalue() and bool(warning) == bool(said.getvalue())
