@@ -15,7 +15,7 @@ from pe_rlhf_jax.config import RewardConfig, SFTConfig
 from pe_rlhf_jax.data import BatchOrder, FamilyOrder, as_read, families
 from pe_rlhf_jax.training.context import Context, peak_memory_gib
 from pe_rlhf_jax.training.optimizer import learning_rate, make_optimizer
-from pe_rlhf_jax.training.step import Loss, make_step, stop_if_not_finite
+from pe_rlhf_jax.training.step import Loss, applied, make_step, stop_if_not_finite
 from pe_rlhf_jax.types import PyTree, TrainState
 
 Metrics = dict[str, float]
@@ -54,14 +54,14 @@ def updates(
         rows = [examples[i] for i in order(index)]
         return context.seen(collate(rows), rows)
 
-    first, skipped, peak = int(state.step), int(state.skipped), 0.0
+    first, peak = int(state.step), 0.0
     stop_if_not_finite(state, context.config.run.max_nonfinite, stage)
     ahead: Any = made(first) if first < config.steps else None
     for index in range(first, config.steps):
         began = time.perf_counter()
         if isinstance(ahead, Exception):
             raise ahead
-        batch = ahead
+        batch, now_rate = ahead, float(rate(applied(state)))
         state, metrics = step(state, frozen, context.rows(batch), jax.random.fold_in(key, index))
         state = state.replace(step=state.step + 1)
         if index + 1 < config.steps:  # while the device computes
@@ -74,8 +74,7 @@ def updates(
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - began
         tokens = float(np.sum(batch.mask))
-        values |= {"lr": float(rate(index - skipped)), "time/step": seconds, "perf/tokens_per_s": tokens / seconds}
-        skipped = int(values["skipped"])
+        values |= {"lr": now_rate, "time/step": seconds, "perf/tokens_per_s": tokens / seconds}
         ends = int(state.skipped_in_a_row) >= context.config.run.max_nonfinite  # with an error: not early, by what is held out
         evaluates = not ends and ((index + 1) % config.evaluate_every == 0 or index + 1 == config.steps)
         peak = max(peak, peak_memory_gib())

@@ -249,7 +249,7 @@ def _of_areas(scores: np.ndarray, labels: np.ndarray, right: np.ndarray, groups:
 
 def _right_side(scores: np.ndarray | float, labels: np.ndarray) -> np.ndarray:
     """1 where a score is on its label's side of 0, 0.5 at 0."""
-    return (np.sign(scores * (2 * labels - 1)) + 1) / 2
+    return pairwise_right(scores * (2 * labels - 1), np.zeros(len(labels)))
 
 
 def _longer(rows: Sequence[PreferenceExample]) -> np.ndarray:

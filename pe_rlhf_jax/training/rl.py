@@ -218,9 +218,10 @@ def _learn(
     epoch_keys, count = [jax.random.fold_in(key, epoch) for epoch in range(_epochs(config))], _mini_batches(config)
     # All orders before the first update: each is fetched, which waits for whatever the devices are to do before.
     orders = jax.device_get([jax.random.permutation(epoch_key, config.batch_size) for epoch_key in epoch_keys if count > 1])
+    parts = [np.split(order, count) for order in orders]
     for epoch, epoch_key in enumerate(epoch_keys):
         for number in range(count):
-            mini_batch = _take(experience, np.split(orders[epoch], count)[number]) if count > 1 else experience
+            mini_batch = _take(experience, parts[epoch][number]) if count > 1 else experience
             state, metrics = step(state, frozen, mini_batch, jax.random.fold_in(epoch_key, number))
             collected.append(metrics)
     host = jax.device_get(collected)
