@@ -263,6 +263,34 @@ for how in ("int8", "int4", "nf4"):
 print("same")
 """
 
+FEW_BITS = """
+import jax.numpy as jnp
+from pe_rlhf_jax.config import LoRAConfig, MeshConfig
+from pe_rlhf_jax.models.lora import Linear
+from pe_rlhf_jax.plan.hlo import communication
+from pe_rlhf_jax.sharding import make_mesh, place, place_rows
+
+# A matrix that is sharded over `fsdp` is sent as it is stored, forward and backward, whichever way it lies.
+mesh, x = make_mesh(MeshConfig(data=2, fsdp=4)), np.random.default_rng(0).normal(size=(8, 16, 512)).astype(np.float32)
+for how, bits in (("int8", 8), ("int4", 4), ("nf4", 4)):
+    for name in ("up_proj", "down_proj"):
+        layer = Linear(256, LoRAConfig(r=2), jnp.float32, jnp.float32, quantization=how, name=name)
+        params = layer.init(jax.random.key(0), x)["params"]
+
+        def gradient(params, x):
+            return jax.grad(lambda x: jnp.square(layer.apply(dict(params=params[name]), x)).sum())(x)
+
+        alone = jax.jit(gradient)(dict({name: params}), x)
+        with jax.set_mesh(mesh):
+            placed, rows = place({name: params}, mesh), place_rows(x, mesh)
+            program = jax.jit(gradient).lower(placed, rows).compile()
+            np.testing.assert_allclose(program(placed, rows), alone, rtol=1e-5, atol=1e-4)
+        stored = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        assert stored < 1.3 * 512 * 256 * bits / 8
+        assert 0 < communication(program.as_text(), 8).bytes <= 2 * 0.75 * stored, (how, name)
+print("same")
+"""
+
 HEADS = """
 for changes in (dict(num_kv_heads=1), dict(num_heads=6, num_kv_heads=3), dict(num_heads=3, num_kv_heads=3, vocab_size=32)):
     tiny = model(**changes)
@@ -359,6 +387,7 @@ print("same")
         pytest.param(PACKED, id="packed"),
         pytest.param(TAKEN, id="mini-batches"),
         pytest.param(EXPANDED, id="quantized"),
+        pytest.param(FEW_BITS, id="quantized, sent"),
         pytest.param(HEADS.format(stages=("reward",)), id="heads"),
         pytest.param(HEADS.format(stages=("reward", "rl")), id="heads-in-rl", marks=pytest.mark.slow),
         pytest.param(KEPT, id="kept-in-stretches"),

@@ -60,7 +60,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch d_out"]:
         d_in = x.shape[-1]
-        y = product(x, parameter(self, "kernel", self._init_kernel, (d_in, self.features), whole=self.whole), self.dtype)
+        kernel = parameter(self, "kernel", self._init_kernel, (d_in, self.features), whole=self.whole)
+        y = product(x, kernel, self.dtype, self.name or "")
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype, whole=self.whole)
             y = y + bias.astype(self.dtype)

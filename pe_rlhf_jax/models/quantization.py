@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from pe_rlhf_jax.config import ConfigError, Quantization
 from pe_rlhf_jax.models.matmul import matmul
+from pe_rlhf_jax.sharding import gathered
 from pe_rlhf_jax.types import PyTree
 
 BLOCK = 64
@@ -81,12 +82,20 @@ def quantize_layers(kernels: Float[Array, "layers d_in d_out"], how: Quantizatio
 
 
 def product(
-    x: Float[Array, "*batch d_in"], kernel: Float[Array, "d_in d_out"] | QuantizedMatrix, dtype: Any
+    x: Float[Array, "*batch d_in"], kernel: Float[Array, "d_in d_out"] | QuantizedMatrix, dtype: Any, name: str = ""
 ) -> Float[Array, "*batch d_out"]:
-    """x W, with W in `dtype`. The backward pass expands a quantized matrix again, so that no expanded copy is kept for it."""
+    """x W, with W in `dtype`. The backward pass expands a quantized matrix again, so that no expanded copy is kept for it.
+
+    A quantized matrix that is sharded over `fsdp`, as that of the linear layer `name` is, travels in few bits.
+    """
     if not isinstance(kernel, QuantizedMatrix):
         return matmul(x, kernel.astype(dtype))
-    return jax.checkpoint(lambda x, kernel: x @ kernel.expand(dtype))(x, kernel)
+
+    @jax.checkpoint
+    def expanded(x: Array, kernel: QuantizedMatrix) -> Array:
+        return x @ gathered({name: {"kernel": kernel}})[name]["kernel"].expand(dtype)
+
+    return expanded(x, kernel)
 
 
 def count(tree: PyTree) -> int:

@@ -228,7 +228,7 @@ def _sent(kind: str, i: _Instruction, devices: int) -> float:
 
 def _group(i: _Instruction, devices: int) -> int:
     """Devices that take part together: by mesh axes, lists, or [groups,size]<=[devices]."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", i.rest):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", i.rest):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", i.rest):

@@ -73,6 +73,9 @@ def test_counts_and_bytes_are_those_worked_out_by_hand():
         "collective-permute": (1, 200),
     }
     assert found.unknown_loops == 0
+    # An axis of a mesh whose devices are in another order than their numbers.
+    ordered = TEXT.replace("%LIMIT%", "11").replace("'b'=8] {'b'}", "'b'=8], device_ids=([8,2]T(1,0)) {'b'}")
+    assert hlo.communication(ordered, devices=16) == found
 
 
 def test_a_loop_without_a_known_end_is_counted_as_told_and_reported():
