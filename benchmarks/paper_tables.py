@@ -54,9 +54,10 @@ from pe_rlhf_jax.training.micro_batches import in_micro_batches
 from pe_rlhf_jax.training.optimizer import make_optimizer
 from pe_rlhf_jax.training.reward_batches import padded_batch
 from pe_rlhf_jax.training.rewards import _score
+from pe_rlhf_jax.training.rl_loss import Frozen, gradient_of_update, whole_roles
 from pe_rlhf_jax.training.rollouts import _respond
 from pe_rlhf_jax.training.shared_rows import answers_in_a_row
-from pe_rlhf_jax.training.step import make_step
+from pe_rlhf_jax.training.step import make_step, step_of
 from pe_rlhf_jax.types import PromptBatch, PyTree
 
 PAPER = {
@@ -113,9 +114,9 @@ def rl_twin(context: Context) -> Twin:
     state = rl.init(context, reference, model)
     frozen_roles = rl._frozen(context, reference, model)
     backbone = _kept(context, config.tuning)
-    frozen = rl.Frozen(backbone, frozen_roles, state.kl_coef)
-    rows = config.batch_size // rl._mini_batches(config)
-    learn = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), config.micro_batch_size)
+    frozen = Frozen(backbone, frozen_roles, state.kl_coef)
+    rows = config.batch_size // config.mini_batches
+    learn = step_of(gradient_of_update(context), rl._tokens, rl._optimizer(config))
     questions = config.batch_size // config.answers_each
     tokens, mask = _tokens(context, questions, _rounded(context, context.config.data.max_prompt_length))
     tokens, mask = (jnp.repeat(x, config.answers_each, axis=0) for x in (tokens, mask))
@@ -124,7 +125,7 @@ def rl_twin(context: Context) -> Twin:
     sampler = Sampler(decoder, config.sampling, (), 0, config.answers_each)
 
     def roles() -> dict[str, Role]:
-        return rl._whole(frozen_roles, train.trainable)
+        return whole_roles(frozen_roles, train.trainable)
 
     def sample() -> Any:
         return _respond(sampler, roles()["policy"], backbone, prompts, jax.random.key(1))
@@ -141,12 +142,12 @@ def rl_twin(context: Context) -> Twin:
     scores = _score(decoder, group, micro, model, backbone, rollout)
 
     def experience() -> Any:
-        policy, value = roles()["policy"], roles().get("value")
+        policy, value = roles()["policy"], None if config.values_while_learning else roles().get("value")
         return make_experience(decoder, config, chunk, backbone, policy, reference, value, rollout, scores, state.kl_coef)[0]
 
     mini_batch = jax.tree.map(lambda x: x[:rows], experience())
     compiled = learn.lower(train, frozen, mini_batch, jax.random.key(0)).compile()
-    policy, value = roles()["policy"], roles().get("value")
+    policy, value = roles()["policy"], None if config.values_while_learning else roles().get("value")
     shaped = (decoder, config, chunk, backbone, policy, reference, value, rollout, scores, state.kl_coef)
     programs = [
         compiled,
@@ -156,7 +157,7 @@ def rl_twin(context: Context) -> Twin:
     ]
     trained = sum(x.size for x in jax.tree.leaves(train.trainable))
     memory = _unique((train, backbone, reference, model)) + max(map(_need, programs))
-    updates = rl._updates_per_batch(config)
+    updates = config.updates_a_batch
 
     def run() -> dict[str, float]:
         nonlocal train
@@ -164,7 +165,8 @@ def rl_twin(context: Context) -> Twin:
         for part in (sample, lambda: _score(decoder, group, micro, model, backbone, rollout), lambda: anchor(backbone, reference, rollout)):
             jax.block_until_ready(part())
             marks.append(time.perf_counter())
-        jax.block_until_ready(experience())  # policy, value and, once more, the anchor: its second share is taken off below
+        # Once more the anchor, whose second share is taken off below, and what policy and value model are asked before they learn.
+        jax.block_until_ready(experience())
         marks.append(time.perf_counter())
         for _ in range(updates):
             train, metrics = compiled(train, frozen, mini_batch, jax.random.key(0))

@@ -57,7 +57,7 @@ def needed(context: Context, stage: str) -> float:
     kept = config.model_copy(update={"model": config.model.model_copy(update={"remat": "none", "attention_block": None})})
     costs = Costs(kept, context.decoder.config, 1, str(jnp.dtype(context.decoder.dtype)))
     # Logits are always computed again: once forward, once backward for their input, and once more.
-    logits = config.rl.batch_size // rl._mini_batches(config.rl) * config.rl.sampling.max_new_tokens if stage == rl.STAGE else 0
+    logits = config.rl.batch_size // config.rl.mini_batches * config.rl.sampling.max_new_tokens if stage == rl.STAGE else 0
     again = logits * costs.head
     return updates_a_step(context, stage) * (costs.of(stage, "update") - again)
 

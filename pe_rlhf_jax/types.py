@@ -103,15 +103,25 @@ class Rollout(flax.struct.PyTreeNode):
     """Of the prompts: encoded for sampling, and used by every role and every epoch after it."""
 
 
+class Estimates(flax.struct.PyTreeNode):
+    """How much better than expected each token was. Without a value model `values` and `returns` are zeros."""
+
+    values: Float[jax.Array, "B R"]
+    advantages: Float[jax.Array, "B R"]
+    returns: Float[jax.Array, "B R"]
+    """What the value model is to say."""
+
+
 class Experience(flax.struct.PyTreeNode):
     """A rollout with everything that learning needs; fixed while a batch is learned."""
 
     rollout: Rollout
     old_logprobs: Float[jax.Array, "B R"]
     ref_logprobs: Float[jax.Array, "B R"]
-    values: Float[jax.Array, "B R"]
-    advantages: Float[jax.Array, "B R"]
-    returns: Float[jax.Array, "B R"]
+    rewards: Float[jax.Array, "B R"] | None
+    """Of tokens, where the value model says its values only when it learns; estimates are made of both."""
+    estimates: Estimates | None
+    """None there."""
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -164,11 +164,14 @@ from pe_rlhf_jax.sharding import row_groups
 # Two micro-batches, to which each of two devices gives half of its rows, in RL a group of two responses.
 SECTIONS["sft"]["micro_batch_size"] = 4
 SECTIONS["rl"] |= dict(algorithm="grpo", group_size=2, num_mini_batches=1, micro_batch_size=4)
-_, expected, _ = trained(model(), 1, dict(data=1))
-context, found, _ = trained(model(), 2, dict(data=1, fsdp=2))
-with jax.set_mesh(context.mesh):
-    assert row_groups(4) == 2
-same(found, expected)
+for more in (dict(), dict(algorithm="ppo", num_ppo_epochs=1)):  # the latter's values are said in parts, and learned from as a whole
+    SECTIONS["rl"] |= more
+    _, expected, _ = trained(model(), 1, dict(data=1))
+    context, found, _ = trained(model(), 2, dict(data=1, fsdp=2))
+    with jax.set_mesh(context.mesh):
+        assert row_groups(4) == 2
+    same(found, expected)
+assert context.config.rl.values_while_learning
 print("same")
 """
 

@@ -5,8 +5,8 @@
 
 tunix trains no reward model and has no RLOO. How its PPO differs from ours:
 
-- Policy and reference are one backbone, the value model has one of its own (ours: all share one). Policy and value model are updated one
-  after the other, each with an optimizer of its own.
+- Policy and reference are one backbone, the value model has one of its own (ours: all share one). Each has an optimizer of its own, as
+  in ours. Ours are updated once a batch, so the value model's values are those of the pass in which it learns; tunix makes a pass before.
 - The value model is made by tunix's `create_critic_model` of an untied Llama, since it replaces `lm_head`, and takes and ignores an
   argument that tunix's Llama does not know and its scoring passes. Its head would stay as it is beside adapters; it is declared one.
 - It makes a pass for the old log-probabilities; ours are those of sampling in float32, in which they are the same.

@@ -218,6 +218,29 @@ class RLConfig(Section):
         return 1 if self.has_critic else self.group_size
 
     @property
+    def epochs(self) -> int:
+        """Passes over a batch."""
+        return 1 if self.algorithm == "reinforce" else self.num_ppo_epochs
+
+    @property
+    def mini_batches(self) -> int:
+        """Updates per pass over a batch."""
+        return 1 if self.algorithm == "reinforce" else self.num_mini_batches
+
+    @property
+    def updates_a_batch(self) -> int:
+        return self.epochs * self.mini_batches
+
+    @property
+    def values_while_learning(self) -> bool:
+        """Whether the value model says its values in the pass in which it learns, the only one that it makes over a batch.
+
+        Not so a head on the policy where advantages are whitened over the whole batch: in that pass the policy learns from them.
+        """
+        needed_before = self.value_model == "trunk" and self.algorithm == "ppo" and self.whiten_advantages
+        return self.has_critic and self.updates_a_batch == 1 and not needed_before
+
+    @property
     def value_from_reward(self) -> bool:
         """Whether a value model starts from this run's reward model."""
         return self.has_critic and (self.value_init or {"adapter": "reward", "trunk": "zero"}[self.value_model]) == "reward"

@@ -362,7 +362,7 @@ class Config(Section):
         for name, section, size in (
             ("sft", self.sft, self.sft.batch_size),
             ("reward", self.reward, self.reward.batch_size),
-            ("rl", self.rl, self.rl.batch_size // (1 if self.rl.algorithm == "reinforce" else self.rl.num_mini_batches)),
+            ("rl", self.rl, self.rl.batch_size // self.rl.mini_batches),
         ):
             if section.micro_batch_size and size % section.micro_batch_size:
                 raise ValueError(f"{name}.micro_batch_size {section.micro_batch_size} does not divide the update's {size} rows")

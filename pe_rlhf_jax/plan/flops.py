@@ -21,7 +21,7 @@ from pe_rlhf_jax.config import Config
 from pe_rlhf_jax.models.architecture import DecoderConfig, matrices
 from pe_rlhf_jax.models.attention import blocks_of, keys_met
 from pe_rlhf_jax.models.lora import is_target
-from pe_rlhf_jax.training import evaluate, reward, rl, sft
+from pe_rlhf_jax.training import evaluate, reward, rl_loss, sft
 from pe_rlhf_jax.training.images import AT_ONCE
 from pe_rlhf_jax.training.shared_rows import answers_for, longest_pair
 
@@ -101,9 +101,10 @@ class Costs:
             rows, length, response = self._shared(rows, at_once, one.answers_each)
             passes = 2 if self.recomputes else 1
             trunk = one.has_critic and not values and not self.recomputes  # the policy's pass, for values alone
-            return passes * self.forward(rows, length, response) + (values + trunk) * self.forward(rows, length)
-        rows //= rl._mini_batches(one)
-        policy_rows, length, response = self._shared(rows, min(at_once, rows), rl._group_to_learn(one))
+            asked = 0 if one.values_while_learning else values + trunk
+            return passes * self.forward(rows, length, response) + asked * self.forward(rows, length)
+        rows //= one.mini_batches
+        policy_rows, length, response = self._shared(rows, min(at_once, rows), rl_loss.group_to_learn(one))
         policy = self.update(policy_rows, length, response, one.tuning)
         return policy + (self.update(rows, length, 0, one.tuning_of("value")) if values else 0)
 

@@ -39,10 +39,11 @@ from pe_rlhf_jax.training.images import _encode as encode
 from pe_rlhf_jax.training.optimizer import make_optimizer
 from pe_rlhf_jax.training.reward_kinds import _score_pairs
 from pe_rlhf_jax.training.rewards import _score
+from pe_rlhf_jax.training.rl_loss import Frozen, gradient_of_update
 from pe_rlhf_jax.training.rollouts import _respond
 from pe_rlhf_jax.training.shared_rows import longest_pair
-from pe_rlhf_jax.training.step import make_step
-from pe_rlhf_jax.types import Batch, Experience, Images, LabelBatch, PreferenceBatch, PromptBatch, PyTree, Rollout
+from pe_rlhf_jax.training.step import make_step, step_of
+from pe_rlhf_jax.types import Batch, Estimates, Experience, Images, LabelBatch, PreferenceBatch, PromptBatch, PyTree, Rollout
 
 LOADING = "loading"
 """What comes before all stages where the backbone is to be quantized."""
@@ -123,7 +124,7 @@ def update(context: Context, stage: str) -> Update:
 
 def updates_a_step(context: Context, stage: str) -> int:
     """Calls of the update in one step of the stage."""
-    return rl._updates_per_batch(context.config.rl) if stage == rl.STAGE else 1
+    return context.config.rl.updates_a_batch if stage == rl.STAGE else 1
 
 
 def placed_update(context: Context, stage: str) -> Call:
@@ -215,14 +216,14 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
         "backbone": backbone,
         "policy": whole["policy"],
         "reference": reference,
-        "value": whole.get("value"),
+        "value": None if config.values_while_learning else whole.get("value"),
         "rollout": rollout,
         "scores": scores,
         "kl_coef": found.frozen.kl_coef,
     }
     experience, _ = compile(Call("experience", make_experience, (context.decoder, config, chunk), arguments))
-    if rl._mini_batches(config) > 1:
-        order = jax.ShapeDtypeStruct((config.batch_size // rl._mini_batches(config),), jnp.int32)
+    if config.mini_batches > 1:
+        order = jax.ShapeDtypeStruct((config.batch_size // config.mini_batches,), jnp.int32)
         experience = compile(Call("mini-batch", rl._take, (), {"experience": experience, "rows": order}))
     frozen = placed(context, found.frozen)
     compile(_update_call(context, rl.STAGE, found.step, state, frozen, experience))
@@ -337,20 +338,21 @@ def _reward_update(context: Context) -> Update:
 def _rl_update(context: Context) -> Update:
     config = context.config.rl
 
-    def start(params: PyTree) -> tuple[PyTree, rl.Frozen]:
+    def start(params: PyTree) -> tuple[PyTree, Frozen]:
         inside = dataclasses.replace(context, backbone=params)
         reference, model = roles(context, params)
         state = rl.init(inside, reference, model)
-        return state.train, rl.Frozen(params, rl._frozen(inside, reference, model), state.kl_coef)
+        return state.train, Frozen(params, rl._frozen(inside, reference, model), state.kl_coef)
 
     state, frozen = jax.eval_shape(start, context.backbone)
-    rows = config.batch_size // rl._mini_batches(config)
-    step = make_step(rl._loss(context), rl._tokens, rl._optimizer(config), config.micro_batch_size)
+    rows = config.batch_size // config.mini_batches
+    step = step_of(gradient_of_update(context), rl._tokens, rl._optimizer(config))
     prompt, response = _rounded(context, context.config.data.max_prompt_length), config.sampling.max_new_tokens
     numbers, seen = _floats(rows, response), _flags(rows, prompt)
     ended, pictures = _flags(rows), _images(context, rows)
     rollout = Rollout(_ints(rows, prompt), seen, _ints(rows, response), _flags(rows, response), numbers, ended, pictures)
-    experience = Experience(rollout, old_logprobs=numbers, ref_logprobs=numbers, values=numbers, advantages=numbers, returns=numbers)
+    estimates = None if config.values_while_learning else Estimates(numbers, numbers, numbers)
+    experience = Experience(rollout, numbers, numbers, numbers if estimates is None else None, estimates)
     return Update(step, state, frozen, experience)
 
 

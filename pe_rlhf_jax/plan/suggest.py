@@ -212,4 +212,4 @@ def _larger(config: Config, stages: Sequence[str]) -> list[Overrides]:
 
 def _rows(config: Config, stage: str) -> int:
     """Of an update."""
-    return getattr(config, stage).batch_size // (rl._mini_batches(config.rl) if stage == rl.STAGE else 1)
+    return getattr(config, stage).batch_size // (config.rl.mini_batches if stage == rl.STAGE else 1)

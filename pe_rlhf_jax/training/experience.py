@@ -1,4 +1,4 @@
-"""From a scored rollout to what learning needs: log-probabilities, values, advantages and returns.
+"""From a scored rollout to what learning needs: log-probabilities, and rewards or what is made of them and of values.
 
 Letters: B episodes, R response tokens.
 """
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pe_rlhf_jax.algorithms import advantages, group, kl
-from pe_rlhf_jax.algorithms.masked import masked_mean, masked_sum, masked_whiten
+from pe_rlhf_jax.algorithms.masked import masked_mean, masked_sum, masked_whiten, select
 from pe_rlhf_jax.config import RLConfig
 from pe_rlhf_jax.models.decoder import Decoder
 from pe_rlhf_jax.models.heads import apply_head
@@ -21,7 +21,7 @@ from pe_rlhf_jax.rollout.score import response_hidden, response_logprobs, respon
 from pe_rlhf_jax.sharding import row_groups
 from pe_rlhf_jax.training.micro_batches import in_micro_batches
 from pe_rlhf_jax.training.shared_rows import answers_in_a_row
-from pe_rlhf_jax.types import Experience, PyTree, Rollout
+from pe_rlhf_jax.types import Estimates, Experience, PyTree, Rollout
 
 
 class Predictions(NamedTuple):
@@ -72,11 +72,11 @@ def make_experience(
     scores: Float[Array, " B"],
     kl_coef: Float[Array, ""],
 ) -> tuple[Experience, dict[str, Array]]:
-    """Shapes rewards, advantages and returns of a rollout, and its metrics.
+    """Log-probabilities, rewards and estimates of a rollout, and its metrics.
 
     PPO and REINFORCE pay the KL penalty token by token. RLOO pays it once for the whole response, before the group's baseline is
     taken off; GRPO has it in its loss instead. Forward passes are over `rl.micro_batch_size` episodes at a time, all the rest is over the
-    whole batch.
+    whole batch. Where `rl.values_while_learning`, no value model is asked, and estimates are left to learning.
     """
     mask = rollout.response_mask
 
@@ -88,10 +88,9 @@ def make_experience(
         return part.logprobs if sampled else said.logprobs, said.values, ref_logprobs
 
     old_logprobs, values, ref_logprobs = in_micro_batches(forward, rollout, config.micro_batch_size)
-    values = jnp.where(mask, values, 0.0)
     kl_BR = kl.kl_per_token(old_logprobs, ref_logprobs, "k1")  # k3 as a reward has another optimum
     kl_B = masked_sum(kl_BR, mask, axis=1)
-    metrics: dict[str, Array] = {}
+    estimates, metrics = None, dict[str, Array]()
 
     if config.has_critic:
         score_coef = 1.0 if config.algorithm == "ppo" else 1.0 - kl_coef
@@ -99,21 +98,16 @@ def make_experience(
         episode = masked_sum(rewards, mask) / len(scores)
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
-        if config.algorithm == "ppo":
-            advantage, returns = advantages.gae(rewards, values, mask, config.gamma, config.lam)
-            if config.whiten_advantages:
-                advantage = masked_whiten(advantage, mask)
-        else:
-            returns = advantages.returns_to_go(rewards, mask, config.gamma)
-            advantage = jnp.where(mask, returns - values, 0.0)
-        metrics["critic/explained_variance"] = advantages.explained_variance(values, returns, mask)
+        if not config.values_while_learning:
+            estimates = estimate(config, rewards, values, mask)
+            metrics = critic_metrics(estimates, mask)
     else:
         if config.algorithm == "rloo":
             advantage_B = group.leave_one_out(scores - kl_coef * kl_B, config.group_size)
         else:
             advantage_B = group.group_normalised(scores, config.group_size, config.scale_rewards)
-        advantage = group.to_tokens(advantage_B, mask)
-        returns = jnp.zeros_like(values)
+        nothing = jnp.zeros_like(kl_BR)
+        estimates = Estimates(values=nothing, advantages=group.to_tokens(advantage_B, mask), returns=nothing)
         episode = jnp.mean(scores - kl_coef * kl_B)
         metrics["objective/group_std"] = group.spread(scores, config.group_size)
 
@@ -125,4 +119,25 @@ def make_experience(
         "objective/rlhf_reward": episode,
         "objective/non_score_reward": -kl_coef * jnp.mean(kl_B),
     }
-    return Experience(rollout, old_logprobs, ref_logprobs, values, advantage, returns), metrics
+    return Experience(rollout, old_logprobs, ref_logprobs, rewards if estimates is None else None, estimates), metrics
+
+
+def estimate(config: RLConfig, rewards: Float[Array, "B R"], values: Float[Array, "B R"], mask: Bool[Array, "B R"]) -> Estimates:
+    """Advantages and returns of token rewards where the value model says these values.
+
+    Of a part of a batch, whitened advantages are not the batch's; all the rest is.
+    """
+    values = select(values, mask)
+    if config.algorithm == "ppo":
+        advantage, returns = advantages.gae(rewards, values, mask, config.gamma, config.lam)
+        if config.whiten_advantages:
+            advantage = masked_whiten(advantage, mask)
+    else:
+        returns = advantages.returns_to_go(rewards, mask, config.gamma)
+        advantage = returns - values
+    return Estimates(values, advantage, returns)
+
+
+def critic_metrics(estimates: Estimates, mask: Bool[Array, "B R"]) -> dict[str, Array]:
+    """How much of the returns of a whole batch the values explain."""
+    return {"critic/explained_variance": advantages.explained_variance(estimates.values, estimates.returns, mask)}

@@ -44,11 +44,15 @@ def in_micro_batches(f: Callable[[PyTree], Result], rows: PyTree, size: int | No
     parts = count // (size or count)
     if parts == 1:
         return f(rows)
-    groups = row_groups(count // parts)
+    return rejoined(jax.lax.map(f, micro_batches(rows, parts)))
 
-    def joined(x: Shaped[Array, "N M ..."]) -> Shaped[Array, "B ..."]:
-        rest = x.shape[2:]
-        x = constrain(x.reshape(parts, groups, -1, *rest), None, BATCH, *(None for _ in (0, *rest)))
-        return constrain(x.swapaxes(0, 1).reshape(count, *rest), BATCH, *(None for _ in rest))
 
-    return jax.tree.map(joined, jax.lax.map(f, micro_batches(rows, parts)))
+def rejoined(parts: PyTree) -> PyTree:
+    """The rows of `micro_batches` as they were."""
+
+    def join(x: Shaped[Array, "N M ..."]) -> Shaped[Array, "B ..."]:
+        (count, size), rest = x.shape[:2], x.shape[2:]
+        x = constrain(x.reshape(count, row_groups(size), -1, *rest), None, BATCH, *(None for _ in (0, *rest)))
+        return constrain(x.swapaxes(0, 1).reshape(count * size, *rest), BATCH, *(None for _ in rest))
+
+    return jax.tree.map(join, parts)

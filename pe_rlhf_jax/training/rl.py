@@ -8,10 +8,9 @@ devices change nothing.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -21,26 +20,24 @@ import optax
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax import hosts
-from pe_rlhf_jax.algorithms import kl, ppo, reinforce
-from pe_rlhf_jax.algorithms.masked import masked_mean, select
+from pe_rlhf_jax.algorithms import kl
 from pe_rlhf_jax.config import ConfigError, RLConfig
 from pe_rlhf_jax.data import BatchOrder, pad_prompts
 from pe_rlhf_jax.models.heads import zero_head
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.sharding import BATCH, constrain
 from pe_rlhf_jax.training.context import Context, peak_memory_gib
-from pe_rlhf_jax.training.experience import make_experience, predict
+from pe_rlhf_jax.training.experience import make_experience
 from pe_rlhf_jax.training.loop import Metrics
 from pe_rlhf_jax.training.optimizer import learning_rate, make_optimizer
 from pe_rlhf_jax.training.rewards import Rewards, RewardStatistics, Scores, for_learning, not_finite
+from pe_rlhf_jax.training.rl_loss import SAMPLER_KL, Frozen, gradient_of_update, whole_roles
 from pe_rlhf_jax.training.rollouts import respond, response_tokens
 from pe_rlhf_jax.training.statistics import distinct_n
-from pe_rlhf_jax.training.step import Step, applied, make_step, new_state, skip, stop_if_not_finite
-from pe_rlhf_jax.types import Experience, PyTree, Rollout, TrainState
+from pe_rlhf_jax.training.step import Step, applied, new_state, skip, step_of, stop_if_not_finite
+from pe_rlhf_jax.types import Experience, Rollout, TrainState
 
 STAGE = "rl"
-SAMPLER_KL = "val/sampler_kl"
-"""KL per token (k3) of the policy that is about to learn from the log-probabilities that it sampled with: nothing but rounding."""
 
 
 class RLState(flax.struct.PyTreeNode):
@@ -54,15 +51,6 @@ class RLState(flax.struct.PyTreeNode):
     @property
     def step(self) -> Array:
         return self.train.step
-
-
-class Frozen(NamedTuple):
-    """What the learning step reads and never changes."""
-
-    backbone: PyTree
-    roles: dict[str, Role]
-    """By the names of `trainable`: the parts that are not trained."""
-    kl_coef: Float[Array, ""]
 
 
 def init(context: Context, reference: Role, reward: Role | None) -> RLState:
@@ -88,15 +76,15 @@ def init(context: Context, reference: Role, reward: Role | None) -> RLState:
 def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards, state: RLState) -> Iterator[tuple[RLState, Metrics]]:
     """Yields the state and its metrics after each rollout batch is learned, from where `state` stands.
 
-    A batch with a score that is not a finite number teaches nothing, and counts as one skipped update. `lr` is that of the batch's first
-    update; skipped ones do not count for it.
+    A batch with a score that is not a finite number teaches nothing, counts as one skipped update, and has no figures of learning. `lr` is
+    that of the batch's first update; skipped ones do not count for it.
 
     Raises:
         NonFiniteError: too many updates in a row were skipped; the batch of the last of them is yielded before.
     """
     config, prompts = context.config.rl, context.split("prompts").train
     repeats = config.answers_each
-    learn = make_step(_loss(context), _tokens, _optimizer(config), config.micro_batch_size)
+    learn = step_of(gradient_of_update(context), _tokens, _optimizer(config))
     rate = learning_rate(config.optimizer, _updates(config))
     order, key = BatchOrder(len(prompts), config.batch_size // repeats, context.config.run.seed), context.key(STAGE)
     frozen_roles, limit = _frozen(context, reference, reward), context.config.run.max_nonfinite
@@ -106,13 +94,13 @@ def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards
         examples = [prompts[i] for i in order(index) for _ in range(repeats)]
         began = time.perf_counter()
         batch = context.rows(pad_prompts(examples, context.pad_token, context.config.data.length_multiple), examples)
-        roles = _whole(frozen_roles, state.train.trainable)
+        roles = whole_roles(frozen_roles, state.train.trainable)
         rollout = respond(context, roles["policy"], batch, rollout_key, answers=repeats)
         rolled = time.perf_counter()
         scores = rewards(rollout, examples, repeats, config.micro_batch_size)
         used, statistics = for_learning(config, jnp.asarray(scores.total), state.statistics)
         chunk, backbone = context.config.model.logprob_chunk, context.backbone
-        policy, value = roles["policy"], roles.get("value")
+        policy, value = roles["policy"], None if config.values_while_learning else roles.get("value")
         experience, metrics = make_experience(
             context.decoder, config, chunk, backbone, policy, reference, value, rollout, context.rows(used), state.kl_coef
         )
@@ -145,11 +133,7 @@ def finish(state: RLState, config: RLConfig) -> tuple[dict[str, Role], dict[str,
 
 def whole(context: Context, reference: Role, reward: Role | None, trained: dict[str, Role]) -> dict[str, Role]:
     """Policy and, where there is one, value, whose trained parts are given."""
-    return _whole(_frozen(context, reference, reward), trained)
-
-
-def _whole(frozen: dict[str, Role], trained: dict[str, Role]) -> dict[str, Role]:
-    return {name: role.join(frozen[name]) for name, role in trained.items()}
+    return whole_roles(_frozen(context, reference, reward), trained)
 
 
 def _value_start(context: Context, reward: Role | None) -> Role:
@@ -170,52 +154,13 @@ def _frozen(context: Context, reference: Role, reward: Role | None) -> dict[str,
     return frozen
 
 
-def _loss(context: Context):
-    config, decoder, chunk = context.config.rl, context.decoder, context.config.model.logprob_chunk
-    group = _group_to_learn(config)
-
-    def loss(trainable: dict[str, Role], frozen: Frozen, rows: Experience, total: Array, key: jax.Array) -> tuple[Array, dict[str, Array]]:
-        mask = rows.rollout.response_mask
-        roles = _whole(frozen.roles, trainable)
-        rollout, value = rows.rollout, roles.get("value")
-        logprobs, entropy, values = predict(decoder, config, chunk, frozen.backbone, roles["policy"], value, rollout, group)
-        off = jnp.where(mask, logprobs - rollout.logprobs, 0.0)
-        statistics: dict[str, Array] = {
-            "policy/entropy_avg": masked_mean(entropy, mask, total),
-            SAMPLER_KL: masked_mean(jnp.expm1(off) - off, mask, total),
-        }
-        if config.algorithm == "reinforce":
-            policy_loss = reinforce.policy_loss(logprobs, rows.returns, rows.values, mask, total)
-        else:
-            policy_loss, more = ppo.policy_loss(logprobs, rows.old_logprobs, rows.advantages, mask, config.cliprange, total)
-            statistics |= more
-        whole_loss = policy_loss
-        if config.algorithm == "grpo":
-            # What stands behind a response's end may be far apart, and the exponential of it infinite.
-            penalty = masked_mean(kl.kl_per_token(select(logprobs, mask), select(rows.ref_logprobs, mask), "k3"), mask, total)
-            statistics["loss/kl_avg"] = penalty
-            whole_loss += frozen.kl_coef * penalty
-        if config.algorithm == "ppo":
-            value_loss, more = ppo.value_loss(values, rows.values, rows.returns, mask, config.cliprange_value, total)
-            statistics |= more
-            whole_loss += config.vf_coef * value_loss
-        elif config.algorithm == "reinforce":
-            value_loss = reinforce.value_loss(values, rows.returns, mask, total)
-            whole_loss += config.vf_coef * value_loss if config.value_model == "trunk" else value_loss
-        if config.has_critic:
-            statistics["loss/value_avg"] = value_loss
-        return whole_loss, statistics | {"loss/policy_avg": policy_loss}
-
-    return loss
-
-
 def _learn(
     config: RLConfig, step: Step, state: TrainState, frozen: Frozen, experience: Experience, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
     """Epochs of mini-batches in fresh orders, or REINFORCE's one update. Metrics are means over the updates that were not skipped, if there
     are any; how far the policy is from the one that sampled is that of the first update, before it moves."""
     collected: list[dict[str, Array]] = []
-    epoch_keys, count = [jax.random.fold_in(key, epoch) for epoch in range(_epochs(config))], _mini_batches(config)
+    epoch_keys, count = [jax.random.fold_in(key, epoch) for epoch in range(config.epochs)], config.mini_batches
     # All orders before the first update: each is fetched, which waits for whatever the devices are to do before.
     orders = jax.device_get([jax.random.permutation(epoch_key, config.batch_size) for epoch_key in epoch_keys if count > 1])
     parts = [np.split(order, count) for order in orders]
@@ -271,27 +216,8 @@ def _optimizer(config: RLConfig) -> optax.GradientTransformation:
     return optax.partition(rules, lambda tree: {name: jax.tree.map(lambda _, name=name: name, role) for name, role in tree.items()})
 
 
-def _epochs(config: RLConfig) -> int:
-    return 1 if config.algorithm == "reinforce" else config.num_ppo_epochs
-
-
-def _mini_batches(config: RLConfig) -> int:
-    return 1 if config.algorithm == "reinforce" else config.num_mini_batches
-
-
-def _group_to_learn(config: RLConfig) -> int:
-    """How many neighbouring rows of an update answer one prompt: mini-batches are of shuffled rows, and micro-batches may cut a group."""
-    if _mini_batches(config) > 1:
-        return 1
-    return math.gcd(config.answers_each, config.micro_batch_size or config.batch_size)
-
-
-def _updates_per_batch(config: RLConfig) -> int:
-    return _epochs(config) * _mini_batches(config)
-
-
 def _updates(config: RLConfig) -> int:
-    return config.steps * _updates_per_batch(config)
+    return config.steps * config.updates_a_batch
 
 
 def _tokens(experience: Experience) -> Float[Array, ""]:

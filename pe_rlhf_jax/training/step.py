@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,31 @@ import optax
 from jaxtyping import Array, Float
 
 from pe_rlhf_jax.sharding import keep_placed
-from pe_rlhf_jax.training.micro_batches import micro_batches
+from pe_rlhf_jax.training.micro_batches import micro_batches, rejoined
 from pe_rlhf_jax.types import PyTree, TrainState
 
-Loss = Callable[[PyTree, PyTree, PyTree, Float[Array, ""], jax.Array], tuple[Float[Array, ""], dict[str, Array]]]
+Statistics = dict[str, Float[Array, ""]]
+
+Loss = Callable[[PyTree, PyTree, PyTree, Float[Array, ""], jax.Array], tuple[Float[Array, ""], Statistics]]
 """loss(trainable, frozen, rows, total, key) -> (loss, statistics), both already divided by `total`, the whole update's normaliser, so
 that the sums over micro-batches are exactly the whole batch's."""
+
+TellingLoss = Callable[[PyTree, PyTree, PyTree, Float[Array, ""], jax.Array], tuple[Float[Array, ""], tuple[Statistics, PyTree]]]
+"""A loss that also tells something of each of its rows: loss(...) -> (loss, (statistics, told))."""
+
+
+class Gradient(NamedTuple):
+    """Of a loss over a whole batch."""
+
+    loss: Float[Array, ""]
+    statistics: Statistics
+    gradients: PyTree
+    told: PyTree = None
+    """Has a row for each of the batch."""
+
+
+GradientOf = Callable[[PyTree, PyTree, PyTree, Float[Array, ""], jax.Array], Gradient]
+"""f(trainable, frozen, batch, total, key); `total` as for a loss."""
 
 Step = Callable[[TrainState, PyTree, PyTree, jax.Array], tuple[TrainState, dict[str, Array]]]
 
@@ -42,33 +62,57 @@ def make_step(
     optimizer: optax.GradientTransformation,
     micro_batch_size: int | None,
 ) -> Step:
+    """`step_of` the loss's gradient, `micro_batch_size` rows at a time."""
+
+    def telling(trainable: PyTree, frozen: PyTree, rows: PyTree, total: Array, key: jax.Array) -> tuple[Array, tuple[Statistics, None]]:
+        value, statistics = loss(trainable, frozen, rows, total, key)
+        return value, (statistics, None)
+
+    return step_of(gradient_of(telling, micro_batch_size), total, optimizer)
+
+
+def gradient_of(loss: TellingLoss, micro_batch_size: int | None) -> GradientOf:
+    """The loss's gradient over a batch, of which so many rows as `micro_batch_size` says are computed at once, None for all.
+
+    It divides the rows of a batch, unless these are fewer.
+    """
+    of_rows = jax.value_and_grad(loss, has_aux=True)
+
+    def gradient(trained: PyTree, frozen: PyTree, batch: PyTree, total: Float[Array, ""], key: jax.Array) -> Gradient:
+        def of_part(rows: PyTree, key: jax.Array) -> Gradient:
+            (value, (statistics, told)), gradients = of_rows(trained, frozen, rows, total, key)
+            return Gradient(value, statistics, gradients, told)
+
+        rows = len(jax.tree.leaves(batch)[0])
+        count = max(1, rows // (micro_batch_size or rows))
+        if count == 1:
+            return of_part(batch, key)
+        parts = micro_batches(batch, count)
+
+        def accumulate(sums: Gradient, inputs: tuple[PyTree, Array]) -> tuple[Gradient, PyTree]:
+            rows, index = inputs
+            part = of_part(rows, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, sums, part._replace(told=None)), part.told
+
+        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts), key)._replace(told=None)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        sums, told = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
+        return sums._replace(told=rejoined(told))
+
+    return gradient
+
+
+def step_of(gradient: GradientOf, total: Callable[[PyTree], Float[Array, ""]], optimizer: optax.GradientTransformation) -> Step:
     """A jitted step(state, frozen, batch, key) -> (state, metrics). The state's buffers are reused.
 
-    So many rows as `micro_batch_size` says are computed at once, None for all; it divides the rows of a batch, unless these are fewer.
     `total` is the normaliser of a whole batch. A non-finite loss or gradient changes nothing but the counters. `state.step` is left to the
     caller: a step of RL may hold several updates. The metrics have the gradient's norm before it is clipped, and where several models are
     trained (a dict of them), each of which may be clipped by its own, `grad_norm/<name>` too.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array) -> tuple[TrainState, dict[str, Array]]:
-        rows = len(jax.tree.leaves(batch)[0])
-        count, normaliser = max(1, rows // (micro_batch_size or rows)), total(batch)
         trained = _float32(state.trainable)  # so that gradients, moments and updates are, however it is stored
-        if count == 1:
-            (value, statistics), gradients = gradient(trained, frozen, batch, normaliser, key)
-        else:
-            parts = micro_batches(batch, count)
-
-            def accumulate(sums: PyTree, inputs: tuple[PyTree, Array]) -> tuple[PyTree, None]:
-                rows, index = inputs
-                part = gradient(trained, frozen, rows, normaliser, jax.random.fold_in(key, index))
-                return jax.tree.map(jnp.add, sums, part), None
-
-            first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(gradient, trained, frozen, first, normaliser, key)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            ((value, statistics), gradients), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(count)))
+        value, statistics, gradients, _ = gradient(trained, frozen, batch, total(batch), key)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)

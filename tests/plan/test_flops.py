@@ -63,6 +63,19 @@ def test_a_prompt_that_is_shared_costs_once(tiny):
     assert shuffled.of("rl", "update") == costs.update(2, 32 + 16, 16, "lora")
 
 
+def test_values_cost_a_pass_where_they_are_not_said_while_learning(tiny):
+    once = ["rl.num_ppo_epochs=1", "rl.num_mini_batches=1"]
+    for more, passes in [
+        (["rl.algorithm=ppo"], 1),
+        (["rl.algorithm=ppo", *once], 0),
+        (["rl.algorithm=ppo", "rl.value_model=trunk", *once], 1),
+        (["rl.algorithm=ppo", "rl.value_model=trunk", "rl.whiten_advantages=false", *once], 0),
+        (["rl.algorithm=reinforce", "rl.kl_coef=0.1"], 0),
+    ]:
+        costs = Costs(configuration.parse(CONFIG % "full", [*more, "rl.sampling.max_new_tokens=16"]), tiny.config)
+        assert costs.of("rl", "experience") == costs.forward(4, 48, 16) + passes * costs.forward(4, 48), more
+
+
 def test_an_evaluation_costs_two_passes_for_its_ratios_and_one_for_its_scores(tiny):
     config = configuration.parse(CONFIG % "full", ["evaluate.batch_size=3"])
     costs = Costs(config, tiny.config)

@@ -37,9 +37,9 @@ def counted(updates):
 def judged(make_context):
     """judged(bad, **changes): rewards whose model gives NaN to one response of the batches that `bad` numbers."""
 
-    def make(bad, **changes):
+    def make(bad, rl=(), **changes):
         section = {"steps": 4, "num_mini_batches": 2, "value_init": "zero", "optimizer": {"learning_rate": 1e-2, "schedule": "linear"}}
-        context = make_context(rl=section, **changes)
+        context = make_context(rl=section | dict(rl), **changes)
         size, batches = context.decoder.config.hidden_size, iter(range(9))
         model = RewardModel(context.decoder, context.backbone, Role(head={**zero_head(size), "bias": jnp.array([0.5])}))
 
@@ -65,6 +65,13 @@ def test_a_batch_with_a_reward_that_is_no_number_is_one_skip(judged):
     assert all(np.isfinite(row["objective/kl"]) for row in rows)
     # Four updates a batch of sixteen in all; the schedule goes on where it stood.
     np.testing.assert_allclose([row["lr"] for row in rows], [1e-2, 0.75e-2, 0.75e-2, 0.5e-2], rtol=1e-6)
+
+
+def test_a_batch_that_would_be_learned_once_has_no_figures_of_learning(judged):
+    context, rewards = judged({1}, rl={"num_mini_batches": 1, "num_ppo_epochs": 1})
+    rows, _, said = counted(rl.run(context, Role(), None, rewards, rl.init(context, Role(), None)))
+    assert context.config.rl.values_while_learning and not said and [row["skipped"] for row in rows] == [0, 1, 1, 1]
+    assert ["critic/explained_variance" in row for row in rows] == [True, False, True, True]
 
 
 def test_a_reward_that_stops_a_run_is_named_when_its_row_is_written(judged):

@@ -17,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
     """The continued stage uses the program of the whole one, which is the same: compiling takes most of these tests' time."""
-    for module in (loop, rl):
+    for module, name, make in ((loop, "make_step", loop.make_step), (rl, "step_of", rl.step_of)):
         programs: list = []
 
-        def once(*arguments, make=module.make_step, programs=programs):
+        def once(*arguments, make=make, programs=programs):
             programs.append(programs[0] if programs else make(*arguments))
             return programs[0]
 
-        monkeypatch.setattr(module, "make_step", once)
+        monkeypatch.setattr(module, name, once)
 
 
 def rl_stage(context, state=None):

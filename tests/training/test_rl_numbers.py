@@ -14,8 +14,9 @@ from pe_rlhf_jax.config import OptimizerConfig, RLConfig
 from pe_rlhf_jax.data import pad_prompts
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import rl
-from pe_rlhf_jax.training.experience import make_experience
+from pe_rlhf_jax.training.experience import critic_metrics, estimate, make_experience
 from pe_rlhf_jax.training.rewards import RewardModel, Rewards
+from pe_rlhf_jax.training.rl_loss import Frozen, gradient_of_update
 from pe_rlhf_jax.training.rollouts import respond
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -38,6 +39,8 @@ def roles(tiny):
 def scored(context, roles):
     """A rollout of the policy and what `_experience` makes of it; some responses end, others do not."""
     context = dataclasses.replace(context, end_tokens=(1, 2, 3, 4))
+    if context.config.rl.values_while_learning:
+        roles = roles | {"value": None}
     prompts = context.data.prompts.train
     rollout = respond(context, roles["policy"], context.rows(pad_prompts(prompts, 0, 8)), jax.random.key(1))
     scores = judged_by(context, roles["reward"])(rollout, prompts)
@@ -59,6 +62,10 @@ def rows_of(rollout):
     for prompt, mask, response, real in zip(rollout.prompt, rollout.prompt_mask, rollout.response, rollout.response_mask, strict=True):
         prompt = np.asarray(prompt)[np.asarray(mask)]
         yield len(prompt), np.concatenate([prompt, np.asarray(response)[np.asarray(real)]])
+
+
+def _numbers(estimates):
+    return estimates.values, estimates.advantages, estimates.returns
 
 
 def whitened(rows, shift):
@@ -104,7 +111,14 @@ def test_experience_is_what_its_definition_says(make_context, roles, algorithm, 
         advantages = [r - v for r, v in zip(returns, values, strict=True)]
 
     mask = np.asarray(rollout.response_mask)
-    found = (experience.old_logprobs, experience.values, experience.advantages, experience.returns)
+    if algorithm == "reinforce":
+        np.testing.assert_allclose(np.asarray(experience.rewards)[mask], np.concatenate(rewards), **by_hand.TOLERANCE)
+        assert experience.estimates is None  # the value model says them when it learns
+        said = np.full(mask.shape, np.nan, np.float32)
+        said[mask] = np.concatenate(values)
+        experience = experience.replace(estimates=estimate(context.config.rl, experience.rewards, said, rollout.response_mask))
+        metrics |= critic_metrics(experience.estimates, rollout.response_mask)
+    found = (experience.old_logprobs, *_numbers(experience.estimates))
     for x, expected in zip(found, (old, values, advantages, returns), strict=True):
         np.testing.assert_allclose(np.asarray(x)[mask], np.concatenate(expected), **by_hand.TOLERANCE)
     expected = {
@@ -115,6 +129,7 @@ def test_experience_is_what_its_definition_says(make_context, roles, algorithm, 
         "objective/rlhf_reward": np.mean([row.sum() for row in rewards]),
         "objective/non_score_reward": -KL * np.mean([row.sum() for row in kl]),
         "objective/entropy": np.mean([-row.sum() for row in old]),
+        "critic/explained_variance": 1 - np.var(np.concatenate(returns) - np.concatenate(values)) / np.var(np.concatenate(returns)),
     }
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, **by_hand.TOLERANCE, err_msg=name)
@@ -127,26 +142,72 @@ def test_the_loss_is_what_its_definition_says(make_context, roles, algorithm, va
     context = make_context(rl={"algorithm": algorithm, "vf_coef": 0.7, "value_model": value_model, "sampling": sampling})
     rollout, experience, _ = scored(context, roles)
     moved = {name: roles[name].replace(lora=jax.tree.map(lambda x: x * 1.6, roles[name].lora)) for name in ("policy", "value")}
-    frozen = rl.Frozen(context.backbone, {"policy": Role(), "value": Role()}, jnp.float32(KL))
-    loss, _ = jax.jit(rl._loss(context))(moved, frozen, experience, rl._tokens(experience), jax.random.key(0))
+    frozen = Frozen(context.backbone, {"policy": Role(), "value": Role()}, jnp.float32(KL))
+    loss = jax.jit(gradient_of_update(context))(moved, frozen, experience, rl._tokens(experience), jax.random.key(0)).loss
 
     terms, clipped = [], 0
     for row, (length, tokens) in enumerate(rows_of(rollout)):
         count = len(tokens) - length
-        kept = (experience.old_logprobs, experience.values, experience.advantages, experience.returns)
-        old, old_value, advantage, target = (np.asarray(x, np.float64)[row, :count] for x in kept)
         logprob = by_hand.logprobs(context, moved["policy"], tokens, TEMPERATURE)[length - 1 :]
         reads = moved["value"] if value_model == "adapter" else moved["policy"].replace(head=moved["value"].head)
         value = by_hand.head(context, reads, tokens)[length - 1 : -1]
         if algorithm == "ppo":
+            kept = (experience.old_logprobs, *_numbers(experience.estimates))
+            old, old_value, advantage, target = (np.asarray(x, np.float64)[row, :count] for x in kept)
             ratio, near = np.exp(logprob - old), np.clip(value, old_value - 0.2, old_value + 0.2)
             policy = np.maximum(-advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.2))
             terms.append(policy + 0.7 * 0.5 * np.maximum((value - target) ** 2, (near - target) ** 2))
             clipped += np.sum((ratio > 1.2) | (ratio < 0.8)) * np.sum(near != value)
         else:
-            terms.append(-logprob * (target - old_value) + (0.7 if value_model == "trunk" else 1.0) * (target - value) ** 2)
+            target = np.cumsum(np.asarray(experience.rewards, np.float64)[row, :count][::-1])[::-1]
+            terms.append(-logprob * (target - value) + (0.7 if value_model == "trunk" else 1.0) * (target - value) ** 2)
     np.testing.assert_allclose(loss, np.mean(np.concatenate(terms)), rtol=1e-4)
     assert clipped or algorithm == "reinforce"
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize(
+    ("algorithm", "value_model", "whitens"), [("ppo", "adapter", True), ("ppo", "trunk", False), ("reinforce", "adapter", False)]
+)
+def test_values_said_while_learning_are_those_of_a_pass_before(
+    make_context, roles, monkeypatch, algorithm, value_model, whitens, micro_batch_size
+):
+    """Loss, statistics and gradients of a batch's only update; whitened advantages are so over all of it."""
+    section = {"algorithm": algorithm, "value_model": value_model, "whiten_advantages": whitens, "num_ppo_epochs": 1}
+    section |= {"lam": LAM, "gamma": GAMMA, "batch_size": 8}
+    context = make_context(rl={**section, "micro_batch_size": micro_batch_size, "sampling": {"max_new_tokens": 8}})
+    trained = {name: roles[name] for name in ("policy", "value")}
+    if value_model == "trunk":
+        trained["value"] = Role(head=roles["value"].head)
+    frozen = Frozen(context.backbone, {"policy": Role(), "value": Role()}, jnp.float32(KL))
+
+    def learned():
+        _, experience, metrics = scored(context, roles)
+        found = jax.jit(gradient_of_update(context))(trained, frozen, experience, rl._tokens(experience), jax.random.key(0))
+        return experience, found.loss, metrics | found.statistics, found.gradients
+
+    experience, *said = learned()
+    assert experience.estimates is None
+    with monkeypatch.context() as patch:
+        patch.setattr(RLConfig, "values_while_learning", False)
+        jax.clear_caches()
+        experience, *before = learned()
+    jax.clear_caches()
+    assert experience.estimates is not None and said[1].keys() == before[1].keys()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), said, before)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(said[2]["value"]))
+
+
+def test_a_batch_that_is_learned_again_or_in_parts_has_values_before():
+    """And a head on the policy in PPO."""
+    one = {"batch_size": 8, "num_ppo_epochs": 1}
+    assert RLConfig(**one, algorithm="ppo").values_while_learning
+    assert RLConfig(batch_size=8, algorithm="reinforce", num_ppo_epochs=4, num_mini_batches=2).values_while_learning
+    assert not RLConfig(batch_size=8, algorithm="ppo", num_ppo_epochs=2).values_while_learning
+    assert not RLConfig(**one, algorithm="ppo", num_mini_batches=2).values_while_learning
+    assert not RLConfig(**one, algorithm="ppo", value_model="trunk").values_while_learning
+    assert RLConfig(**one, algorithm="ppo", value_model="trunk", whiten_advantages=False).values_while_learning
+    assert not RLConfig(**one, algorithm="rloo").values_while_learning
 
 
 def test_what_stands_behind_a_responses_end_never_reaches_the_gradient(make_context, roles):
@@ -155,13 +216,11 @@ def test_what_stands_behind_a_responses_end_never_reaches_the_gradient(make_cont
     _, experience, _ = scored(context, roles)
     mask = experience.rollout.response_mask & (np.arange(8) < 5)
     experience = experience.replace(rollout=experience.rollout.replace(response_mask=mask))
-    frozen = rl.Frozen(context.backbone, {"policy": Role()}, jnp.float32(KL))
+    frozen = Frozen(context.backbone, {"policy": Role()}, jnp.float32(KL))
 
     def gradient(ref):
         given = experience.replace(ref_logprobs=ref)
-        return jax.grad(lambda policy: rl._loss(context)({"policy": policy}, frozen, given, rl._tokens(given), jax.random.key(0))[0])(
-            roles["policy"]
-        )
+        return gradient_of_update(context)({"policy": roles["policy"]}, frozen, given, rl._tokens(given), jax.random.key(0)).gradients
 
     plain = gradient(experience.ref_logprobs)
     far = gradient(jnp.where(mask, experience.ref_logprobs, 100.0))

@@ -19,6 +19,7 @@ from pe_rlhf_jax.data import PreferenceExample, Split, pad_preferences, pad_prom
 from pe_rlhf_jax.models.roles import Role
 from pe_rlhf_jax.training import experience, reward, reward_batches, rl
 from pe_rlhf_jax.training.reward_kinds import pair_scores
+from pe_rlhf_jax.training.rl_loss import Frozen, gradient_of_update
 from pe_rlhf_jax.training.rollouts import respond
 from pe_rlhf_jax.training.shared_rows import answers_for, answers_in_a_row, longest_pair, pair_in_one_row
 
@@ -84,14 +85,14 @@ def test_a_group_learns_in_one_row_what_it_learns_in_rows_of_its_own(make_contex
     config, policy = context.config.rl, Role(lora=jax.tree.map(lambda x: 0.3 * x, tiny.lora))
     examples = [prompt for prompt in context.data.prompts.train[:2] for _ in range(4)]
     rollout = respond(context, policy, context.rows(pad_prompts(examples, 0, 8)), jax.random.key(1))
-    scores, frozen = jnp.arange(8.0), rl.Frozen(context.backbone, {"policy": Role()}, jnp.float32(0.3))
+    scores, frozen = jnp.arange(8.0), Frozen(context.backbone, {"policy": Role()}, jnp.float32(0.3))
     chosen = []
 
     def learned():
         make = jax.jit(functools.partial(experience.make_experience.__wrapped__, context.decoder, config, 16))
         made, metrics = make(context.backbone, policy, Role(), None, rollout, scores, jnp.float32(0.3))
         rows = jax.tree.map(lambda x: x[: config.micro_batch_size], made)
-        gradient = jax.jit(jax.value_and_grad(rl._loss(context), has_aux=True))
+        gradient = jax.jit(gradient_of_update(context))
         moved = {"policy": Role(lora=jax.tree.map(lambda x: 0.5 * x, tiny.lora))}
         made = made.replace(old_logprobs=made.old_logprobs * rollout.response_mask, ref_logprobs=made.ref_logprobs * rollout.response_mask)
         return made, metrics, gradient(moved, frozen, rows, rl._tokens(rows), jax.random.key(0))

@@ -45,6 +45,19 @@ def test_adapters_need_no_buffer_for_gradients_of_the_backbone(stage, micro):
 
 
 @pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_activations_of_policy_and_value_model_never_exist_together(epochs):
+    """Of micro-batches: a value model beside the policy takes little more than the policy without one."""
+    text = CONFIG % {"micro": "2"}
+    wide = ["model.remat=none", "data.max_prompt_length=64", "rl.sampling.max_new_tokens=64", f"rl.num_ppo_epochs={epochs}"]
+    ppo, rloo = (
+        figures(abstract_context(configuration.parse(text, [*wide, *more]), BACKBONE, jnp.dtype("float32")), "rl", "lora")["temporaries"]
+        for more in (["rl.algorithm=ppo"], ["rl.algorithm=rloo", "rl.group_size=2", "rl.micro_batch_size=2"])
+    )
+    assert 0.7 * rloo < ppo < 1.3 * rloo
+
+
+@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("stage", ROLES)
 def test_adapters_need_no_optimizer_state_of_the_backbone(stage):
     backbone = size(context("null").backbone)
