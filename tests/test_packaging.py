@@ -295,8 +295,8 @@ def test_ci_runs_the_tests():
 
 
 def test_importing_needs_neither_torch_nor_tensorflow_nor_a_device():
-    """Every module is imported in a process that cannot find these packages (transformers takes torch along where it is found), and
-    that has no usable device: a backend started at import would fail there.
+    """Every module is imported in a process that cannot find these packages and has no usable device: a backend started at import would
+    fail there. Where torch is found, transformers takes it along with its automatic classes, which are therefore left alone.
     """
     program = """
 import importlib, pkgutil, sys
@@ -314,6 +314,7 @@ names = [module.name for module in pkgutil.walk_packages(pe_rlhf_jax.__path__, "
 assert "pe_rlhf_jax.training.rl" in names and "pe_rlhf_jax.main" in names
 for name in names:
     importlib.import_module(name)
+assert not [name for name in sys.modules if name.startswith("transformers.models.auto")]
 """
     environment = os.environ | {"JAX_PLATFORMS": "a_device_that_nobody_has"}
     finished = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import transformers
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from pe_rlhf_jax.checkpoint.gguf import GGUFFile
 from pe_rlhf_jax.checkpoint.gguf_tokenizer import build_tokenizer
@@ -39,8 +40,10 @@ def tokenizer_from_folder(folder: Path, vocab_size: int, eos_token_ids: Iterable
     """
     # For classes of its own, transformers 5 keeps of tokenizer.json little more than vocabulary and merges: SmolLM2's digits, each of them
     # a token, would not be split.
-    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+    own = (folder / "tokenizer.json").is_file()
     try:
+        # Not imported above: where torch is installed, that would import it too, half a gigabyte.
+        kind = PreTrainedTokenizerFast if own else transformers.AutoTokenizer
         tokenizer = kind.from_pretrained(folder, local_files_only=True, clean_up_tokenization_spaces=False)
         template = folder / "chat_template.json"  # where processors had it before they wrote chat_template.jinja
         if isinstance(tokenizer, PreTrainedTokenizerFast) and tokenizer.chat_template is None and template.is_file():
