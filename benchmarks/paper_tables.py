@@ -54,7 +54,7 @@ from pe_rlhf_jax.training.micro_batches import in_micro_batches
 from pe_rlhf_jax.training.optimizer import make_optimizer
 from pe_rlhf_jax.training.reward_batches import padded_batch
 from pe_rlhf_jax.training.rewards import _score
-from pe_rlhf_jax.training.rl_loss import Frozen, gradient_of_update, whole_roles
+from pe_rlhf_jax.training.rl_loss import Frozen, asked_before, gradient_of_update, whole_roles
 from pe_rlhf_jax.training.rollouts import _respond
 from pe_rlhf_jax.training.shared_rows import answers_in_a_row
 from pe_rlhf_jax.training.step import make_step, step_of
@@ -142,12 +142,12 @@ def rl_twin(context: Context) -> Twin:
     scores = _score(decoder, group, micro, model, backbone, rollout)
 
     def experience() -> Any:
-        policy, value = roles()["policy"], None if config.values_while_learning else roles().get("value")
+        policy, value = roles()["policy"], asked_before(config, roles())
         return make_experience(decoder, config, chunk, backbone, policy, reference, value, rollout, scores, state.kl_coef)[0]
 
     mini_batch = jax.tree.map(lambda x: x[:rows], experience())
     compiled = learn.lower(train, frozen, mini_batch, jax.random.key(0)).compile()
-    policy, value = roles()["policy"], None if config.values_while_learning else roles().get("value")
+    policy, value = roles()["policy"], asked_before(config, roles())
     shaped = (decoder, config, chunk, backbone, policy, reference, value, rollout, scores, state.kl_coef)
     programs = [
         compiled,

@@ -8,7 +8,8 @@
 - PPO: policy and reference are one backbone, value and reward model have one each (ours: all four share one). TRL's own example tunes
   the value model fully; here it has an adapter and a head like ours. Old log-probabilities are those of sampling, as ours in float32 (in
   bfloat16, ours make a pass for them), but the logits of all steps are kept for them. Its models compute the logits of the prompt as
-  well, and keep all hidden states. The gradient's norm is not clipped. Gradient checkpointing never comes on, whatever is asked:
+  well, and keep all hidden states. It makes a pass for the values; ours, updated once a batch, are those of the pass in which the value
+  model learns. The gradient's norm is not clipped. Gradient checkpointing never comes on, whatever is asked:
   --recompute changes nothing.
 - RLOO reads a prompt once for each of its responses, in sampling and for all log-probabilities; ours once for all, where that pays. It
   makes a pass for the old log-probabilities; ours are those of sampling in float32.

@@ -229,6 +229,7 @@ class RLConfig(Section):
 
     @property
     def updates_a_batch(self) -> int:
+        """In all its passes."""
         return self.epochs * self.mini_batches
 
     @property

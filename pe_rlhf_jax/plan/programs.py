@@ -39,7 +39,7 @@ from pe_rlhf_jax.training.images import _encode as encode
 from pe_rlhf_jax.training.optimizer import make_optimizer
 from pe_rlhf_jax.training.reward_kinds import _score_pairs
 from pe_rlhf_jax.training.rewards import _score
-from pe_rlhf_jax.training.rl_loss import Frozen, gradient_of_update
+from pe_rlhf_jax.training.rl_loss import Frozen, asked_before, gradient_of_update
 from pe_rlhf_jax.training.rollouts import _respond
 from pe_rlhf_jax.training.shared_rows import longest_pair
 from pe_rlhf_jax.training.step import make_step, step_of
@@ -216,7 +216,7 @@ def _rl_calls(context: Context, compile: Compile) -> dict[str, PyTree]:
         "backbone": backbone,
         "policy": whole["policy"],
         "reference": reference,
-        "value": None if config.values_while_learning else whole.get("value"),
+        "value": asked_before(config, whole),
         "rollout": rollout,
         "scores": scores,
         "kl_coef": found.frozen.kl_coef,

@@ -31,7 +31,7 @@ from pe_rlhf_jax.training.experience import make_experience
 from pe_rlhf_jax.training.loop import Metrics
 from pe_rlhf_jax.training.optimizer import learning_rate, make_optimizer
 from pe_rlhf_jax.training.rewards import Rewards, RewardStatistics, Scores, for_learning, not_finite
-from pe_rlhf_jax.training.rl_loss import SAMPLER_KL, Frozen, gradient_of_update, whole_roles
+from pe_rlhf_jax.training.rl_loss import SAMPLER_KL, Frozen, asked_before, gradient_of_update, whole_roles
 from pe_rlhf_jax.training.rollouts import respond, response_tokens
 from pe_rlhf_jax.training.statistics import distinct_n
 from pe_rlhf_jax.training.step import Step, applied, new_state, skip, step_of, stop_if_not_finite
@@ -100,7 +100,7 @@ def run(context: Context, reference: Role, reward: Role | None, rewards: Rewards
         scores = rewards(rollout, examples, repeats, config.micro_batch_size)
         used, statistics = for_learning(config, jnp.asarray(scores.total), state.statistics)
         chunk, backbone = context.config.model.logprob_chunk, context.backbone
-        policy, value = roles["policy"], None if config.values_while_learning else roles.get("value")
+        policy, value = roles["policy"], asked_before(config, roles)
         experience, metrics = make_experience(
             context.decoder, config, chunk, backbone, policy, reference, value, rollout, context.rows(used), state.kl_coef
         )

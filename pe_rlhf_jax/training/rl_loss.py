@@ -42,6 +42,11 @@ def whole_roles(frozen: dict[str, Role], trained: Trained) -> dict[str, Role]:
     return {name: role.join(frozen[name]) for name, role in trained.items()}
 
 
+def asked_before(config: RLConfig, roles: dict[str, Role]) -> Role | None:
+    """The value model, where it says its values in a pass before it learns."""
+    return None if config.values_while_learning else roles.get("value")
+
+
 def group_to_learn(config: RLConfig) -> int:
     """How many neighbouring rows of an update answer one prompt: mini-batches are of shuffled rows, and micro-batches may cut a group."""
     if config.mini_batches > 1:
@@ -59,21 +64,20 @@ def gradient_of_update(context: Context) -> GradientOf:
     of_policy = gradient_of(_policy_loss(context), config.micro_batch_size)
     of_value = gradient_of(_value_loss(context), config.micro_batch_size)
 
-    def critic_metrics_of(experience: Experience, told: Array) -> Statistics:
-        return critic_metrics(_estimates(config, experience, told), experience.rollout.response_mask)
-
     def at_once(trained: Trained, frozen: Frozen, experience: Experience, total: Array, key: jax.Array) -> Gradient:
         found = of_policy(trained, frozen, experience, total, key)
-        if config.values_while_learning:
-            found = found._replace(statistics=found.statistics | critic_metrics_of(experience, found.told))
-        return found
+        if not config.values_while_learning:
+            return found
+        more = critic_metrics(_estimates(config, experience, found.told), experience.rollout.response_mask)
+        return found._replace(statistics=found.statistics | more)
 
     def in_turn(trained: Trained, frozen: Frozen, experience: Experience, total: Array, key: jax.Array) -> Gradient:
         value = of_value({"value": trained["value"]}, frozen, experience, total, key)
         statistics = value.statistics
         if config.values_while_learning:
-            statistics |= critic_metrics_of(experience, value.told)
-            experience = experience.replace(rewards=None, estimates=_estimates(config, experience, value.told))
+            estimates = _estimates(config, experience, value.told)
+            statistics |= critic_metrics(estimates, experience.rollout.response_mask)
+            experience = experience.replace(rewards=None, estimates=estimates)
         policy = of_policy({"policy": trained["policy"]}, frozen, experience, total, key)
         return Gradient(value.loss + policy.loss, statistics | policy.statistics, value.gradients | policy.gradients)
 
